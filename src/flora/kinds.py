@@ -1,0 +1,230 @@
+"""KINDS: the one list of layer types that can be adapted.
+
+A row says which weights of a layer are adapted, what their modes mean, and how an update is applied *factored*, as thin
+extra layers beside the base layer. The other way, *merged*, needs no row: the base layer itself runs with W + delta in
+place of W, so stride, padding, padding mode, dilation and groups are always its own.
+
+The factored functions take (layer, core, factors) and then what the layer's own ``forward`` takes; the core comes
+scaled. They return what the update adds to the layer's output. Letters: b batch, i in, o out, g groups, r ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from flora.tucker import mode_product
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _linear(layer, core, factors, input):
+    output_factor, input_factor = factors
+    return F.linear(F.linear(F.linear(input, input_factor.mT), core), output_factor)
+
+
+def _linear_transposed(layer, core, factors, x):  # transformers' Conv1D: weight (in, out)
+    input_factor, output_factor = factors
+    return F.linear(F.linear(F.linear(x, input_factor.mT), core.mT), output_factor)
+
+
+def _pointwise(input: Tensor, weight: Tensor, spatial: int, groups: int) -> Tensor:
+    """1×…×1 convolution by ``weight`` (out, in/groups)."""
+    return _CONV[spatial](input, weight.reshape(*weight.shape, *[1] * spatial), groups=groups)
+
+
+def _kernel_core(core: Tensor, kernel_factors: tuple[Tensor, ...], groups: int) -> Tensor:
+    """G ×_3 C ×_4 D (equation 6), once a group: (r, r', r_3, …) -> (g·r, r', k, …)."""
+    for mode, factor in enumerate(kernel_factors, start=2):
+        core = mode_product(core, factor, mode)
+    return core.repeat(groups, *[1] * (core.ndim - 1))
+
+
+def _conv(layer, core, factors, input):
+    output_factor, input_factor, *kernel_factors = factors
+    spatial, groups = len(kernel_factors), layer.groups
+    thin = _pointwise(input, input_factor.mT.repeat(groups, 1), spatial, groups)
+    thin = layer._conv_forward(thin, _kernel_core(core, kernel_factors, groups), None)
+    return _pointwise(thin, output_factor, spatial, groups)
+
+
+def _conv_transposed(layer, core, factors, input, *args, **kwargs):
+    input_factor, output_factor, *kernel_factors = factors
+    spatial, groups = len(kernel_factors), layer.groups
+    down = input_factor.reshape(groups, -1, input_factor.shape[1]).mT.flatten(0, 1)  # (g·r, i/g)
+    thin = _pointwise(input, down, spatial, groups)
+    kernel = _kernel_core(core, kernel_factors, groups)
+    weights = {"weight": kernel}
+    if layer.bias is not None:
+        weights["bias"] = kernel.new_zeros(groups * kernel.shape[1])
+    thin = functional_call(layer, weights, (thin, *args), kwargs, tie_weights=False)
+    return _pointwise(thin, output_factor.repeat(groups, 1), spatial, groups)
+
+
+def _embedding(layer, core, factors, input):
+    row_factor, output_factor = factors
+    update = F.linear(F.linear(F.embedding(input, row_factor), core.mT), output_factor)
+    if layer.padding_idx is not None:  # the padding row takes no part in the gradient, as in the base layer
+        update = update.where((input != layer.padding_idx).unsqueeze(-1), update.detach())
+    if hasattr(layer, "embed_scale"):
+        update = update * layer.embed_scale
+    return update
+
+
+def _embedding_bag(layer, core, factors, input, offsets=None, per_sample_weights=None):
+    row_factor, output_factor = factors
+    bags = F.embedding_bag(
+        input,
+        row_factor,
+        offsets,
+        mode=layer.mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=layer.include_last_offset,
+        padding_idx=layer.padding_idx,
+    )
+    return F.linear(F.linear(bags, core.mT), output_factor)
+
+
+def _always(layer: nn.Module) -> bool:
+    return True
+
+
+def _plain_lookup(layer: nn.Module) -> bool:
+    """A lookup that is linear in the table, with a gradient that no option bends."""
+    return layer.max_norm is None and not layer.scale_grad_by_freq and getattr(layer, "mode", "mean") != "max"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer.
+
+    ``types``: the classes, a name with its module for those outside torch. ``weights``: the names of the weights that
+    are adapted, the first one first. ``roles``: of the weight's leading modes; further modes are "kernel" modes.
+    ``factored``: the function above, or None where an update can only act as a weight. ``factorable``: whether a
+    layer's options allow it.
+    """
+
+    name: str
+    types: tuple[type | str, ...]
+    roles: tuple[str, ...]
+    factored: Callable[..., Tensor] | None = None
+    weights: tuple[str, ...] = ("weight",)
+    factorable: Callable[[nn.Module], bool] = _always
+
+    def matches(self, layer: nn.Module) -> bool:
+        return self._type(layer) is not None
+
+    def _type(self, layer: nn.Module) -> type | None:
+        for cls in type(layer).__mro__:
+            if cls in self.types or f"{cls.__module__}.{cls.__qualname__}" in self.types:
+                return cls
+        return None
+
+    def can_factor(self, layer: nn.Module) -> bool:
+        """Whether beside-the-layer is the same as inside-the-weight: not so for a subclass with a forward of its own
+        (weight standardisation, say), unless it is an embedding that only multiplies its output."""
+        if self.factored is None or not self.factorable(layer):
+            return False
+        stock = self._type(layer)
+        own = type(layer).forward is stock.forward and getattr(type(layer), "_conv_forward", None) is getattr(
+            stock, "_conv_forward", None
+        )
+        return own or (self.name == "Embedding" and hasattr(layer, "embed_scale"))
+
+    def roles_of(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        return self.roles + ("kernel",) * (len(shape) - len(self.roles))
+
+
+KINDS = (
+    Kind("Linear", (nn.Linear,), ("out", "in"), _linear),
+    Kind("Conv1D", ("transformers.pytorch_utils.Conv1D",), ("in", "out"), _linear_transposed),
+    Kind("Conv", (nn.Conv1d, nn.Conv2d, nn.Conv3d), ("out", "in"), _conv),
+    Kind(
+        "ConvTranspose", (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ("in", "out"), _conv_transposed
+    ),
+    Kind("Embedding", (nn.Embedding,), ("in", "out"), _embedding, factorable=_plain_lookup),
+    Kind("EmbeddingBag", (nn.EmbeddingBag,), ("in", "out"), _embedding_bag, factorable=_plain_lookup),
+    Kind("Bilinear", (nn.Bilinear,), ("out", "in", "in")),
+    Kind(
+        "MultiheadAttention",
+        (nn.MultiheadAttention,),
+        ("out", "in"),
+        weights=("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"),
+    ),
+)
+
+MAX_MODES = 6
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The row that a layer belongs to, or None."""
+    return next((kind for kind in KINDS if kind.matches(layer)), None)
+
+
+def weight_names(layer: nn.Module) -> list[str]:
+    """Names of the weights of ``layer`` that its kind adapts and that this very layer has."""
+    kind = kind_of(layer)
+    return [] if kind is None else [name for name in kind.weights if owner(layer, name)._parameters.get(leaf(name)) is not None]
+
+
+def owner(layer: nn.Module, weight: str) -> nn.Module:
+    """The module that holds the weight of that dotted name."""
+    return layer.get_submodule(weight.rpartition(".")[0])
+
+
+def leaf(weight: str) -> str:
+    return weight.rpartition(".")[2]
+
+
+def shape_of(weight: Tensor) -> tuple[int, ...]:
+    """The full shape, also where ZeRO-3 has taken the weight apart."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def describe(layer: nn.Module, weight: str) -> tuple[Kind | None, tuple[int, ...], tuple[str, ...]]:
+    """Kind (None for a raw parameter), shape and roles of one weight of a layer.
+
+    Raises ValueError, without the layer's name, where the weight can't be adapted.
+    """
+    parameter = owner(layer, weight)._parameters.get(leaf(weight))
+    if parameter is None:
+        raise ValueError(f"{weight!r} is not a parameter of {type(layer).__name__} (computed by a parametrization?)")
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{weight!r} has no shape yet; run the lazy {type(layer).__name__} once first")
+    shape = shape_of(parameter)
+    if not parameter.dtype.is_floating_point:
+        raise ValueError(f"{weight!r} has dtype {parameter.dtype}; a floating-point weight is needed")
+    if not 1 <= len(shape) <= MAX_MODES or 0 in shape:
+        raise ValueError(f"{weight!r} has shape {list(shape)}; 1 to {MAX_MODES} modes are supported, none of them empty")
+    kind = kind_of(layer)
+    if kind is not None and weight in kind.weights:
+        return kind, shape, kind.roles_of(shape)
+    return None, shape, ("other",) * len(shape)
+
+
+def output_mode(roles: tuple[str, ...]) -> int:
+    """The mode whose factor is zero at LoRA's start: the output's; the last mode of a raw parameter."""
+    return roles.index("out") if "out" in roles else len(roles) - 1
+
+
+def input_mode(roles: tuple[str, ...]) -> int:
+    """The mode that rank dropout thins: the input's; the first mode of a raw parameter."""
+    return roles.index("in") if "in" in roles else 0
+
+
+def fan_in(shape: tuple[int, ...], roles: tuple[str, ...]) -> int:
+    """How many weights meet in one output: the size of all modes but the output's."""
+    size = 1
+    for n, length in enumerate(shape):
+        size *= 1 if n == output_mode(roles) else length
+    return size
+
+
+def supported() -> str:
+    """The list for error messages."""
+    names = [t if isinstance(t, str) else f"torch.nn.{t.__name__}" for kind in KINDS for t in kind.types]
+    return ", ".join(names) + "; any other parameter through target_parameters"

@@ -1,0 +1,302 @@
+"""The wrapped layer: one class for every kind of layer and for raw parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from flora import kinds
+from flora.core_space import CoreSpace, unified_scale
+from flora.execution import add_to_weight, choose, dropped_delta, run_with_weight
+from flora.peft_compat import gather_params_ctx
+
+
+class FloraLayer(nn.Module, BaseTunerLayer):
+    """A layer whose weight ``parameter_name`` gets the update of one ``CoreSpace`` an adapter.
+
+    Where several weights of one layer are adapted (attention's projections, a pair of expert stacks), one FloraLayer
+    wraps another, each with its own weight.
+
+    ``tucker_space[adapter]`` is the CoreSpace. ``tucker_scaling[adapter]`` is a run-time multiplier, 1 at first, which
+    is not saved.
+    """
+
+    adapter_layer_names = ("tucker_space",)
+    other_param_names = ("tucker_scaling", "tucker_dropout", "tucker_execution")
+
+    def __init__(self, base_layer: nn.Module, name: str, parameter_name: str = "weight") -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.parameter_name = parameter_name
+        self.tucker_space = nn.ModuleDict()
+        self.tucker_scaling: dict[str, float] = {}
+        self.tucker_dropout: dict[str, float] = {}
+        self.tucker_execution: dict[str, str] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        inner = self.get_base_layer()
+        self.kind, self.weight_shape, self.roles = kinds.describe(inner, parameter_name)
+        depth, layer = 0, base_layer
+        while layer is not inner:
+            depth, layer = depth + 1, layer.base_layer
+        self._weight_path = "base_layer." * depth + parameter_name  # as seen from base_layer
+        if self.kind is not None and self.kind.name == "MultiheadAttention":
+            self.batch_mode = 0 if inner.batch_first else 1
+        else:
+            self.batch_mode = 0
+
+    def __getattr__(self, name: str) -> Any:
+        # models read in_features, kernel_size, embed_dim … of a layer: those are the base layer's
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or (name.startswith("_") and name != "_qkv_same_embed_dim"):
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def base_parameter(self) -> nn.Parameter:
+        """The frozen weight itself."""
+        return getattr(kinds.owner(self.get_base_layer(), self.parameter_name), kinds.leaf(self.parameter_name))
+
+    # ------------------------------------------------------------------------------------------------- adapters
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        ranks: Sequence[int],
+        scale: float | str = "auto",
+        init: str = "factor",
+        dropout: float = 0.0,
+        execution: str = "auto",
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter, or replace the one of that name."""
+        weight = self.base_parameter
+        if not self.tucker_space:
+            self._active_adapter = [adapter_name]
+        unit = scale == "auto"
+        if unit:
+            with gather_params_ctx(weight):
+                fan_in = kinds.fan_in(self.weight_shape, self.roles)
+                scale = 1.0 if weight.is_meta else unified_scale(weight, fan_in, ranks)
+        space = CoreSpace(self.weight_shape, ranks, scale, device=weight.device, dtype=weight.dtype)
+        space.start(init, kinds.output_mode(self.roles), unit)
+        padding = getattr(self.get_base_layer(), "padding_idx", None)
+        if padding is not None and self.kind is not None and not space.core.is_meta:
+            space.factors[0].data[padding] = 0  # the padding row never learns, so it must not start
+        self.tucker_space[adapter_name] = space
+        self.tucker_scaling[adapter_name] = 1.0
+        self.tucker_dropout[adapter_name] = dropout
+        self.tucker_execution[adapter_name] = choose(execution, self.kind, self.get_base_layer(), weight.dtype)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name in self.tucker_space and not self.tucker_space[adapter_name].core.is_meta:
+            weight = self.base_parameter
+            self.tucker_space[adapter_name].to(device or weight.device, dtype=weight.dtype)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the adapter's update by ``scale`` from now on (1 is how it was trained)."""
+        if adapter in self.tucker_scaling:
+            self.tucker_scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the run-time multiplier of all active adapters."""
+        for adapter in self._present(self.active_adapters):
+            self.tucker_scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the run-time multiplier of all active adapters by ``scale``; without one, set it to 1."""
+        for adapter in self._present(self.active_adapters):
+            self.tucker_scaling[adapter] = 1.0 if scale is None else self.tucker_scaling[adapter] / scale
+
+    def _present(self, adapters: Sequence[str]) -> list[str]:
+        return [adapter for adapter in adapters if adapter in self.tucker_space]
+
+    # -------------------------------------------------------------------------------------------------- merging
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""
+        return self.tucker_space[adapter].delta() * self.tucker_scaling[adapter]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of the given (else the active) adapters to the weight.
+
+        Summed in float32 at least and rounded once. Raises ValueError, with the weight left as it was, where an update
+        is not finite; with ``safe_merge`` also where the merged weight is not.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if names:
+            self.base_parameter.data = self._merged_weight(names, safe_merge)
+            self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def _merged_weight(self, adapters: Sequence[str], safe_merge: bool) -> Tensor:
+        for adapter in adapters:
+            space = self.tucker_space[adapter]
+            if not all(torch.isfinite(tensor).all() for tensor in (space.core, *space.factors)):
+                raise ValueError(
+                    f"NaNs detected in layer {self.name!r}: core or factors of adapter {adapter!r} are not finite. "
+                    f"The adapter {adapter} seems to be broken"
+                )
+        weight = self.base_parameter
+        merged = add_to_weight(weight.data, [self._wide_delta(adapter) for adapter in adapters])
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weight of layer {self.name!r}, shape {list(weight.shape)}: {weight.dtype} "
+                f"can't hold it with {list(adapters)}. The adapter {adapters[-1]} seems to be broken"
+            )
+        return merged
+
+    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise what ``merge`` would raise, and change nothing."""
+        names = [a for a in self._present(adapter_names or self.active_adapters) if a not in self.merged_adapters]
+        if names:
+            self._merged_weight(names, safe_merge)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the merged updates out of the weight again."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        else:
+            names, self.merged_adapters = self.merged_adapters, []
+            self.base_parameter.data = add_to_weight(
+                self.base_parameter.data, [-self._wide_delta(name) for name in self._present(names)]
+            )
+
+    def _wide_delta(self, adapter: str) -> Tensor:
+        """The update in float32 at least, on the weight's device: a merge must not round it before the sum."""
+        weight = self.base_parameter
+        delta = self.tucker_space[adapter].delta(torch.promote_types(weight.dtype, torch.float32))
+        return (delta * self.tucker_scaling[adapter]).to(weight.device)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with the updates merged if asked, its weights' identity kept."""
+        layer: nn.Module = self
+        while isinstance(layer, FloraLayer):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update has the form of a LoRA: two modes, or a convolution without groups."""
+        return self.kind is not None and self.kind.name in ("Linear", "Conv1D", "Embedding")
+
+    # -------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(adapter_names, args, kwargs)
+        if self.merged:
+            return self.base_layer(*args, **kwargs)
+        return self._adapted(self._present(self.active_adapters), args, kwargs)
+
+    def _adapted(self, adapters: list[str], args: tuple, kwargs: dict) -> Any:
+        """The base layer with the updates of ``adapters``: first those in the weight, then those beside the layer."""
+        inside = [a for a in adapters if self._runs_merged(a)]
+        if inside:
+            weight = add_to_weight(self.base_parameter, [self._training_delta(a) for a in inside])
+            result = run_with_weight(self.base_layer, self._weight_path, weight, args, kwargs)
+        else:
+            result = self.base_layer(*args, **kwargs)
+        for adapter in adapters:
+            if adapter not in inside:
+                result = self._add_beside(result, adapter, args, kwargs)
+        return result
+
+    def _runs_merged(self, adapter: str) -> bool:
+        if self.tucker_execution[adapter] == "factored":
+            return False
+        # dropout is of the layer's input, which only the factored form has; where there is none, of the ranks
+        dropping = self.training and self.tucker_dropout[adapter] > 0
+        return not (dropping and self.kind is not None and self.kind.can_factor(self.get_base_layer()))
+
+    def _training_delta(self, adapter: str) -> Tensor:
+        space, p = self.tucker_space[adapter], self.tucker_dropout[adapter]
+        if self.training and p > 0:
+            delta = dropped_delta(space, kinds.input_mode(self.roles), p)
+        else:
+            delta = space.delta()
+        scaling = self.tucker_scaling[adapter]
+        return (delta if scaling == 1 else delta * scaling).to(self.base_parameter.device)
+
+    def _add_beside(self, result: Tensor, adapter: str, args: tuple, kwargs: dict) -> Tensor:
+        core, factors = self.tucker_space[adapter]()
+        if self.tucker_scaling[adapter] != 1:
+            core = core * self.tucker_scaling[adapter]
+        (x, *args), kwargs = self._input_first(args, kwargs)
+        if x.is_floating_point():
+            x = self._cast_input_dtype(x, core.dtype)
+            x = F.dropout(x, self.tucker_dropout[adapter], self.training)
+        update = self.kind.factored(self.get_base_layer(), core, factors, x, *args, **kwargs)
+        return (result + update).to(result.dtype)
+
+    @staticmethod
+    def _input_first(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The layer's input as the first positional argument, also when it was passed by name."""
+        if args:
+            return args, kwargs
+        name = next(n for n in ("input", "x") if n in kwargs)
+        return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+    def _mixed_batch(self, adapter_names: Sequence[str], args: tuple, kwargs: dict) -> Any:
+        """Each sample with its own adapter ("__base__" for none): every adapter runs the whole batch or, for a layer
+        with a single input, its own samples, and keeps its own rows."""
+        self._check_mixed_batch(adapter_names, args, kwargs)
+        single = len(args) + len(kwargs) == 1
+        mode = self.batch_mode
+        (x, *rest), kwargs = self._input_first(args, kwargs) if single else (args, kwargs)
+        result: Any = None
+        for adapter in dict.fromkeys(adapter_names):
+            rows = torch.tensor([n for n, name in enumerate(adapter_names) if name == adapter], device=x.device)
+            part = self._adapted(self._present([adapter]), (x.index_select(mode, rows) if single else x, *rest), kwargs)
+            parts = part if isinstance(part, tuple) else (part,)
+            if result is None:
+                result = [None] * len(parts)
+            for n, tensor in enumerate(parts):
+                if tensor is None:
+                    continue
+                axis = mode if n == 0 else 0  # attention's weights, its second output, are batch first always
+                if result[n] is None:
+                    size = list(tensor.shape)
+                    size[axis] = len(adapter_names)
+                    result[n] = tensor.new_empty(size)
+                result[n] = result[n].index_copy(axis, rows, tensor if single else tensor.index_select(axis, rows))
+        return tuple(result) if isinstance(part, tuple) else result[0]
+
+    def _check_mixed_batch(self, adapter_names: Sequence[str], args: tuple, kwargs: dict) -> None:
+        x = self._input_first(args, kwargs)[0][0] if args or "input" in kwargs or "x" in kwargs else None
+        if x is None:
+            raise ValueError(f"layer {self.name!r}: `adapter_names` needs the layer's input as a positional argument")
+        if x.shape[self.batch_mode] != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {x.shape[self.batch_mode]} respectively (layer {self.name!r})."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def __repr__(self) -> str:
+        return "flora." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"

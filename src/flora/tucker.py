@@ -1,0 +1,101 @@
+"""Tucker algebra on plain tensors (paper section 3.3, equation 4).
+
+Axes, named once. A tensor of order N has modes n = 0 … N-1 of sizes (I_1, …, I_N); its core has sizes (r_1, …, r_N);
+factor n is (I_n, r_n).
+
+    X = G ×_1 A1 ×_2 A2 … ×_N AN        X[i1, …, iN] = Σ_{j1 … jN} G[j1, …, jN] A1[i1, j1] … AN[iN, jN]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unfold(tensor: Tensor, mode: int) -> Tensor:
+    """Mode-n unfolding: (I_1, …, I_N) -> (I_n, product of the other sizes), the other modes in their order."""
+    return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
+
+
+def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """``tensor ×_n matrix``: (…, I_n, …) and (J, I_n) -> (…, J, …)."""
+    rest = tensor.movedim(mode, -1)
+    return torch.matmul(rest, matrix.mT).movedim(-1, mode)
+
+
+def reconstruct(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``core ×_1 factors[0] … ×_N factors[N-1]``: (r_1, …, r_N) -> (I_1, …, I_N) (equation 4).
+
+    The modes that grow the least go first, so that the intermediate tensors stay small.
+    """
+    growth = [factor.shape[0] / factor.shape[1] for factor in factors]
+    for mode in sorted(range(len(factors)), key=growth.__getitem__):
+        core = mode_product(core, factors[mode], mode)
+    return core
+
+
+def project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
+    """``tensor ×_n factors[n]ᵀ`` over every mode whose factor is given: (I_1, …, I_N) -> (r_1, …, r_N)."""
+    for mode, factor in enumerate(factors):
+        if factor is not None:
+            tensor = mode_product(tensor, factor.mT, mode)
+    return tensor
+
+
+def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """The ``rank`` leading left singular vectors of a wide or tall matrix: (I, J) -> (I, rank), orthonormal columns.
+
+    Where J < rank the basis is completed with further orthonormal columns, so the shape asked for is always met.
+    """
+    rows, columns = matrix.shape
+    if columns <= rows:
+        vectors = torch.linalg.svd(matrix, full_matrices=rank > columns).U
+    else:  # the Gram matrix is the smaller problem
+        vectors = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors.flip(-1)
+    return vectors[:, :rank].contiguous()
+
+
+def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Truncated higher-order SVD: (I_1, …, I_N) -> core (r_1, …, r_N) and orthonormal factors (I_n, r_n).
+
+    Its error is at most √N times the best possible of these ranks (De Lathauwer, De Moor and Vandewalle, 2000).
+    """
+    factors = [leading_vectors(unfold(tensor, mode), rank) for mode, rank in enumerate(ranks)]
+    return project(tensor, factors), factors
+
+
+def hooi(tensor: Tensor, ranks: Sequence[int], iterations: int = 10) -> tuple[Tensor, list[Tensor]]:
+    """Higher-order orthogonal iteration: HOSVD, then each factor in turn made the best for the others held fixed.
+
+    The error never grows from one iteration to the next.
+    """
+    _, factors = hosvd(tensor, ranks)
+    for _ in range(iterations):
+        for mode, rank in enumerate(ranks):
+            others = [None if n == mode else factor for n, factor in enumerate(factors)]
+            factors[mode] = leading_vectors(unfold(project(tensor, others), mode), rank)
+    return project(tensor, factors), factors
+
+
+def block_sum(
+    spaces: Sequence[tuple[Tensor, Sequence[Tensor]]], weights: Sequence[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """Exact weighted sum of Tucker tensors of one shape: cores on the block diagonal, factors side by side.
+
+    ``spaces`` are (core, factors) pairs. Where the joined rank of a mode would pass the mode's size I_n, the joined
+    factor is replaced by an orthonormal basis of its columns (QR) and the core takes up the rest: still exact.
+    """
+    cores = [weight * core for (core, _), weight in zip(spaces, weights, strict=True)]
+    core = cores[0].new_zeros([sum(sizes) for sizes in zip(*(c.shape for c in cores), strict=True)])
+    start = [0] * core.ndim
+    for block in cores:
+        core[tuple(slice(s, s + size) for s, size in zip(start, block.shape, strict=True))] = block
+        start = [s + size for s, size in zip(start, block.shape, strict=True)]
+    factors = [torch.cat(parts, dim=1) for parts in zip(*(factors for _, factors in spaces), strict=True)]
+    for mode, factor in enumerate(factors):
+        if factor.shape[1] > factor.shape[0]:
+            factors[mode], triangle = torch.linalg.qr(factor)
+            core = mode_product(core, triangle, mode)
+    return core, factors
