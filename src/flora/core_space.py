@@ -66,7 +66,8 @@ class CoreSpace(nn.Module):
     @property
     def factors(self) -> tuple[Tensor, ...]:
         """``factors[n]`` of shape (I_n, r_n), one a mode."""
-        return tuple(self.get_parameter(f"factor_{n}") for n in range(len(self.shape)))
+        # not get_parameter: FSDP1 puts plain views of its flat parameter in their place
+        return tuple(getattr(self, f"factor_{n}") for n in range(len(self.shape)))
 
     def forward(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``scale · core`` and the factors. A call, so that sharded training (FSDP, ZeRO-3) gathers them first."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from flora.core_space import CoreSpace
 from flora.kinds import Kind
@@ -40,18 +39,20 @@ def add_to_weight(weight: Tensor, deltas: Sequence[Tensor]) -> Tensor:
     return total.to(weight.dtype)
 
 
-def run_with_weight(module: nn.Module, name: str, weight: Tensor, args: tuple, kwargs: dict):
-    """The module's own forward with another weight; the module is left untouched."""
-    return functional_call(module, {name: weight}, args, kwargs, tie_weights=False)
+def drop_ranks(factors: Sequence[Tensor], mode: int, p: float) -> list[Tensor]:
+    """The factors with each rank of one mode dropped with probability ``p``, the others scaled up to make up for it.
+
+    Dropout of the input is not defined where the update acts as a weight, or where the input is a row's number; this
+    is its nearest relative there.
+    """
+    keep = F.dropout(factors[mode].new_ones(factors[mode].shape[1]), p)
+    return [factor * keep if n == mode else factor for n, factor in enumerate(factors)]
 
 
 def dropped_delta(space: CoreSpace, mode: int, p: float) -> Tensor:
-    """The delta with each rank of one mode dropped with probability ``p``, the others scaled up to make up for it.
-
-    Dropout of the input is not defined where the update acts as a weight; this is its nearest relative there.
-    """
+    """The space's delta, with ranks of ``mode`` dropped where ``p`` is above 0."""
+    if p == 0:
+        return space.delta()
     core, factors = space()
-    keep = F.dropout(factors[mode].new_ones(factors[mode].shape[1]), p)
-    factors = [factor * keep if n == mode else factor for n, factor in enumerate(factors)]
     with torch.autocast(core.device.type, enabled=False):
-        return reconstruct(core, factors)
+        return reconstruct(core, drop_ranks(factors, mode, p))

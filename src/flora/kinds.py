@@ -22,6 +22,17 @@ from flora.tucker import mode_product
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+def run_with_weights(module: nn.Module, weights: dict[str, Tensor], args: tuple, kwargs: dict):
+    """The module's own forward with other weights; the module is left untouched."""
+    # FSDP1 lays its view of a weight in front of the parameter, where a swap of the parameter would not be seen
+    views = {name: vars(owner(module, name)).pop(leaf(name)) for name in weights if leaf(name) in vars(owner(module, name))}
+    try:
+        return functional_call(module, weights, args, kwargs, tie_weights=False)
+    finally:
+        for name, view in views.items():
+            vars(owner(module, name))[leaf(name)] = view
+
+
 def _linear(layer, core, factors, input):
     output_factor, input_factor = factors
     return F.linear(F.linear(F.linear(input, input_factor.mT), core), output_factor)
@@ -61,7 +72,7 @@ def _conv_transposed(layer, core, factors, input, *args, **kwargs):
     weights = {"weight": kernel}
     if layer.bias is not None:
         weights["bias"] = kernel.new_zeros(groups * kernel.shape[1])
-    thin = functional_call(layer, weights, (thin, *args), kwargs, tie_weights=False)
+    thin = run_with_weights(layer, weights, (thin, *args), kwargs)
     return _pointwise(thin, output_factor.repeat(groups, 1), spatial, groups)
 
 
@@ -82,7 +93,7 @@ def _embedding_bag(layer, core, factors, input, offsets=None, per_sample_weights
         row_factor,
         offsets,
         mode=layer.mode,
-        per_sample_weights=per_sample_weights,
+        per_sample_weights=per_sample_weights if per_sample_weights is None else per_sample_weights.to(row_factor.dtype),
         include_last_offset=layer.include_last_offset,
         padding_idx=layer.padding_idx,
     )
@@ -222,6 +233,12 @@ def fan_in(shape: tuple[int, ...], roles: tuple[str, ...]) -> int:
     for n, length in enumerate(shape):
         size *= 1 if n == output_mode(roles) else length
     return size
+
+
+def features(layer: nn.Module, shape: tuple[int, ...], roles: tuple[str, ...]) -> tuple[int, int]:
+    """Width of the layer's input and of its output; a grouped convolution's second mode is of one group only."""
+    widths = [size * getattr(layer, "groups", 1) if n == 1 else size for n, size in enumerate(shape)]
+    return widths[input_mode(roles)], widths[output_mode(roles)]
 
 
 def supported() -> str:

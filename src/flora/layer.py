@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flora import kinds
 from flora.core_space import CoreSpace, unified_scale
-from flora.execution import add_to_weight, choose, dropped_delta, run_with_weight
+from flora.execution import add_to_weight, choose, drop_ranks, dropped_delta
 from flora.peft_compat import gather_params_ctx
 
 
@@ -40,9 +40,12 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.tucker_dropout: dict[str, float] = {}
         self.tucker_execution: dict[str, str] = {}
         self.merged_adapters: list[str] = []
+        self._unmerged_weight: Tensor | None = None
         self._active_adapter: list[str] = []
         inner = self.get_base_layer()
         self.kind, self.weight_shape, self.roles = kinds.describe(inner, parameter_name)
+        if self.kind is not None:  # PEFT's names for them, whatever the kind of layer
+            self.in_features, self.out_features = kinds.features(inner, self.weight_shape, self.roles)
         depth, layer = 0, base_layer
         while layer is not inner:
             depth, layer = depth + 1, layer.base_layer
@@ -135,7 +138,11 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if names:
-            self.base_parameter.data = self._merged_weight(names, safe_merge)
+            merged = self._merged_weight(names, safe_merge)
+            if getattr(self.get_base_layer(), "max_norm", None) is not None and self._unmerged_weight is None:
+                # such an embedding rescales its rows as it looks them up: subtracting would not bring them back
+                self._unmerged_weight = self.base_parameter.data
+            self.base_parameter.data = merged
             self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -169,7 +176,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         else:
             names, self.merged_adapters = self.merged_adapters, []
-            self.base_parameter.data = add_to_weight(
+            kept, self._unmerged_weight = self._unmerged_weight, None
+            self.base_parameter.data = kept if kept is not None else add_to_weight(
                 self.base_parameter.data, [-self._wide_delta(name) for name in self._present(names)]
             )
 
@@ -208,14 +216,15 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         return self._adapted(self._present(self.active_adapters), args, kwargs)
 
-    def _adapted(self, adapters: list[str], args: tuple, kwargs: dict) -> Any:
-        """The base layer with the updates of ``adapters``: first those in the weight, then those beside the layer."""
+    def _adapted(self, adapters: list[str], args: tuple, kwargs: dict, **inner: Any) -> Any:
+        """The base layer with the updates of ``adapters``: first those in the weight, then those beside the layer.
+        ``inner`` is for the base layer alone."""
         inside = [a for a in adapters if self._runs_merged(a)]
         if inside:
             weight = add_to_weight(self.base_parameter, [self._training_delta(a) for a in inside])
-            result = run_with_weight(self.base_layer, self._weight_path, weight, args, kwargs)
+            result = kinds.run_with_weights(self.base_layer, {self._weight_path: weight}, args, {**kwargs, **inner})
         else:
-            result = self.base_layer(*args, **kwargs)
+            result = self.base_layer(*args, **kwargs, **inner)
         for adapter in adapters:
             if adapter not in inside:
                 result = self._add_beside(result, adapter, args, kwargs)
@@ -229,11 +238,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         return not (dropping and self.kind is not None and self.kind.can_factor(self.get_base_layer()))
 
     def _training_delta(self, adapter: str) -> Tensor:
-        space, p = self.tucker_space[adapter], self.tucker_dropout[adapter]
-        if self.training and p > 0:
-            delta = dropped_delta(space, kinds.input_mode(self.roles), p)
-        else:
-            delta = space.delta()
+        p = self.tucker_dropout[adapter] if self.training else 0.0
+        delta = dropped_delta(self.tucker_space[adapter], kinds.input_mode(self.roles), p)
         scaling = self.tucker_scaling[adapter]
         return (delta if scaling == 1 else delta * scaling).to(self.base_parameter.device)
 
@@ -242,9 +248,11 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         if self.tucker_scaling[adapter] != 1:
             core = core * self.tucker_scaling[adapter]
         (x, *args), kwargs = self._input_first(args, kwargs)
+        p = self.tucker_dropout[adapter] if self.training else 0.0
         if x.is_floating_point():
-            x = self._cast_input_dtype(x, core.dtype)
-            x = F.dropout(x, self.tucker_dropout[adapter], self.training)
+            x = F.dropout(self._cast_input_dtype(x, core.dtype), p)
+        elif p > 0:
+            factors = drop_ranks(factors, kinds.input_mode(self.roles), p)
         update = self.kind.factored(self.get_base_layer(), core, factors, x, *args, **kwargs)
         return (result + update).to(result.dtype)
 
@@ -266,7 +274,11 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         result: Any = None
         for adapter in dict.fromkeys(adapter_names):
             rows = torch.tensor([n for n, name in enumerate(adapter_names) if name == adapter], device=x.device)
-            part = self._adapted(self._present([adapter]), (x.index_select(mode, rows) if single else x, *rest), kwargs)
+            samples = x.index_select(mode, rows) if single else x
+            inner = {}
+            if isinstance(self.base_layer, FloraLayer):  # another weight of the same layer: it goes with this one
+                inner["adapter_names"] = [adapter] * samples.shape[mode]
+            part = self._adapted(self._present([adapter]), (samples, *rest), kwargs, **inner)
             parts = part if isinstance(part, tuple) else (part,)
             if result is None:
                 result = [None] * len(parts)

@@ -32,15 +32,17 @@ class FloraModel(BaseTuner):
     # ------------------------------------------------------------------------------------------------- injection
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
-        name = next(n for n, config in self.peft_config.items() if config is peft_config)
-        peft_config = self.peft_config[name] = copy.deepcopy(peft_config)  # what is solved is not the user's to find
+        name = _name_of(peft_config, self.peft_config)
+        if not peft_config.inference_mode:  # a config given to load with is kept as the object it is, as in all of PEFT
+            # what is solved for this model must not show in the user's config, which may serve for another
+            peft_config = self.peft_config[name] = copy.deepcopy(peft_config)
         if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config = super()._prepare_adapter_config(peft_config, model_config)
         return peft_config
 
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Plan first: every error of the config against this model shows here, before any layer is touched."""
-        name = next(n for n, config in self.peft_config.items() if config is peft_config)
+        name = _name_of(peft_config, self.peft_config)
         made = make_plan(model, peft_config)
         if peft_config.target_modules in ("all-linear", "all-weights"):
             peft_config.target_modules = {row.target for row in made.rows if not row.raw} or set(
@@ -180,9 +182,10 @@ class FloraModel(BaseTuner):
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         # beam search repeats each sample, but not for an encoder of its own, which runs before the beams part
         single = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        inner = {layer.base_layer for layer in self._layers()}  # these hear the names from the layer around them
         handles = []
         for module in self.model.modules():
-            if isinstance(module, (FloraLayer, AuxiliaryTrainingWrapper)):
+            if isinstance(module, (FloraLayer, AuxiliaryTrainingWrapper)) and module not in inner:
                 repeated = list(names) if module in single else [name for name in names for _ in range(beams)]
                 handles.append(module.register_forward_pre_hook(partial(_pass_names, names=repeated), with_kwargs=True))
         try:
@@ -190,6 +193,11 @@ class FloraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _name_of(peft_config: FloraConfig, configs: dict[str, Any]) -> str:
+    """The adapter that is being added with this config: the latest one, where it served for others before."""
+    return next(name for name, config in reversed(configs.items()) if config is peft_config)
 
 
 def _pass_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -> tuple[tuple, dict]:
