@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 
 from flora.core_space import STARTS
 from flora.execution import EXECUTIONS
-from flora.files import check_adapter_file, replace_file
+from flora.files import replace_file, saved_shapes
 from flora.peft_compat import FLORA
 
 FORMAT_VERSION = 1
@@ -105,6 +105,9 @@ class FloraConfig(PeftConfig):
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Written by flora."})
 
+    # not a field: what the file that this config was loaded with holds, to be held against the plan
+    saved_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = FLORA
@@ -155,10 +158,12 @@ class FloraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        # A broken weights file must show before any layer is wrapped. This is the one moment at which PEFT gives a
-        # tuner the path of what it is about to load.
-        check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        # A weights file that is broken, or of another base model, must show before any layer is wrapped. This is the
+        # one moment at which PEFT gives a tuner the path of what it is about to load.
+        shapes = saved_shapes(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config.saved_shapes = shapes
+        return config
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -24,18 +24,20 @@ def replace_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_adapter_file(folder: str | os.PathLike) -> None:
-    """Raise ValueError where ``folder`` holds adapter weights that are not a whole FLoRA adapter.
+def saved_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the core spaces' tensors in an adapter's folder, by their names in the base model; the header alone is
+    read. None for a folder without weights, or a name on the hub: there is nothing to read yet.
 
-    A folder without weights, or a name on the hub, passes: there is nothing to read yet.
+    Raises ValueError where the weights are not a whole FLoRA adapter.
     """
     path = Path(folder) / WEIGHTS
     if not path.is_file():
-        return
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             dtypes = {key: file.get_slice(key).get_dtype() for key in keys}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     ours = [key for key in keys if ".tucker_space." in key or key.startswith("tucker_space.")]
@@ -44,3 +46,4 @@ def check_adapter_file(folder: str | os.PathLike) -> None:
     for key in ours:
         if not dtypes[key].startswith(("F", "BF")):
             raise ValueError(f"{path}: {key!r} has dtype {dtypes[key]}; a floating-point one is needed")
+    return {key.removeprefix("base_model.model."): shapes[key] for key in ours}

@@ -79,10 +79,10 @@ def _start(space: CoreSpace, gradient: Tensor, output_mode: int) -> None:
         None if mode == output_mode else tucker.leading_vectors(tucker.unfold(gradient, mode), rank)
         for mode, rank in enumerate(space.ranks)
     ]
-    projected = tucker.project(gradient, factors)
+    unfolded = tucker.unfold(tucker.project(gradient, factors), output_mode)
     rank = space.ranks[output_mode]
-    rows = tucker.leading_vectors(tucker.unfold(projected, output_mode).mT, min(rank, projected[0].numel() if projected.ndim == 1 else tucker.unfold(projected, output_mode).shape[1])).mT
-    core = rows.new_zeros(rank, rows.shape[1])
+    rows = tucker.leading_vectors(unfolded.mT, min(rank, unfolded.shape[1])).mT
+    core = rows.new_zeros(rank, unfolded.shape[1])  # a rank beyond what the input modes can tell apart stays empty
     core[: rows.shape[0]] = rows * math.sqrt(rows.shape[1])
     others = [size for mode, size in enumerate(space.ranks) if mode != output_mode]
     scaled = [

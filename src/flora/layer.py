@@ -20,6 +20,7 @@ from flora.peft_compat import gather_params_ctx
 class FloraLayer(nn.Module, BaseTunerLayer):
     """A layer whose weight ``parameter_name`` gets the update of one ``CoreSpace`` an adapter.
 
+    ``name`` is for error messages; ``shared`` says that other modules hold the same weight: merging unties it then.
     Where several weights of one layer are adapted (attention's projections, a pair of expert stacks), one FloraLayer
     wraps another, each with its own weight.
 
@@ -30,7 +31,9 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("tucker_space",)
     other_param_names = ("tucker_scaling", "tucker_dropout", "tucker_execution")
 
-    def __init__(self, base_layer: nn.Module, name: str, parameter_name: str = "weight") -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, parameter_name: str = "weight", shared: bool = False
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
@@ -40,7 +43,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.tucker_dropout: dict[str, float] = {}
         self.tucker_execution: dict[str, str] = {}
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: Tensor | None = None
+        self.shared = shared
+        self._kept_parameter: nn.Parameter | None = None
         self._active_adapter: list[str] = []
         inner = self.get_base_layer()
         self.kind, self.weight_shape, self.roles = kinds.describe(inner, parameter_name)
@@ -139,10 +143,13 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if names:
             merged = self._merged_weight(names, safe_merge)
-            if getattr(self.get_base_layer(), "max_norm", None) is not None and self._unmerged_weight is None:
-                # such an embedding rescales its rows as it looks them up: subtracting would not bring them back
-                self._unmerged_weight = self.base_parameter.data
-            self.base_parameter.data = merged
+            if self._kept_parameter is None and (self.shared or getattr(self.get_base_layer(), "max_norm", None)):
+                # others must not see the merged weight; an embedding with max_norm rescales its rows as it looks them
+                # up, so subtracting would not bring the old ones back
+                self._kept_parameter = self.base_parameter
+                self._replace_parameter(nn.Parameter(merged, requires_grad=self.base_parameter.requires_grad))
+            else:
+                self.base_parameter.data = merged
             self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -176,10 +183,17 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         else:
             names, self.merged_adapters = self.merged_adapters, []
-            kept, self._unmerged_weight = self._unmerged_weight, None
-            self.base_parameter.data = kept if kept is not None else add_to_weight(
-                self.base_parameter.data, [-self._wide_delta(name) for name in self._present(names)]
-            )
+            if self._kept_parameter is not None:
+                self._replace_parameter(self._kept_parameter)
+                self._kept_parameter = None
+            else:
+                self.base_parameter.data = add_to_weight(
+                    self.base_parameter.data, [-self._wide_delta(name) for name in self._present(names)]
+                )
+
+    def _replace_parameter(self, parameter: nn.Parameter) -> None:
+        owner = kinds.owner(self.get_base_layer(), self.parameter_name)
+        owner.register_parameter(kinds.leaf(self.parameter_name), parameter)
 
     def _wide_delta(self, adapter: str) -> Tensor:
         """The update in float32 at least, on the weight's device: a merge must not round it before the sum."""

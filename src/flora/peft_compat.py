@@ -62,3 +62,11 @@ def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> Non
 
     for method in ("_prepare_model", "_create_and_replace", "_inject_parameters"):
         ours_for_our_config(method)
+    inject = module.MixedModel.inject_adapter
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        # PeftMixedModel.add_adapter passes itself, which puts "base_model.model." before the name of every layer
+        ours = isinstance(self.peft_config[adapter_name], config_cls)
+        return inject(self, self.model if ours else model, adapter_name, *args, **kwargs)
+
+    module.MixedModel.inject_adapter = inject_adapter

@@ -26,7 +26,7 @@ class Row:
     """One weight that is to be adapted.
 
     ``name``: the layer's, followed by the weight's where that is not plainly "weight". ``target``: what in
-    ``target_modules`` or ``target_parameters`` (``raw``) names it.
+    ``target_modules`` or ``target_parameters`` (``raw``) names it. ``shared``: other modules hold this weight too.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Row:
     ranks: tuple[int, ...]
     scale: float | str
     execution: str
+    shared: bool = False
 
     @property
     def parameters(self) -> int:
@@ -109,8 +110,8 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
             if place in targets and (raw or targets[place][1]):
                 raise ValueError(f"{_name(*place)!r} is targeted twice: by target_modules and by target_parameters")
             targets.setdefault(place, (target, raw))
+    shared = _shared_weights(layers)
     if shorthand:
-        shared = _shared_weights(layers)
         targets = {place: t for place, t in targets.items() if id(_parameter(layers, place)) not in shared}
     _refuse_weights_met_twice(layers, targets)
     _refuse_other_sets(model, targets)
@@ -141,9 +142,32 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
                 ranks=rank,
                 scale=config.scale if scale is None else scale,
                 execution=choose(config.execution, kind, layers[module], _parameter(layers, place).dtype),
+                shared=id(_parameter(layers, place)) in shared,
             )
         )
     return Plan(rows, base_parameters)
+
+
+def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where an adapter's file doesn't have exactly the core spaces of the plan."""
+    expected: dict[str, tuple[tuple[int, ...], Row]] = {}
+    for module in dict.fromkeys(row.module for row in made.rows):
+        for depth, row in enumerate(made.rows_of(module)):
+            stem = module + ".base_layer" * depth + ".tucker_space."
+            expected[stem + "core"] = (row.ranks, row)
+            expected |= {
+                f"{stem}factor_{n}": (pair, row) for n, pair in enumerate(zip(row.shape, row.ranks, strict=True))
+            }
+    for key, (shape, row) in expected.items():
+        if saved.get(key) != shape:
+            found = list(saved[key]) if key in saved else "nothing"
+            raise ValueError(
+                f"layer {row.name!r}: the adapter's file has {found} for {key.rpartition('.')[2]}, but a weight of "
+                f"shape {list(row.shape)} at ranks {list(row.ranks)} needs {list(shape)}; was it trained on another "
+                "base model?"
+            )
+    if extra := sorted(key for key in saved if key not in expected and not key.endswith(".scale")):
+        raise ValueError(f"the adapter's file has {extra[0]!r}, which is no weight of this base model that is adapted")
 
 
 def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

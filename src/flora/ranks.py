@@ -69,11 +69,11 @@ def solve_budget(weights: Sequence[Weight], budget: int, kernel_rank: int | None
     def total(ranks: Sequence[Ranks]) -> int:
         return sum(parameter_count(w.shape, r) for w, r in zip(weights, ranks, strict=True))
 
-    least = [w.fixed or (1,) * len(w.shape) for w in weights]
+    least = at(1) if kernel_rank is not None else [w.fixed or (1,) * len(w.shape) for w in weights]
     if total(least) > budget:
         raise ValueError(f"a budget of {budget} parameters is too small for these weights: least possible {total(least)}")
-    if total(at(1)) > budget:  # the kernel modes' own ranks do not fit: fill up from rank 1 instead
-        return _fill_modes(weights, least, budget - total(least))
+    if total(at(1)) > budget:  # the kernel modes' default ranks do not fit: fill up from rank 1 instead
+        return _fill_modes(weights, least, budget - total(least), kernel_rank)
     low, high = 1, max(max(w.shape) for w in weights) + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -84,11 +84,12 @@ def solve_budget(weights: Sequence[Weight], budget: int, kernel_rank: int | None
         cost = parameter_count(weight.shape, upper) - parameter_count(weight.shape, solved[i])
         if cost <= spare:
             solved[i], spare = upper, spare - cost
-    return _fill_modes(weights, solved, spare)
+    return _fill_modes(weights, solved, spare, kernel_rank)
 
 
-def _fill_modes(weights: Sequence[Weight], ranks: list[Ranks], spare: int) -> list[Ranks]:
-    """Spend ``spare`` parameters on single modes, one rank at a time and the same for all, while any step fits."""
+def _fill_modes(weights: Sequence[Weight], ranks: list[Ranks], spare: int, kernel_rank: int | None) -> list[Ranks]:
+    """Spend ``spare`` parameters on single modes, one rank at a time and the same for all, while any step fits. A
+    kernel rank that the user has chosen stays."""
     ranks = list(ranks)
     progress = True
     while progress:
@@ -97,7 +98,7 @@ def _fill_modes(weights: Sequence[Weight], ranks: list[Ranks], spare: int) -> li
             if weight.fixed:
                 continue
             for mode, size in enumerate(weight.shape):
-                if ranks[i][mode] == size:
+                if ranks[i][mode] == size or (weight.roles[mode] == "kernel" and kernel_rank is not None):
                     continue
                 cost = size + prod(ranks[i]) // ranks[i][mode]
                 if cost <= spare:

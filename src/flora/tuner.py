@@ -19,7 +19,7 @@ from flora import tucker
 from flora.config import FloraConfig
 from flora.layer import FloraLayer
 from flora.peft_compat import PREFIX
-from flora.plan import Plan, Row, canonical_module, make_plan, shorthand_names
+from flora.plan import Plan, Row, canonical_module, check_saved, make_plan, shorthand_names
 
 
 class FloraModel(BaseTuner):
@@ -44,6 +44,8 @@ class FloraModel(BaseTuner):
         """Plan first: every error of the config against this model shows here, before any layer is touched."""
         name = _name_of(peft_config, self.peft_config)
         made = make_plan(model, peft_config)
+        if peft_config.saved_shapes is not None:
+            check_saved(made, peft_config.saved_shapes)
         if peft_config.target_modules in ("all-linear", "all-weights"):
             peft_config.target_modules = {row.target for row in made.rows if not row.raw} or set(
                 shorthand_names(model, peft_config)
@@ -221,7 +223,7 @@ def wrap(model: nn.Module, rows: Sequence[Row], adapter_name: str, config: Flora
         inner = inner.base_layer
     for row in reversed(rows):
         if row.parameter not in wrapped:
-            layer = wrapped[row.parameter] = FloraLayer(layer, row.name, row.parameter)
+            layer = wrapped[row.parameter] = FloraLayer(layer, row.name, row.parameter, shared=row.shared)
             layer.training = layer.base_layer.training
             if isinstance(parent, nn.TransformerEncoderLayer):
                 layer.register_forward_pre_hook(_no_fast_path)
