@@ -173,7 +173,7 @@ def test_a_broken_adapter_is_never_merged_in_part(safe):
     layers(model)[1].tucker_space["default"].core.data[0, 0] = torch.nan
     before = [layer.base_parameter.clone() for layer in layers(model)]
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="NaNs detected in layer '2'.*'default'"):
+        with pytest.raises(ValueError, match="NaNs detected.*layer .2., shape"):
             merge(safe_merge=safe)
         assert all(torch.equal(a.base_parameter, b) for a, b in zip(layers(model), before, strict=True))
         assert not any(layer.merged for layer in layers(model))

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from flora import FloraConfig, FloraLayer
+from flora.peft_compat import SAVES_BIASES
 
 TOKENS = torch.arange(12).reshape(3, 4)
 
@@ -219,7 +220,12 @@ def test_bias_modules_to_save_and_token_indices_travel(tmp_path):
 @pytest.mark.parametrize("bias", ["all", "flora_only"])
 def test_biases_train_and_travel(bias, tmp_path):
     make = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))  # noqa: E731
-    model = get_peft_model(make(), FloraConfig(target_modules=["0"], bias=bias))
+    config = FloraConfig(target_modules=["0"], bias=bias)
+    if not SAVES_BIASES:
+        with pytest.raises(ValueError, match="needs PEFT 0.21 or later"):
+            get_peft_model(make(), config)
+        return
+    model = get_peft_model(make(), config)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
     assert len(trained) == (2 if bias == "all" else 1)
     layers(model)[0].base_layer.bias.data += 1

@@ -158,15 +158,15 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             space = self.tucker_space[adapter]
             if not all(torch.isfinite(tensor).all() for tensor in (space.core, *space.factors)):
                 raise ValueError(
-                    f"NaNs detected in layer {self.name!r}: core or factors of adapter {adapter!r} are not finite. "
-                    f"The adapter {adapter} seems to be broken"
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
+                    f"layer {self.name!r}, shape {list(self.weight_shape)}, its core or factors are not finite"
                 )
         weight = self.base_parameter
         merged = add_to_weight(weight.data, [self._wide_delta(adapter) for adapter in adapters])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
-                f"NaNs detected in the merged weight of layer {self.name!r}, shape {list(weight.shape)}: {weight.dtype} "
-                f"can't hold it with {list(adapters)}. The adapter {adapters[-1]} seems to be broken"
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
+                f"layer {self.name!r}, shape {list(self.weight_shape)}, {weight.dtype} can't hold the sum"
             )
         return merged
 

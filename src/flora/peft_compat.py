@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Union
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.peft_types import PeftType
 
 PREFIX = "tucker_"
+# PEFT 0.20 leaves trained biases out of an adapter's file, for every method but its own LoRA
+SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
-__all__ = ["FLORA", "PREFIX", "gather_params_ctx", "register"]
+__all__ = ["FLORA", "PREFIX", "SAVES_BIASES", "gather_params_ctx", "register"]
 
 
 def _enum_member(name: str) -> PeftType:

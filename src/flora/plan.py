@@ -18,6 +18,7 @@ from flora import ranks as rank_rules
 from flora.config import FloraConfig
 from flora.execution import choose
 
+SHORTHANDS = ("all-linear", "all-weights")
 HEAD_NAMES = (*SEQ_CLS_HEAD_NAMES, "head", "heads", "fc", "lm_head", "qa_outputs")
 
 
@@ -102,7 +103,7 @@ def plan(model: nn.Module, config: FloraConfig) -> Plan:
 def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None = None) -> Plan:
     """As ``plan``, but empty where nothing matches. ``keys`` names the layers in place of the config."""
     layers = dict(base_layers(model))
-    shorthand = keys is None and config.target_modules in ("all-linear", "all-weights")
+    shorthand = keys is None and config.target_modules in SHORTHANDS
     wanted = list(_matching(model, layers, config)) if keys is None else [(key, "", key, False) for key in keys]
     targets: dict[tuple[str, str], tuple[str, bool]] = {}
     for module, parameter, target, raw in wanted:
@@ -206,7 +207,7 @@ def _matching(model: nn.Module, layers: dict, config: FloraConfig) -> Iterator[t
     """(module, parameter or "", target, raw) for everything that the config names, in the model's order."""
     if config.target_modules == DUMMY_TARGET_MODULES:
         return
-    if config.target_modules in ("all-linear", "all-weights"):
+    if config.target_modules in SHORTHANDS:
         names = shorthand_names(model, config)
     elif config.target_modules is None and config.target_parameters is None:
         names = []

@@ -18,8 +18,8 @@ from torch import nn
 from flora import tucker
 from flora.config import FloraConfig
 from flora.layer import FloraLayer
-from flora.peft_compat import PREFIX
-from flora.plan import Plan, Row, canonical_module, check_saved, make_plan, shorthand_names
+from flora.peft_compat import PREFIX, SAVES_BIASES
+from flora.plan import SHORTHANDS, Plan, Row, canonical_module, check_saved, make_plan, shorthand_names
 
 
 class FloraModel(BaseTuner):
@@ -33,7 +33,8 @@ class FloraModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
         name = _name_of(peft_config, self.peft_config)
-        if not peft_config.inference_mode:  # a config given to load with is kept as the object it is, as in all of PEFT
+        solves = peft_config.budget is not None or peft_config.target_modules in SHORTHANDS
+        if solves and not peft_config.inference_mode:  # all else stays the very object that PEFT's users passed in
             # what is solved for this model must not show in the user's config, which may serve for another
             peft_config = self.peft_config[name] = copy.deepcopy(peft_config)
         if peft_config.target_modules is None and not peft_config.target_parameters:
@@ -43,10 +44,12 @@ class FloraModel(BaseTuner):
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Plan first: every error of the config against this model shows here, before any layer is touched."""
         name = _name_of(peft_config, self.peft_config)
+        if peft_config.bias != "none" and not SAVES_BIASES:
+            raise ValueError(f"bias={peft_config.bias!r} needs PEFT 0.21 or later: this one would not save the biases")
         made = make_plan(model, peft_config)
         if peft_config.saved_shapes is not None:
             check_saved(made, peft_config.saved_shapes)
-        if peft_config.target_modules in ("all-linear", "all-weights"):
+        if peft_config.target_modules in SHORTHANDS:
             peft_config.target_modules = {row.target for row in made.rows if not row.raw} or set(
                 shorthand_names(model, peft_config)
             )
