@@ -177,6 +177,31 @@ def test_torch_s_transformer_layer_does_not_run_past_the_adapter(targets):
     torch.testing.assert_close(merged(x), evaluated)
 
 
+class Reader(nn.Module):
+    """As Swin's and EVA's attention do: the parent reads the layer's weight and never calls the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+def test_a_weight_that_is_only_read_is_adapted_too():
+    model, x = adapted(nn.Sequential(Reader()), ["qkv"]), torch.randn(3, 6)
+    with model.disable_adapter():
+        plain = model(x)
+    result = model(x)
+    assert not torch.allclose(result, plain)
+    result.sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), result)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), result)
+
+
 def test_diffusers(tmp_path):
     from diffusers import UNet2DConditionModel
 

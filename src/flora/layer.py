@@ -66,7 +66,23 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         except AttributeError:
             if name == "base_layer" or (name.startswith("_") and name != "_qkv_same_embed_dim"):
                 raise
+            return self._seen_from_outside(name)
+
+    def _seen_from_outside(self, name: str) -> Any:
+        """An attribute of the base layer; its weight with the updates in it, for the models that read a layer's weight
+        and never call the layer (Swin's and EVA's attention)."""
+        if name != self.parameter_name:
             return getattr(self.base_layer, name)
+        off = self.disable_adapters or self.merged
+        return self._weight_with([] if off else self._present(self.active_adapters))
+
+    @property
+    def weight(self) -> Tensor:
+        return self._seen_from_outside("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._seen_from_outside("bias")
 
     @property
     def base_parameter(self) -> nn.Parameter:
@@ -235,8 +251,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         ``inner`` is for the base layer alone."""
         inside = [a for a in adapters if self._runs_merged(a)]
         if inside:
-            weight = add_to_weight(self.base_parameter, [self._training_delta(a) for a in inside])
-            result = kinds.run_with_weights(self.base_layer, {self._weight_path: weight}, args, {**kwargs, **inner})
+            weight = {self._weight_path: self._weight_with(inside)}
+            result = kinds.run_with_weights(self.base_layer, weight, args, {**kwargs, **inner})
         else:
             result = self.base_layer(*args, **kwargs, **inner)
         for adapter in adapters:
@@ -250,6 +266,11 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         # dropout is of the layer's input, which only the factored form has; where there is none, of the ranks
         dropping = self.training and self.tucker_dropout[adapter] > 0
         return not (dropping and self.kind is not None and self.kind.can_factor(self.get_base_layer()))
+
+    def _weight_with(self, adapters: Sequence[str]) -> Tensor:
+        if not adapters:
+            return self.base_parameter
+        return add_to_weight(self.base_parameter, [self._training_delta(adapter) for adapter in adapters])
 
     def _training_delta(self, adapter: str) -> Tensor:
         p = self.tucker_dropout[adapter] if self.training else 0.0
