@@ -37,10 +37,10 @@ def t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config).eval()
 
 
-def adapted(model, targets="all-linear", **options):
+def adapted(model, targets="all-linear", r=4, **options):
     torch.manual_seed(1)
     return get_peft_model(
-        model, FloraConfig(r=4, target_modules=targets, init_weights=False, **options)
+        model, FloraConfig(r=r, target_modules=targets, init_weights=False, **options)
     ).eval()
 
 
@@ -318,3 +318,18 @@ def test_two_processes_train_as_one(how, tmp_path):
     for name, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(state[name], p.detach())
+
+
+def test_a_hot_swap_does_not_recompile(tmp_path):
+    import flora
+
+    torch.compiler.reset()
+    adapted(llama(), r=2).save_pretrained(tmp_path)
+    model = adapted(llama())
+    expected = PeftModel.from_pretrained(llama(), tmp_path).eval()(TOKENS).logits
+    compiled = torch.compile(model.base_model.model, backend="eager")
+    with torch.no_grad():
+        compiled(TOKENS)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            flora.hotswap(model, tmp_path)
+            torch.testing.assert_close(compiled(TOKENS).logits, expected)
