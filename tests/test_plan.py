@@ -162,6 +162,12 @@ def test_a_parameter_of_the_wrong_type_or_order():
             plan(Holder(tensor), FloraConfig(target_parameters=["inner.table"]))
 
 
+def test_a_weight_that_is_computed_is_refused():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="layer 'inner'.*'weight' is not a parameter of .*Linear .computed"):
+        plan(nn.ModuleDict({"inner": layer}), FloraConfig(target_modules=["inner"]))
+
+
 def test_a_layer_takes_further_adapters_of_the_same_weights_only():
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -177,9 +177,13 @@ def kind_of(layer: nn.Module) -> Kind | None:
 
 
 def weight_names(layer: nn.Module) -> list[str]:
-    """Names of the weights of ``layer`` that its kind adapts and that this very layer has."""
+    """Names of the weights of ``layer`` that its kind adapts and that this very layer has; the kind's first where it
+    has none as a parameter, for ``describe`` to refuse."""
     kind = kind_of(layer)
-    return [] if kind is None else [name for name in kind.weights if owner(layer, name)._parameters.get(leaf(name)) is not None]
+    if kind is None:
+        return []
+    present = [name for name in kind.weights if owner(layer, name)._parameters.get(leaf(name)) is not None]
+    return present or [kind.weights[0]]
 
 
 def owner(layer: nn.Module, weight: str) -> nn.Module:
