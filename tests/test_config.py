@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
-from reference import layers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import flora
 from flora import FloraConfig
 from flora.config import FORMAT_VERSION
+from reference import layers
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -8,13 +8,13 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, Case
 from peft import PeftModel, get_peft_model
-from reference import delta, first, forward, layers
 from torch import nn
 
+from cases import CASES, Case
 from flora import FloraConfig, FloraLayer
 from flora.config import INITS
+from reference import delta, first, forward, layers
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_execution = pytest.mark.parametrize("execution", ["factored", "merged"])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from reference import layers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from flora import FloraConfig, FloraLayer
 from flora.peft_compat import SAVES_BIASES
+from reference import layers
 
 TOKENS = torch.arange(12).reshape(3, 4)
 
@@ -39,9 +39,7 @@ def t5() -> T5ForConditionalGeneration:
 
 def adapted(model, targets="all-linear", r=4, **options):
     torch.manual_seed(1)
-    return get_peft_model(
-        model, FloraConfig(r=r, target_modules=targets, init_weights=False, **options)
-    ).eval()
+    return get_peft_model(model, FloraConfig(r=r, target_modules=targets, init_weights=False, **options)).eval()
 
 
 def test_a_second_adapter_may_use_a_shorthand_too():
@@ -209,8 +207,8 @@ def test_diffusers(tmp_path):
         torch.manual_seed(0)
         return UNet2DConditionModel(
             sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         ).eval()  # fmt: skip
 
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 8)
@@ -234,7 +232,9 @@ def test_diffusers(tmp_path):
 def test_bias_modules_to_save_and_token_indices_travel(tmp_path):
     model = get_peft_model(
         llama(),
-        FloraConfig(target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[3], init_weights=False),
+        FloraConfig(
+            target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[3], init_weights=False
+        ),
     ).eval()
     model.base_model.model.model.norm.modules_to_save["default"].weight.data += 1
     expected = model(TOKENS).logits

@@ -107,9 +107,14 @@ def test_a_backbone_and_stacked_experts():
         backbone = ConvNextV2ForImageClassification(ConvNextV2Config(depths=[1, 1], hidden_sizes=[8, 16], num_stages=2))
         experts = AutoModelForCausalLM.from_config(
             MixtralConfig(
-                hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_local_experts=4, vocab_size=16,
-                num_attention_heads=2, num_key_value_heads=1,
-            )  # fmt: skip
+                hidden_size=8,
+                intermediate_size=12,
+                num_hidden_layers=1,
+                num_local_experts=4,
+                vocab_size=16,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+            )
         )
     made = plan(backbone, FloraConfig(target_modules="all-weights"))
     assert {len(row.shape) for row in made.rows} == {2, 4} and not any("classifier" in row.name for row in made.rows)
@@ -120,17 +125,20 @@ def test_a_backbone_and_stacked_experts():
 def test_beside_lora_the_base_layer_counts():
     model = get_peft_model(Net(), LoraConfig(target_modules=["stem"])).base_model.model
     made = plan(model, FloraConfig(target_modules=["stem"]))
-    assert made.rows[0].shape == (16, 3, 3, 3) and made.base_parameters == plan(Net(), FloraConfig(target_modules=["stem"])).base_parameters
+    assert (
+        made.rows[0].shape == (16, 3, 3, 3)
+        and made.base_parameters == plan(Net(), FloraConfig(target_modules=["stem"])).base_parameters
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ["norm"]}, "layer 'norm' is a LayerNorm, which can't be adapted; supported: torch.nn.Linear"),
+        ({"target_modules": ["norm"]}, "layer 'norm' is a LayerNorm, which can't be adapted; supported: torch.nn"),
         ({"target_modules": ["absent"]}, "no layer matches target_modules"),
         ({"target_parameters": ["absent.weight"]}, r"target_parameters \['absent.weight'\] match no parameter"),
         ({"target_modules": ["stem"], "target_parameters": ["stem.weight"]}, "'stem' is targeted twice"),
-        ({"target_modules": ["stem"], "r": [4, 4]}, r"layer 'stem': 2 ranks \[4, 4\] for a weight of 4 modes, shape \[16, 3, 3, 3\]"),
+        ({"target_modules": ["stem"], "r": [4, 4]}, r"layer 'stem': 2 ranks \[4, 4\] .* 4 modes, shape \[16, 3, 3, 3\]"),
         ({"target_modules": ["stem"], "rank_pattern": {"nothing": 3}}, r"rank_pattern: \['nothing'\] match none"),
         ({"target_modules": ["stem"], "scale_pattern": {"nothing": 3}}, r"scale_pattern: \['nothing'\] match none"),
         ({"target_modules": "all-weights", "budget": 100}, "a budget of 100 parameters is too small.*least possible"),

@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from cases import CASES
 from peft import get_peft_model
-from reference import first, layers, run
-from test_contract import CLOSE, build
 from torch import nn
 
 import flora
+from cases import CASES
 from flora import FloraConfig
 from flora.core_space import CoreSpace, unified_scale
 from flora.kinds import output_mode
+from reference import first, layers, run
+from test_contract import CLOSE, build
 
 SHAPES = [((64, 32), (8, 8)), ((96, 1, 7, 7), (12, 1, 4, 4)), ((8, 24, 40), (4, 6, 6)), ((256,), (16,))]
 

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from flora import tucker
 
-sizes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)).map(lambda p: (max(p), min(p))), min_size=1, max_size=5)
+sizes = st.lists(
+    st.tuples(st.integers(1, 5), st.integers(1, 5)).map(lambda p: (max(p), min(p))), min_size=1, max_size=5
+)
 
 
 def draw(shape_and_ranks, seed=0):

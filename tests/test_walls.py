@@ -75,4 +75,6 @@ def test_heavy_packages_load_inside_functions(room):
 
 def test_plain_import_loads_nothing_heavy():
     code = f"import sys, flora; print([m for m in {HEAVY!r} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -134,11 +134,15 @@ class FloraConfig(PeftConfig):
         check_choice("execution", self.execution, EXECUTIONS)
         check_choice("bias", self.bias, BIASES)
         if not isinstance(self.init_weights, bool):
-            raise ValueError(f"init_weights must be true or false, got {self.init_weights!r}; the start is chosen by init")
+            raise ValueError(
+                f"init_weights must be true or false, got {self.init_weights!r}; the start is chosen by init"
+            )
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform can't be used with a regex or shorthand in target_modules; give a list of names")
+            raise ValueError(
+                "layers_to_transform can't be used with a regex or shorthand in target_modules; give a list of names"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform as well")
 

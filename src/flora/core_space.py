@@ -1,6 +1,6 @@
 """The trainable part: one core space for one weight (paper section 4, equation 5).
 
-    delta = scale · core ×_1 factors[0] … ×_N factors[N-1]      core (r_1, …, r_N), factors[n] (I_n, r_n)
+delta = scale · core ×_1 factors[0] … ×_N factors[N-1]      core (r_1, …, r_N), factors[n] (I_n, r_n)
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class CoreSpace(nn.Module):
     ) -> None:
         super().__init__()
         if len(ranks) != len(shape) or any(not 1 <= r <= size for r, size in zip(ranks, shape, strict=True)):
-            raise ValueError(f"ranks {list(ranks)} for shape {list(shape)}: one rank a mode is needed, from 1 to its size")
+            raise ValueError(
+                f"ranks {list(ranks)} for shape {list(shape)}: one rank a mode is needed, from 1 to its size"
+            )
         self.shape = tuple(shape)
         self.ranks = tuple(ranks)
         self.core = nn.Parameter(torch.zeros(self.ranks, device=device, dtype=dtype))

@@ -14,7 +14,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Write to the yielded temporary path; it takes the place of ``path`` at the end, and only if nothing went wrong."""
+    """Write to the yielded temporary path; it takes the place of ``path`` at the end, if nothing went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -25,7 +25,9 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def run_with_weights(module: nn.Module, weights: dict[str, Tensor], args: tuple, kwargs: dict):
     """The module's own forward with other weights; the module is left untouched."""
     # FSDP1 lays its view of a weight in front of the parameter, where a swap of the parameter would not be seen
-    views = {name: vars(owner(module, name)).pop(leaf(name)) for name in weights if leaf(name) in vars(owner(module, name))}
+    views = {
+        name: vars(owner(module, name)).pop(leaf(name)) for name in weights if leaf(name) in vars(owner(module, name))
+    }
     try:
         return functional_call(module, weights, args, kwargs, tie_weights=False)
     finally:
@@ -93,7 +95,9 @@ def _embedding_bag(layer, core, factors, input, offsets=None, per_sample_weights
         row_factor,
         offsets,
         mode=layer.mode,
-        per_sample_weights=per_sample_weights if per_sample_weights is None else per_sample_weights.to(row_factor.dtype),
+        per_sample_weights=per_sample_weights
+        if per_sample_weights is None
+        else per_sample_weights.to(row_factor.dtype),
         include_last_offset=layer.include_last_offset,
         padding_idx=layer.padding_idx,
     )
@@ -214,7 +218,9 @@ def describe(layer: nn.Module, weight: str) -> tuple[Kind | None, tuple[int, ...
     if not parameter.dtype.is_floating_point:
         raise ValueError(f"{weight!r} has dtype {parameter.dtype}; a floating-point weight is needed")
     if not 1 <= len(shape) <= MAX_MODES or 0 in shape:
-        raise ValueError(f"{weight!r} has shape {list(shape)}; 1 to {MAX_MODES} modes are supported, none of them empty")
+        raise ValueError(
+            f"{weight!r} has shape {list(shape)}; 1 to {MAX_MODES} modes are supported, none of them empty"
+        )
     kind = kind_of(layer)
     if kind is not None and weight in kind.weights:
         return kind, shape, kind.roles_of(shape)

@@ -31,9 +31,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("tucker_space",)
     other_param_names = ("tucker_scaling", "tucker_dropout", "tucker_execution")
 
-    def __init__(
-        self, base_layer: nn.Module, name: str, parameter_name: str = "weight", shared: bool = False
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, parameter_name: str = "weight", shared: bool = False) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
@@ -44,7 +42,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.tucker_execution: dict[str, str] = {}
         self.merged_adapters: list[str] = []
         self.shared = shared
-        self._kept_parameter: nn.Parameter | None = None
+        self._kept: list[nn.Parameter] = []  # a list, or torch would count it among the layer's parameters
         self._active_adapter: list[str] = []
         inner = self.get_base_layer()
         self.kind, self.weight_shape, self.roles = kinds.describe(inner, parameter_name)
@@ -159,10 +157,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if names:
             merged = self._merged_weight(names, safe_merge)
-            if self._kept_parameter is None and (self.shared or getattr(self.get_base_layer(), "max_norm", None)):
+            if not self._kept and (self.shared or getattr(self.get_base_layer(), "max_norm", None)):
                 # others must not see the merged weight; an embedding with max_norm rescales its rows as it looks them
                 # up, so subtracting would not bring the old ones back
-                self._kept_parameter = self.base_parameter
+                self._kept = [self.base_parameter]
                 self._replace_parameter(nn.Parameter(merged, requires_grad=self.base_parameter.requires_grad))
             else:
                 self.base_parameter.data = merged
@@ -199,9 +197,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         else:
             names, self.merged_adapters = self.merged_adapters, []
-            if self._kept_parameter is not None:
-                self._replace_parameter(self._kept_parameter)
-                self._kept_parameter = None
+            if self._kept:
+                self._replace_parameter(self._kept.pop())
             else:
                 self.base_parameter.data = add_to_weight(
                     self.base_parameter.data, [-self._wide_delta(name) for name in self._present(names)]

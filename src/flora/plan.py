@@ -216,19 +216,26 @@ def _matching(model: nn.Module, layers: dict, config: FloraConfig) -> Iterator[t
     for name in names:
         if kinds.kind_of(layers[name]) is None:
             raise ValueError(
-                f"layer {name!r} is a {type(layers[name]).__name__}, which can't be adapted; supported: {kinds.supported()}"
+                f"layer {name!r} is a {type(layers[name]).__name__}, which can't be adapted; "
+                f"supported: {kinds.supported()}"
             )
         yield name, "", name, False
     unmatched = set(config.target_parameters or ())
     for module, layer in layers.items():
         for parameter in layer._parameters if config.target_parameters else ():
             name = f"{module}.{parameter}"
-            hits = {t for t in config.target_parameters if name == t or name.endswith(f".{t}") or (not module and parameter == t)}
+            hits = {
+                t
+                for t in config.target_parameters
+                if name == t or name.endswith(f".{t}") or (not module and parameter == t)
+            }
             if not hits:
                 continue
             unmatched -= hits
             if not module:
-                raise ValueError(f"parameter {parameter!r} belongs to the model itself; only a submodule's can be adapted")
+                raise ValueError(
+                    f"parameter {parameter!r} belongs to the model itself; only a submodule's can be adapted"
+                )
             yield module, parameter, name, True
     if unmatched:
         raise ValueError(f"target_parameters {sorted(unmatched)} match no parameter of the model")
@@ -265,7 +272,7 @@ def _output_heads(model: nn.Module, config: FloraConfig, linear_only: bool) -> l
         heads.append(model.get_output_embeddings())
     except (AttributeError, NotImplementedError):
         pass
-    if linear_only and (heads != [None] and heads or config.task_type != TaskType.SEQ_CLS):
+    if linear_only and ((heads != [None] and heads) or config.task_type != TaskType.SEQ_CLS):
         return heads
     for name in SEQ_CLS_HEAD_NAMES if linear_only else HEAD_NAMES:
         head = getattr(model, name, None)
@@ -294,7 +301,9 @@ def _places(model: nn.Module, module: str, parameter: str, config: FloraConfig) 
         return [(module, parameter)]
     names = kinds.weight_names(unwrapped(model.get_submodule(module)))
     return [
-        (module, name) for name in names if "." not in name or not _excluded(config, f"{module}.{name.rpartition('.')[0]}")
+        (module, name)
+        for name in names
+        if "." not in name or not _excluded(config, f"{module}.{name.rpartition('.')[0]}")
     ]
 
 
@@ -359,7 +368,10 @@ def _solve(names, places, described, config: FloraConfig, base_parameters: int) 
         weights.append(rank_rules.Weight(shape, roles, fixed))
     if config.ranks and set(config.ranks) == set(names):
         saved = [tuple(config.ranks[name]) for name in names]
-        if all(len(r) == len(w.shape) and all(1 <= a <= b for a, b in zip(r, w.shape, strict=True)) for r, w in zip(saved, weights, strict=True)):
+        if all(
+            len(r) == len(w.shape) and all(1 <= a <= b for a, b in zip(r, w.shape, strict=True))
+            for r, w in zip(saved, weights, strict=True)
+        ):
             return saved
     if config.budget is None or not weights:
         return [weight.fixed for weight in weights]

@@ -71,7 +71,9 @@ def solve_budget(weights: Sequence[Weight], budget: int, kernel_rank: int | None
 
     least = at(1) if kernel_rank is not None else [w.fixed or (1,) * len(w.shape) for w in weights]
     if total(least) > budget:
-        raise ValueError(f"a budget of {budget} parameters is too small for these weights: least possible {total(least)}")
+        raise ValueError(
+            f"a budget of {budget} parameters is too small for these weights: least possible {total(least)}"
+        )
     if total(at(1)) > budget:  # the kernel modes' default ranks do not fit: fill up from rank 1 instead
         return _fill_modes(weights, least, budget - total(least), kernel_rank)
     low, high = 1, max(max(w.shape) for w in weights) + 1

@@ -82,7 +82,9 @@ class FloraModel(BaseTuner):
             mine = [row for row in rows if row.module == module]
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 wrap(model, mine, adapter_name, peft_config)
-        self.targeted_parameter_names.extend(n for n in (r.target for r in rows) if n not in self.targeted_parameter_names)
+        self.targeted_parameter_names.extend(
+            n for n in (r.target for r in rows) if n not in self.targeted_parameter_names
+        )
         return [row.target for row in rows]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -120,7 +122,9 @@ class FloraModel(BaseTuner):
             raise ValueError(f"adapters {full} have modules_to_save, which can't be added up")
         sums = {}
         for layer in self._layers():
-            present = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.tucker_space]
+            present = [
+                (name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.tucker_space
+            ]
             if present:
                 sums[layer.name] = _weighted_sum(layer, present)
         rows = [row for name in adapters for row in self._plans[name].rows]
