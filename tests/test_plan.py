@@ -138,7 +138,7 @@ def test_beside_lora_the_base_layer_counts():
         ({"target_modules": ["absent"]}, "no layer matches target_modules"),
         ({"target_parameters": ["absent.weight"]}, r"target_parameters \['absent.weight'\] match no parameter"),
         ({"target_modules": ["stem"], "target_parameters": ["stem.weight"]}, "'stem' is targeted twice"),
-        ({"target_modules": ["stem"], "r": [4, 4]}, r"layer 'stem': 2 ranks \[4, 4\] .* 4 modes, shape \[16, 3, 3, 3\]"),
+        ({"target_modules": ["stem"], "r": [4, 4]}, r"layer 'stem': 2 ranks \[4, 4\] .* shape \[16, 3, 3, 3\]"),
         ({"target_modules": ["stem"], "rank_pattern": {"nothing": 3}}, r"rank_pattern: \['nothing'\] match none"),
         ({"target_modules": ["stem"], "scale_pattern": {"nothing": 3}}, r"scale_pattern: \['nothing'\] match none"),
         ({"target_modules": "all-weights", "budget": 100}, "a budget of 100 parameters is too small.*least possible"),

@@ -105,8 +105,10 @@ class FloraConfig(PeftConfig):
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Written by flora."})
 
-    # not a field: what the file that this config was loaded with holds, to be held against the plan
-    saved_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None
+    # Not fields, so that a config that serves for a second model, or is the pattern of another, starts without them.
+    # PEFT needs the config to stay the object that the user gave, so it can't be copied to keep them out of it.
+    saved_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None  # what the file holds, to be held against the plan
+    solved_ranks: ClassVar[dict[str, list[int]] | None] = None  # what the budget came to, to be saved as ``ranks``
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +149,8 @@ class FloraConfig(PeftConfig):
             raise ValueError("layers_pattern needs layers_to_transform as well")
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        fields = super().to_dict() | ({"ranks": self.solved_ranks} if self.solved_ranks else {})
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, whole or not at all."""

@@ -35,9 +35,10 @@ def hotswap(model: nn.Module, path: str | os.PathLike, adapter: str = "default")
         for key, tensor in layer.tucker_space[adapter].state_dict(keep_vars=True).items():
             targets[f"{name.removeprefix('base_model.model.')}.tucker_space.{key}"] = tensor
     if set(targets) != set(saved):
+        extra, missing = sorted(set(saved) - set(targets)), sorted(set(targets) - set(saved))
         raise ValueError(
-            f"{path} has other layers than adapter {adapter!r}: "
-            f"only in the file {sorted(set(saved) - set(targets))[:3]}, only in the model {sorted(set(targets) - set(saved))[:3]}"
+            f"{path} has other layers than adapter {adapter!r}: only in the file {extra[:3]}, only in the model "
+            f"{missing[:3]}"
         )
     for key, target in targets.items():
         source, is_factor = saved[key], ".factor_" in key

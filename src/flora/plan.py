@@ -172,14 +172,17 @@ def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:
 
 
 def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by name, wrapped ones as their base layer, without what adapters have put in."""
+    """Every module by name, wrapped ones as their base layer, without what adapters have put in.
+
+    The names are the same where torch.compile has wrapped the model.
+    """
     inside: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside.append(f"{name}.")
-        yield name, unwrapped(module)
+        yield name.removeprefix("_orig_mod."), unwrapped(module)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from flora import tucker
@@ -32,11 +32,6 @@ class FloraModel(BaseTuner):
     # ------------------------------------------------------------------------------------------------- injection
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
-        name = _name_of(peft_config, self.peft_config)
-        solves = peft_config.budget is not None or peft_config.target_modules in SHORTHANDS
-        if solves and not peft_config.inference_mode:  # all else stays the very object that PEFT's users passed in
-            # what is solved for this model must not show in the user's config, which may serve for another
-            peft_config = self.peft_config[name] = copy.deepcopy(peft_config)
         if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config = super()._prepare_adapter_config(peft_config, model_config)
         return peft_config
@@ -53,8 +48,8 @@ class FloraModel(BaseTuner):
             peft_config.target_modules = {row.target for row in made.rows if not row.raw} or set(
                 shorthand_names(model, peft_config)
             )
-        if peft_config.budget is not None:
-            peft_config.ranks = {row.name: list(row.ranks) for row in made.rows}
+        solved = peft_config.budget is not None
+        peft_config.solved_ranks = {row.name: list(row.ranks) for row in made.rows} if solved else None
         self.__dict__.setdefault("_plans", {})[name] = made
 
     def _create_and_replace(
@@ -67,7 +62,7 @@ class FloraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        key = canonical_module(self.model, current_key)
+        key = canonical_module(self.model, current_key.removeprefix("_orig_mod."))
         # a layer that only a state_dict names is not in the plan
         rows = self._plans[adapter_name].rows_of(key) or make_plan(self.model, peft_config, keys=[key]).rows
         rows = [row for row in rows if row.raw == (parameter_name is not None)]
@@ -118,8 +113,12 @@ class FloraModel(BaseTuner):
             raise ValueError(f"adapters {missing} do not exist; there are {sorted(self.peft_config)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter {adapter_name!r} exists already; choose another name")
-        if full := [name for name in adapters if self.peft_config[name].modules_to_save]:
-            raise ValueError(f"adapters {full} have modules_to_save, which can't be added up")
+        saved = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        if twice := [module for module in saved if len(set(adapters) & set(module.modules_to_save)) > 1]:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{len(twice)} such instance(s)."
+            )
         sums = {}
         for layer in self._layers():
             present = [
@@ -134,6 +133,8 @@ class FloraModel(BaseTuner):
         config.target_modules = {row.target for row in rows if not row.raw}
         config.target_parameters = {row.target for row in rows if row.raw} or None
         config.ranks = {name: list(core.shape) for name, (_, core, _) in sums.items()}
+        full = [module for name in adapters for module in self.peft_config[name].modules_to_save or ()]
+        config.modules_to_save = list(dict.fromkeys(full)) or None
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -145,6 +146,10 @@ class FloraModel(BaseTuner):
                 scale, core, factors = sums[layer.name]
                 layer.tucker_space[adapter_name].assign(core, factors)
                 layer.tucker_space[adapter_name].scale.copy_(scale)
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                for source in set(adapters) & set(module.modules_to_save):  # the one that has trained it, if any
+                    module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
 
     def _layers(self) -> Iterator[FloraLayer]:
         return (module for module in self.model.modules() if isinstance(module, FloraLayer))
