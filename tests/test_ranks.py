@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora.ranks import Weight, default_kernel_rank, given_ranks, parameter_count, solve_budget, uniform_ranks
+from flora.ranks import (
+    Weight,
+    default_kernel_rank,
+    given_ranks,
+    parameter_count,
+    solve_budget,
+    uniform_ranks,
+    useful,
+)
 
 CONV = Weight((64, 32, 3, 3), ("out", "in", "kernel", "kernel"))
 LINEAR = Weight((768, 3072), ("out", "in"))
@@ -79,3 +87,12 @@ def test_fixed_ranks_stay_and_the_rest_is_solved():
     fixed = Weight(LINEAR.shape, LINEAR.roles, (2, 3))
     ranks = solve_budget([fixed, CONV], 20_000, None)
     assert ranks[0] == (2, 3) and total([fixed, CONV], ranks) <= 20_000
+
+
+def test_ranks_that_the_other_modes_cannot_use_come_last():
+    stem = Weight((32, 1, 1, 1), CONV.roles)
+    assert solve_budget([stem, LINEAR], 20_000, None)[1] == solve_budget([LINEAR], 20_000 - 36, None)[0]
+    for ranks in solve_budget([CONV, LINEAR, DEPTHWISE] * 3, 60_000, None):
+        assert ranks == useful(ranks)
+    assert solve_budget([stem], 300, None) == [(9, 1, 1, 1)]  # with nothing else to spend on
+    assert useful((8, 2)) == (2, 2) and useful((5,)) == (5,) and useful((9, 1, 3, 1)) == (3, 1, 3, 1)

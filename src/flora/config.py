@@ -141,12 +141,13 @@ class FloraConfig(PeftConfig):
             )
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                "layers_to_transform can't be used with a regex or shorthand in target_modules; give a list of names"
-            )
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str. Got {self.target_modules!r}; give a list of names"
+                )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform as well")
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict() | ({"ranks": self.solved_ranks} if self.solved_ranks else {})
@@ -169,7 +170,8 @@ class FloraConfig(PeftConfig):
         # one moment at which PEFT gives a tuner the path of what it is about to load.
         shapes = saved_shapes(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config.saved_shapes = shapes
+        if not kwargs.get("ignore_mismatched_sizes"):
+            config.saved_shapes = shapes
         return config
 
     @classmethod

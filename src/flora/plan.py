@@ -19,6 +19,8 @@ from flora.config import FloraConfig
 from flora.execution import choose
 
 SHORTHANDS = ("all-linear", "all-weights")
+# PEFT trains the whole head itself for these, which it can't do with adapters in it
+HEAD_TASKS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 HEAD_NAMES = (*SEQ_CLS_HEAD_NAMES, "head", "heads", "fc", "lm_head", "qa_outputs")
 
 
@@ -159,6 +161,10 @@ def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:
             expected |= {
                 f"{stem}factor_{n}": (pair, row) for n, pair in enumerate(zip(row.shape, row.ranks, strict=True))
             }
+    if not expected.keys() & saved.keys():  # PEFT maps names of a base model whose modules have been renamed since
+        needed = Counter((key.rpartition(".")[2], shape) for key, (shape, _) in expected.items())
+        if needed == Counter((key.rpartition(".")[2], s) for key, s in saved.items() if not key.endswith(".scale")):
+            return
     for key, (shape, row) in expected.items():
         if saved.get(key) != shape:
             found = list(saved[key]) if key in saved else "nothing"
@@ -237,7 +243,8 @@ def _matching(model: nn.Module, layers: dict, config: FloraConfig) -> Iterator[t
             unmatched -= hits
             if not module:
                 raise ValueError(
-                    f"parameter {parameter!r} belongs to the model itself; only a submodule's can be adapted"
+                    f"Targeting an nn.Parameter on the top-level module is not supported (parameter {parameter!r}): only a "
+                    "submodule's can be adapted"
                 )
             yield module, parameter, name, True
     if unmatched:
@@ -275,14 +282,15 @@ def _output_heads(model: nn.Module, config: FloraConfig, linear_only: bool) -> l
         heads.append(model.get_output_embeddings())
     except (AttributeError, NotImplementedError):
         pass
-    if linear_only and ((heads != [None] and heads) or config.task_type != TaskType.SEQ_CLS):
+    trained = config.task_type in HEAD_TASKS
+    if linear_only and ((heads != [None] and heads) or not trained):
         return heads
-    for name in SEQ_CLS_HEAD_NAMES if linear_only else HEAD_NAMES:
+    for name in (*SEQ_CLS_HEAD_NAMES, "qa_outputs") if linear_only else HEAD_NAMES:
         head = getattr(model, name, None)
         if isinstance(head, nn.Module):
             parts = [unwrapped(part) for part in head.modules()]
             parts = [part for part in parts if kinds.kind_of(part) is not None]
-            heads.extend(parts if linear_only else parts[-1:])
+            heads.extend(parts if trained else parts[-1:])
     return heads
 
 

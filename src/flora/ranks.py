@@ -54,44 +54,61 @@ def given_ranks(weight: Weight, r: int | Sequence[int], kernel_rank: int | None)
     return tuple(min(rank, size) for rank, size in zip(r, weight.shape, strict=True))
 
 
+def useful(ranks: Ranks) -> Ranks:
+    """Each rank cut to the product of the others: a core can have no more independent slices along a mode than that."""
+    while (cut := tuple(min(rank, prod(ranks) // rank) for rank in ranks)) != ranks and len(ranks) > 1:
+        ranks = cut
+    return ranks
+
+
 def solve_budget(weights: Sequence[Weight], budget: int, kernel_rank: int | None) -> list[Ranks]:
     """Ranks for every weight such that all together have at most ``budget`` parameters, and as near it as can be.
 
-    The largest common rank that fits comes first, as a user of a single rank would choose it. What is left is spent
-    weight by weight on the next rank, then mode by mode, until no single step fits any more.
+    The largest common rank that fits comes first, as a user of a single rank would choose it. What is left gives as
+    many weights as possible, the cheapest first, the next rank; then goes to single modes; and only in the end to ranks
+    beyond what the other modes can use, until no single step fits any more.
 
     Raises ValueError where even rank 1 everywhere is over the budget, with the least possible number.
     """
 
-    def at(level: int) -> list[Ranks]:
-        return [w.fixed or uniform_ranks(w, level, kernel_rank) for w in weights]
+    def at(weight: Weight, level: int) -> Ranks:
+        return weight.fixed or useful(uniform_ranks(weight, level, kernel_rank))
 
     def total(ranks: Sequence[Ranks]) -> int:
         return sum(parameter_count(w.shape, r) for w, r in zip(weights, ranks, strict=True))
 
-    least = at(1) if kernel_rank is not None else [w.fixed or (1,) * len(w.shape) for w in weights]
+    ones = [w.fixed or uniform_ranks(w, 1, 1) for w in weights]
+    least = ones if kernel_rank is None else [w.fixed or uniform_ranks(w, 1, kernel_rank) for w in weights]
     if total(least) > budget:
         raise ValueError(
             f"a budget of {budget} parameters is too small for these weights: least possible {total(least)}"
         )
-    if total(at(1)) > budget:  # the kernel modes' default ranks do not fit: fill up from rank 1 instead
-        return _fill_modes(weights, least, budget - total(least), kernel_rank)
-    low, high = 1, max(max(w.shape) for w in weights) + 1
+    low, high = 0, max(max(w.shape) for w in weights) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if total(at(middle)) <= budget else (low, middle)
-    solved = at(low)
+        fits = total([at(w, middle) for w in weights]) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    solved = [at(w, low) for w in weights] if low else least
     spare = budget - total(solved)
-    for i, (weight, upper) in enumerate(zip(weights, at(low + 1), strict=True)):
-        cost = parameter_count(weight.shape, upper) - parameter_count(weight.shape, solved[i])
-        if cost <= spare:
-            solved[i], spare = upper, spare - cost
-    return _fill_modes(weights, solved, spare, kernel_rank)
+
+    def next_rank(i: int) -> tuple[int, Ranks]:
+        more = at(weights[i], low + 1)
+        return parameter_count(weights[i].shape, more) - parameter_count(weights[i].shape, solved[i]), more
+
+    for i in sorted(range(len(weights)), key=lambda i: next_rank(i)[0]):
+        cost, more = next_rank(i)
+        if 0 < cost <= spare:
+            solved[i], spare = more, spare - cost
+    for beyond in (False, True):
+        solved, spare = _fill_modes(weights, solved, spare, kernel_rank, beyond)
+    return solved
 
 
-def _fill_modes(weights: Sequence[Weight], ranks: list[Ranks], spare: int, kernel_rank: int | None) -> list[Ranks]:
+def _fill_modes(
+    weights: Sequence[Weight], ranks: list[Ranks], spare: int, kernel_rank: int | None, beyond: bool
+) -> tuple[list[Ranks], int]:
     """Spend ``spare`` parameters on single modes, one rank at a time and the same for all, while any step fits. A
-    kernel rank that the user has chosen stays."""
+    kernel rank that the user has chosen stays; a rank that the other modes can't use is raised only with ``beyond``."""
     ranks = list(ranks)
     progress = True
     while progress:
@@ -100,11 +117,12 @@ def _fill_modes(weights: Sequence[Weight], ranks: list[Ranks], spare: int, kerne
             if weight.fixed:
                 continue
             for mode, size in enumerate(weight.shape):
-                if ranks[i][mode] == size or (weight.roles[mode] == "kernel" and kernel_rank is not None):
+                others = prod(ranks[i]) // ranks[i][mode]
+                chosen = weight.roles[mode] == "kernel" and kernel_rank is not None
+                if chosen or ranks[i][mode] == size or (ranks[i][mode] >= others and not beyond):
                     continue
-                cost = size + prod(ranks[i]) // ranks[i][mode]
-                if cost <= spare:
+                if size + others <= spare:
                     ranks[i] = tuple(rank + (n == mode) for n, rank in enumerate(ranks[i]))
-                    spare -= cost
+                    spare -= size + others
                     progress = True
-    return ranks
+    return ranks, spare

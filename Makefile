@@ -1,0 +1,23 @@
+# make demo: set everything up and run the main job.  make test: set everything up and run the tests.
+# Another Python than python3: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test install
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/flora train configs/digits.yaml
+
+test: install
+	$(BIN)/pytest -n 2
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: flora needs Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"{sys.executable} is Python {sys.version.split()[0]}: flora needs 3.11 or newer, e.g. make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	touch $@

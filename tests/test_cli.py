@@ -1,0 +1,162 @@
+"""The command line: what it accepts, and that every mistake is one line that names it, with exit code 2."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from transformers import LlamaConfig
+
+from flora.cli import as_overrides, main
+
+DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
+
+
+def flora(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def assert_refused(result, *named):
+    assert result.exit_code == 2, result.output
+    assert not result.stdout
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("Error: ")
+    for text in named:
+        assert text in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("sed=1", "sed"),
+        ("training.epoch=3", "training.epoch"),
+        ("methods.lora.rate=3", "methods.lora.rate"),
+        ("task.target.angle=3", "task.target.angle"),
+        ("training.epochs=many", "training.epochs"),
+        ("training.epochs=2.5", "training.epochs"),
+        ("training.epochs=null", "training.epochs"),
+        ("training.epochs=0", "training.epochs=0: expected at least 1"),
+        ("training.epochs=[1", "training.epochs=[1"),
+        ("training.max_steps=0", "training.max_steps=0: expected at least 1"),
+        ("training.learning_rate=0", "training.learning_rate=0.0: expected a number above 0"),
+        ("methods.lora.learning_rate=-1", "methods.lora.learning_rate=-1.0: expected a number above 0"),
+        ("training.learning_rate=nan", "training.learning_rate=nan"),
+        ("training.learning_rate=inf", "training.learning_rate=inf"),
+        ("training.mixed_precision=int8", "training.mixed_precision=int8: expected one of no, bf16, fp16"),
+        ("training=3", "training: "),
+        ("seed=-1", "seed=-1"),
+        ("fresh=maybe", "fresh"),
+        ("budget=0", "budget=0"),
+        ("methods.prompt.learning_rate=1", "prompt: expected some of full, head, lora, flora"),
+        ("methods=3", "methods"),
+        ("task.name=ocr", "task.name=ocr: expected one of image_classification"),
+        ("task=ocr", "task.name=ocr"),
+        ("task.target.rotate=45", "task.target.rotate=45: expected one of 0, 90, 180, 270"),
+        ("task.target.classes=[3,3]", "task.target.classes=[3, 3]"),
+        ("task.target.classes=[3,10]", "task.target.classes=[3, 10]"),
+        ("task.target.classes=[]", "task.target.classes=[]"),
+        ("task.train_share=0.9", "task.train_share=0.9"),
+        ("task.depths=[1]", "task.depths=[1]"),
+        ("task.depths=[1,0,1]", "task.depths=[1, 0, 1]"),
+        ("seed=${nothing}", "seed"),
+        ("=3", "=3"),
+        ("seed", "seed: expected key=value"),
+        # what only the methods know, and still before anything is trained
+        ("budget=3", "methods.lora: budget=3: LoRA of rank 1 has"),
+        ("methods.flora.options.init=magic", "methods.flora: init"),
+        ("methods.flora.options.rang=4", "methods.flora: "),
+        ("methods.flora.options.r=0", "methods.flora: r"),
+        ("methods.full.options.r=4", "methods.full: "),
+    ],
+)
+def test_a_bad_key_or_value_is_one_line(override, named, tmp_path):
+    result = flora("train", DIGITS, f"output={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}", override)
+    assert_refused(result, named)
+    assert not list(tmp_path.iterdir()), "nothing is written before the keys are known to be good"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("task: {name: image_classification}\nmethods: [1", "config.yaml"),
+        ("- 1\n- 2\n", "config.yaml: expected keys"),
+        ("just words", "just words: "),
+        ("", "task.name: expected one of image_classification"),
+        ("task: {name: image_classification}", "methods=None"),
+        ("\x00", "config.yaml"),
+    ],
+)
+def test_a_bad_file_is_one_line(text, named, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    assert_refused(flora("train", tmp_path / "config.yaml"), named)
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    assert_refused(flora("train", tmp_path / "none.yaml"), "none.yaml: No such file or directory")
+    assert_refused(flora("train", tmp_path), "Is a directory")
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(flora("train", DIGITS, f"output={tmp_path / 'file' / 'run'}"), "file")
+
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = flora("train", DIGITS, f"output={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}")
+    assert_refused(result, "sklearn.datasets is not installed: pip install 'flora-peft[train]'")
+
+
+def test_overrides_are_written_in_three_ways():
+    assert as_overrides(["seed=1", "--budget=2", "--task.depths", "[1]"]) == ["seed=1", "budget=2", "task.depths=[1]"]
+    assert as_overrides(["--fresh", "seed=1"]) == as_overrides(["--fresh", "--seed", "1"]) == ["fresh=true", "seed=1"]
+    assert as_overrides(["--seed", "1", "--fresh"]) == ["seed=1", "fresh=true"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["plan", "--help"], ["--version"]])
+def test_help(arguments):
+    result = flora(*arguments)
+    assert result.exit_code == 0 and not result.stderr
+
+
+def test_help_lists_every_key():
+    help_text = flora("train", "--help").output
+    for key in ("seed", "training.learning_rate", "methods.NAME.options", "task.target.rotate"):
+        assert f"  {key} " in help_text
+    assert "  kernel_rank " in flora("plan", "--help").output
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaConfig(**sizes, vocab_size=100, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    return folder
+
+
+def test_plan_shows_a_model_without_its_weights(llama):
+    result = flora("plan", llama, "budget=0.05", "--kernel_rank", "2")
+    assert result.exit_code == 0, result.output
+    assert "model.layers.1.mlp.down_proj" in result.output and "lm_head" not in result.output
+    assert "trainable parameters" in result.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("rank=4", "rank: no field of FloraConfig"),
+        ("r=0", "r must be"),
+        ("r=[4", "r=[4"),
+        ("budget=7", "7"),
+        ("budget=lots", "budget"),
+        ("target_modules=[zzz]", "zzz"),
+        ("r", "r: expected key=value"),
+    ],
+)
+def test_a_bad_plan_is_one_line(override, named, llama):
+    assert_refused(flora("plan", llama, override), named)
+
+
+def test_plan_of_no_model_is_one_line(tmp_path):
+    assert_refused(flora("plan", tmp_path / "none"), "none: no such folder")
+    assert_refused(flora("plan", tmp_path), str(tmp_path))
