@@ -107,7 +107,7 @@ def test_every_method_trains_the_same_head_and_keeps_to_the_budget(finished):
 
 
 def test_a_finished_run_is_read_and_not_repeated(finished):
-    folder, first = finished
+    folder, _first = finished
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
     again = flora_train(DIGITS, *TINY["image_classification"], *SHORT, *places(folder))
     rows = json.loads((folder / "run" / "results.json").read_text())
@@ -186,7 +186,9 @@ def test_digits_are_split_once_and_shown_as_asked():
     turned.source.rotate, turned.source.invert = 90, True
     splits, again, other = upright.splits("source", 0), upright.splits("source", 0), upright.splits("source", 1)
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [898, 359, 540]
-    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(splits["test"], again["test"]))
+    assert all(
+        torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(splits["test"], again["test"], strict=False)
+    )
     assert [e["labels"] for e in splits["test"]] != [e["labels"] for e in other["test"]]
     image, changed = splits["train"][0]["pixel_values"], turned.splits("source", 0)["train"][0]["pixel_values"]
     assert torch.equal(changed, -torch.rot90(image, 1, (1, 2)))

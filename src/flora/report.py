@@ -1,5 +1,6 @@
 """What a person reads after a run: a table, and a figure of learning curves. From plain rows, no torch."""
 
+import itertools
 from pathlib import Path
 
 LABELS = {"full": "full fine-tuning", "head": "head only", "lora": "LoRA", "flora": "FLoRA"}
@@ -19,11 +20,11 @@ def table(rows: list[dict]) -> str:
                 f"{row['bytes'] / 1024:,.0f} KiB",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=False)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     align = [str.ljust] + [str.rjust] * (len(widths) - 1)
     return "\n".join(
-        "| " + " | ".join(place(cell, width) for place, cell, width in zip(align, line, widths)) + " |"
+        "| " + " | ".join(place(cell, width) for place, cell, width in zip(align, line, widths, strict=False)) + " |"
         for line in [lines[0], rule, *lines[1:]]
     )
 
@@ -49,12 +50,12 @@ def figure(rows: list[dict], metric: str, path: Path) -> None:
     axes = chart.subplots()
     ends = {}
     for row in rows:
-        epochs, values = zip(*row["curve"])
+        epochs, values = zip(*row["curve"], strict=False)
         axes.plot(epochs, values, color=COLOURS[row["method"]], linewidth=1.6, marker="." if len(epochs) < 3 else None)
         ends[row["method"]] = values[-1]
     low, high = axes.get_ylim()
     right = axes.get_xlim()[1]
-    for row, height in zip(rows, _apart(list(ends.values()), gap=0.05 * (high - low))):
+    for row, height in zip(rows, _apart(list(ends.values()), gap=0.05 * (high - low)), strict=False):
         trainable = row["adapter_parameters"] + row["head_parameters"]
         label = f"{LABELS[row['method']]}  ({trainable:,})"
         axes.annotate(label, (right, height), color=COLOURS[row["method"]], va="center", annotation_clip=False)
@@ -71,7 +72,7 @@ def _apart(heights: list[float], gap: float) -> list[float]:
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = list(heights)
     for _ in range(100):  # every pass halves what still overlaps
-        for below, above in zip(order, order[1:]):
+        for below, above in itertools.pairwise(order):
             overlap = max(0.0, gap - (placed[above] - placed[below]))
             placed[below] -= overlap / 2
             placed[above] += overlap / 2
