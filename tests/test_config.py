@@ -58,8 +58,8 @@ def saved(tmp_path):
         ({"execution": "fast"}, "execution must be one of auto, factored, merged, got 'fast'"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
         ({"bias": "lora_only"}, "bias must be one of none, all, flora_only"),
-        ({"target_modules": "all-weights", "layers_to_transform": [0]}, "layers_to_transform can't be used"),
-        ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
+        ({"target_modules": "all-weights", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used .* 'all-weights'"),
+        ({"layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(options, message):

@@ -187,7 +187,7 @@ def test_digits_are_split_once_and_shown_as_asked():
     splits, again, other = upright.splits("source", 0), upright.splits("source", 0), upright.splits("source", 1)
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [898, 359, 540]
     assert all(
-        torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(splits["test"], again["test"], strict=False)
+        torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(splits["test"], again["test"], strict=True)
     )
     assert [e["labels"] for e in splits["test"]] != [e["labels"] for e in other["test"]]
     image, changed = splits["train"][0]["pixel_values"], turned.splits("source", 0)["train"][0]["pixel_values"]

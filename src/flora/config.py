@@ -144,7 +144,8 @@ class FloraConfig(PeftConfig):
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(
-                    f"`{name}` cannot be used when `target_modules` is a str. Got {self.target_modules!r}; give a list of names"
+                    f"`{name}` cannot be used when `target_modules` is a str. Got {self.target_modules!r}; "
+                    "give a list of names"
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")

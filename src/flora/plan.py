@@ -243,8 +243,8 @@ def _matching(model: nn.Module, layers: dict, config: FloraConfig) -> Iterator[t
             unmatched -= hits
             if not module:
                 raise ValueError(
-                    f"Targeting an nn.Parameter on the top-level module is not supported (parameter {parameter!r}): only a "
-                    "submodule's can be adapted"
+                    "Targeting an nn.Parameter on the top-level module is not supported "
+                    f"(parameter {parameter!r}): only a submodule's can be adapted"
                 )
             yield module, parameter, name, True
     if unmatched:

@@ -20,11 +20,11 @@ def table(rows: list[dict]) -> str:
                 f"{row['bytes'] / 1024:,.0f} KiB",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=False)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     align = [str.ljust] + [str.rjust] * (len(widths) - 1)
     return "\n".join(
-        "| " + " | ".join(place(cell, width) for place, cell, width in zip(align, line, widths, strict=False)) + " |"
+        "| " + " | ".join(place(cell, width) for place, cell, width in zip(align, line, widths, strict=True)) + " |"
         for line in [lines[0], rule, *lines[1:]]
     )
 
@@ -50,12 +50,12 @@ def figure(rows: list[dict], metric: str, path: Path) -> None:
     axes = chart.subplots()
     ends = {}
     for row in rows:
-        epochs, values = zip(*row["curve"], strict=False)
+        epochs, values = zip(*row["curve"], strict=True)
         axes.plot(epochs, values, color=COLOURS[row["method"]], linewidth=1.6, marker="." if len(epochs) < 3 else None)
         ends[row["method"]] = values[-1]
     low, high = axes.get_ylim()
     right = axes.get_xlim()[1]
-    for row, height in zip(rows, _apart(list(ends.values()), gap=0.05 * (high - low)), strict=False):
+    for row, height in zip(rows, _apart(list(ends.values()), gap=0.05 * (high - low)), strict=True):
         trainable = row["adapter_parameters"] + row["head_parameters"]
         label = f"{LABELS[row['method']]}  ({trainable:,})"
         axes.annotate(label, (right, height), color=COLOURS[row["method"]], va="center", annotation_clip=False)

@@ -53,7 +53,7 @@ class ImageClassification:
         images = torch.rot90(images, shown.rotate // 90, dims=(2, 3)) * (-1 if shown.invert else 1)
         examples = [
             {"pixel_values": image, "labels": shown.classes.index(digit)}
-            for image, digit in zip(images, digits.target.tolist(), strict=False)
+            for image, digit in zip(images, digits.target.tolist(), strict=True)
             if digit in shown.classes
         ]
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
