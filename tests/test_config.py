@@ -58,7 +58,7 @@ def saved(tmp_path):
         ({"execution": "fast"}, "execution must be one of auto, factored, merged, got 'fast'"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
         ({"bias": "lora_only"}, "bias must be one of none, all, flora_only"),
-        ({"target_modules": "all-weights", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used .* 'all-weights'"),
+        ({"target_modules": "all-weights", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
         ({"layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
     ],
 )
@@ -227,6 +227,16 @@ def test_a_shared_weight_is_untied_by_a_merge_and_tied_again():
     assert inner.head.weight is inner.embed.base_parameter
     torch.testing.assert_close(model(x), before)
     torch.testing.assert_close(model.merge_and_unload()(x), before)
+
+
+def test_a_sum_of_loaded_adapters_travels(saved, tmp_path_factory):
+    model = PeftModel.from_pretrained(net(), saved).eval()
+    model.load_adapter(saved, "again")
+    expected = model(X)
+    model.add_weighted_adapter(["default", "again"], [0.25, 0.75], "sum")
+    folder = tmp_path_factory.mktemp("sum")
+    model.save_pretrained(folder, selected_adapters=["sum"])
+    torch.testing.assert_close(PeftModel.from_pretrained(net(), folder / "sum").eval()(X), expected)
 
 
 def test_weighted_sums_refuse_what_they_cannot_do():

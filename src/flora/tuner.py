@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -127,14 +127,21 @@ class FloraModel(BaseTuner):
             if present:
                 sums[layer.name] = _weighted_sum(layer, present)
         rows = [row for name in adapters for row in self._plans[name].rows]
-        config = copy.deepcopy(self.peft_config[adapters[0]])
-        config.r, config.budget, config.rank_pattern, config.scale_pattern = 1, None, {}, {}
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        config.target_modules = {row.target for row in rows if not row.raw}
-        config.target_parameters = {row.target for row in rows if row.raw} or None
-        config.ranks = {name: list(core.shape) for name, (_, core, _) in sums.items()}
         full = [module for name in adapters for module in self.peft_config[name].modules_to_save or ()]
-        config.modules_to_save = list(dict.fromkeys(full)) or None
+        config = replace(
+            self.peft_config[adapters[0]],
+            r=1,
+            budget=None,
+            rank_pattern={},
+            scale_pattern={},
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            target_modules={row.target for row in rows if not row.raw},
+            target_parameters={row.target for row in rows if row.raw} or None,
+            modules_to_save=list(dict.fromkeys(full)) or None,
+            ranks={name: list(core.shape) for name, (_, core, _) in sums.items()},
+        )
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
