@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flora import ranks as rank_rules
 from flora import tucker
 
-PART = 3.0
+PART = 4.0
 
 
 def unified_scale(weight: Tensor, fan_in: int, ranks: Sequence[int]) -> float:
@@ -30,9 +30,9 @@ def unified_scale(weight: Tensor, fan_in: int, ranks: Sequence[int]) -> float:
         scale = PART · rms(weight) / √(r_1 … r_N).
 
     Shape, kind, order, ranks and start drop out. What PART is, only the learning rate can tell: Adam moves a number by
-    about the learning rate a step, whatever its gradient. LoRA as it is mostly used (rank 8, alpha twice the rank,
-    Kaiming's factor of rms 1/√(3 I_in), a weight of rms 1/√I_in) moves its weight by 2 √8 / √3 ≈ 3 times its own size
-    for a unit change of its zero factor. With 3 here, a learning rate that suits LoRA suits this too.
+    about the learning rate a step, whatever its gradient. LoRA as it is mostly used (rank r of 8 to 16, alpha = 2 r,
+    Kaiming's factor of rms 1/√(3 I_in), a weight of rms 1/√I_in) moves its weight by 2 √(r/3), that is 3.3 to 4.6 times
+    its own size, for a unit change of its zero factor. With 4 here, a learning rate that suits LoRA suits this too.
 
     A weight of zeros has no size of its own; it counts as one drawn with variance 1 / fan_in.
     """
@@ -69,7 +69,7 @@ class CoreSpace(nn.Module):
         for n, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
             self.register_parameter(f"factor_{n}", nn.Parameter(torch.zeros(size, rank, device=device, dtype=dtype)))
         # float64: a scale such as 0.4 must not lose digits on a float64 model
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64, device=self.core.device))
+        self.register_buffer("scale", torch.tensor(scale, dtype=_widest(self.core.device), device=self.core.device))
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -117,14 +117,17 @@ class CoreSpace(nn.Module):
         # `.to(bfloat16)` of a model must not round the scale: it follows the core's device, never its dtype
         scale = self._buffers.pop("scale")
         super()._apply(fn, recurse)
-        device = self.core.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        device, dtype = self.core.device, _widest(self.core.device)
         empty = scale.is_meta and device.type != "meta"
         self._buffers["scale"] = torch.ones((), device=device, dtype=dtype) if empty else scale.to(device, dtype)
         return self
 
     def extra_repr(self) -> str:
         return f"shape={list(self.shape)}, ranks={list(self.ranks)}"
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _gaussian_(space: CoreSpace, mode: int, unit: bool) -> None:
