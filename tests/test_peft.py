@@ -333,3 +333,14 @@ def test_a_hot_swap_does_not_recompile(tmp_path):
         with torch._dynamo.config.patch(error_on_recompile=True):
             flora.hotswap(model, tmp_path)
             torch.testing.assert_close(compiled(TOKENS).logits, expected)
+
+
+def test_peft_s_own_conversion_to_lora_of_linear_layers():
+    from peft import convert_to_lora
+
+    model = adapted(llama(), "all-linear")
+    expected = model(TOKENS).logits
+    config, state = convert_to_lora(model, rank=4)
+    converted = get_peft_model(model.unload(), config).eval()
+    set_peft_model_state_dict(converted, state)
+    torch.testing.assert_close(converted(TOKENS).logits, expected)

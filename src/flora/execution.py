@@ -17,7 +17,7 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def choose(requested: str, kind: Kind | None, layer: nn.Module, dtype: torch.dtype) -> str:
-    """ "factored" or "merged" for one weight.
+    """Whether the update of one weight runs "factored" or "merged".
 
     An update that can only act as a weight (attention's packed projections, raw parameters, layers with a forward of
     their own) is merged, whatever was requested. "auto" keeps low precision factored, since W + delta would round

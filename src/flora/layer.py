@@ -168,13 +168,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _merged_weight(self, adapters: Sequence[str], safe_merge: bool) -> Tensor:
-        for adapter in adapters:
-            space = self.tucker_space[adapter]
-            if not all(torch.isfinite(tensor).all() for tensor in (space.core, *space.factors)):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
-                    f"layer {self.name!r}, shape {list(self.weight_shape)}, its core or factors are not finite"
-                )
+        self._check_numbers(adapters)
         weight = self.base_parameter
         merged = add_to_weight(weight.data, [self._wide_delta(adapter) for adapter in adapters])
         if safe_merge and not torch.isfinite(merged).all():
@@ -184,11 +178,22 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             )
         return merged
 
+    def _check_numbers(self, adapters: Sequence[str]) -> None:
+        for adapter in adapters:
+            space = self.tucker_space[adapter]
+            if not all(torch.isfinite(tensor).all() for tensor in (space.core, *space.factors)):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
+                    f"layer {self.name!r}, shape {list(self.weight_shape)}, its core or factors are not finite"
+                )
+
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise what ``merge`` would raise, and change nothing."""
+        """Raise what ``merge`` would raise, and change nothing. Without ``safe_merge`` no full weight is formed."""
         names = [a for a in self._present(adapter_names or self.active_adapters) if a not in self.merged_adapters]
-        if names:
+        if safe_merge and names:
             self._merged_weight(names, safe_merge)
+        else:
+            self._check_numbers(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -226,8 +231,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         return layer
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update has the form of a LoRA: two modes, or a convolution without groups."""
-        return self.kind is not None and self.kind.name in ("Linear", "Conv1D", "Embedding")
+        """Whether PEFT's own converter (``convert_to_lora``) can take it: it knows matrices of linear layers."""
+        return self.kind is not None and self.kind.name in ("Linear", "Conv1D")
 
     # -------------------------------------------------------------------------------------------------- forward
 
