@@ -13,8 +13,8 @@ import flora
 
 ROOT = Path(flora.__file__).parent
 ORDER = [
-    "tucker", "ranks", "core_space", "kinds", "execution", "files", "peft_compat", "config", "plan", "layer", "tuner",
-    "gradient", "hotswap", "__init__", "methods", "tasks", "settings", "report", "train", "job", "cli",
+    "tucker", "ranks", "core_space", "kinds", "execution", "files", "peft_compat", "config", "targets", "plan", "layer",
+    "tuner", "gradient", "hotswap", "__init__", "methods", "tasks", "settings", "report", "train", "job", "cli",
 ]  # fmt: skip
 HEAVY = ("timm", "torchvision", "diffusers", "datasets", "matplotlib", "sklearn")
 

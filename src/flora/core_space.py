@@ -59,7 +59,7 @@ class CoreSpace(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if len(ranks) != len(shape) or any(not 1 <= r <= size for r, size in zip(ranks, shape, strict=True)):
+        if not rank_rules.fits(ranks, shape):
             raise ValueError(
                 f"ranks {list(ranks)} for shape {list(shape)}: one rank a mode is needed, from 1 to its size"
             )

@@ -26,6 +26,11 @@ def parameter_count(shape: Sequence[int], ranks: Sequence[int]) -> int:
     return prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
 
 
+def fits(ranks: Sequence[int], shape: Sequence[int]) -> bool:
+    """One rank a mode, each from 1 to the mode's size."""
+    return len(ranks) == len(shape) and all(1 <= rank <= size for rank, size in zip(ranks, shape, strict=True))
+
+
 def default_kernel_rank(size: int) -> int:
     """Half of the mode, rounded up: 1 for 1, 2 for 3 (the paper's r3), 3 for 5, 4 for 7."""
     return (size + 1) // 2

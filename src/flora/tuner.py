@@ -19,7 +19,8 @@ from flora import tucker
 from flora.config import FloraConfig
 from flora.layer import FloraLayer
 from flora.peft_compat import PREFIX, SAVES_BIASES
-from flora.plan import SHORTHANDS, Plan, Row, canonical_module, check_saved, make_plan, shorthand_names
+from flora.plan import Plan, Row, check_saved, make_plan
+from flora.targets import SHORTHANDS, canonical_module, shorthand_names
 
 
 class FloraModel(BaseTuner):
