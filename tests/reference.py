@@ -32,6 +32,7 @@ def run(base: nn.Module, weights: dict[str, Tensor], args: tuple):
         owner = layer.get_submodule(path)
         del owner._parameters[leaf]
         object.__setattr__(owner, leaf, weight)
+        owner.sparse = False  # an embedding's: what made the weight needs a dense gradient
     return first(layer(*args))
 
 

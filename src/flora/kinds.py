@@ -24,15 +24,20 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def run_with_weights(module: nn.Module, weights: dict[str, Tensor], args: tuple, kwargs: dict):
     """The module's own forward with other weights; the module is left untouched."""
+    owners = {name: owner(module, name) for name in weights}
     # FSDP1 lays its view of a weight in front of the parameter, where a swap of the parameter would not be seen
-    views = {
-        name: vars(owner(module, name)).pop(leaf(name)) for name in weights if leaf(name) in vars(owner(module, name))
-    }
+    views = {name: vars(holder).pop(leaf(name)) for name, holder in owners.items() if leaf(name) in vars(holder)}
+    # what made the weight needs a dense gradient, also where the table's own would be sparse
+    sparse = [holder for holder in owners.values() if getattr(holder, "sparse", False)]
+    for holder in sparse:
+        holder.sparse = False
     try:
         return functional_call(module, weights, args, kwargs, tie_weights=False)
     finally:
         for name, view in views.items():
-            vars(owner(module, name))[leaf(name)] = view
+            vars(owners[name])[leaf(name)] = view
+        for holder in sparse:
+            holder.sparse = True
 
 
 def _linear(layer, core, factors, input):
