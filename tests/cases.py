@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 @dataclass(frozen=True)
 class Case:
     """``make`` builds the layer; ``inputs`` its arguments; ``parameters`` names raw parameters to target instead of the
-    layer; ``linear``: whether its output is linear in the weight (so that a factored form can exist)."""
+    layer; ``batch_mode``: the input's mode that counts samples."""
 
     id: str
     make: Callable[[], nn.Module]

@@ -171,8 +171,6 @@ def test_disable_and_scale(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c.batch_mode is not None], ids=lambda case: case.id)
 @every_execution
 def test_a_batch_may_mix_adapters(case, execution):
-    if case.id == "Embedding-by_freq":
-        execution = "merged"
     model, base, args = build(case, execution=execution)
     model.add_adapter("other", config(case, execution=execution))
     size = args[0].shape[case.batch_mode]

@@ -102,6 +102,17 @@ def test_a_weight_that_two_modules_hold_is_left_out_by_the_shorthand_and_refused
         plan(model, FloraConfig(target_modules=["wte", "lm_head"]))
 
 
+@pytest.mark.parametrize("shorthand", ["all-weights", "all-linear"])
+def test_a_shorthand_that_is_left_with_nothing_wraps_nothing(shorthand):
+    model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
+    model["two"].weight = model["one"].weight
+    before = str(model)
+    for use in (plan, get_peft_model):
+        with pytest.raises(ValueError, match=f"no layer matches target_modules='{shorthand}'"):
+            use(model, FloraConfig(target_modules=shorthand))
+        assert str(model) == before
+
+
 def test_a_backbone_and_stacked_experts():
     with torch.device("meta"):
         backbone = ConvNextV2ForImageClassification(ConvNextV2Config(depths=[1, 1], hidden_sizes=[8, 16], num_stages=2))

@@ -1,6 +1,6 @@
 """The trainable part: one core space for one weight (paper section 4, equation 5).
 
-delta = scale · core ×_1 factors[0] … ×_N factors[N-1]      core (r_1, …, r_N), factors[n] (I_n, r_n)
+delta = scale · core ×_1 factors[0] … ×_N factors[N-1], with core (r_1, …, r_N) and factors[n] (I_n, r_n).
 """
 
 from __future__ import annotations
@@ -91,10 +91,6 @@ class CoreSpace(nn.Module):
         with torch.autocast(core.device.type, enabled=False):
             delta = tucker.reconstruct(core.to(wide), [factor.to(wide) for factor in factors])
         return delta.to(dtype or self.core.dtype)
-
-    @property
-    def parameter_count(self) -> int:
-        return rank_rules.parameter_count(self.shape, self.ranks)
 
     @torch.no_grad()
     def start(self, init: str, output_mode: int, unit: bool) -> None:

@@ -52,10 +52,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         while layer is not inner:
             depth, layer = depth + 1, layer.base_layer
         self._weight_path = "base_layer." * depth + parameter_name  # as seen from base_layer
-        if self.kind is not None and self.kind.name == "MultiheadAttention":
-            self.batch_mode = 0 if inner.batch_first else 1
-        else:
-            self.batch_mode = 0
+        self.batch_mode = 0 if getattr(inner, "batch_first", True) else 1
 
     def __getattr__(self, name: str) -> Any:
         # models read in_features, kernel_size, embed_dim … of a layer: those are the base layer's
@@ -308,27 +305,28 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         single = len(args) + len(kwargs) == 1
         mode = self.batch_mode
         (x, *rest), kwargs = self._input_first(args, kwargs) if single else (args, kwargs)
-        result: Any = None
+        order: list[int] = []
+        parts: list[tuple] = []
         for adapter in dict.fromkeys(adapter_names):
-            rows = torch.tensor([n for n, name in enumerate(adapter_names) if name == adapter], device=x.device)
+            mine = [n for n, name in enumerate(adapter_names) if name == adapter]
+            rows = torch.tensor(mine, device=x.device)
             samples = x.index_select(mode, rows) if single else x
             inner = {}
             if isinstance(self.base_layer, FloraLayer):  # another weight of the same layer: it goes with this one
                 inner["adapter_names"] = [adapter] * samples.shape[mode]
             part = self._adapted(self._present([adapter]), (samples, *rest), kwargs, **inner)
-            parts = part if isinstance(part, tuple) else (part,)
-            if result is None:
-                result = [None] * len(parts)
-            for n, tensor in enumerate(parts):
-                if tensor is None:
-                    continue
-                axis = mode if n == 0 else 0  # attention's weights, its second output, are batch first always
-                if result[n] is None:
-                    size = list(tensor.shape)
-                    size[axis] = len(adapter_names)
-                    result[n] = tensor.new_empty(size)
-                result[n] = result[n].index_copy(axis, rows, tensor if single else tensor.index_select(axis, rows))
-        return tuple(result) if isinstance(part, tuple) else result[0]
+            outputs = part if isinstance(part, tuple) else (part,)
+            # attention's weights, its second output, are batch first always
+            axes = [mode] + [0] * (len(outputs) - 1)
+            kept = [t if single or t is None else t.index_select(a, rows) for t, a in zip(outputs, axes, strict=True)]
+            order += mine
+            parts.append(tuple(kept))
+        back = torch.tensor(order, device=x.device).argsort()
+        whole = tuple(
+            None if pieces[0] is None else torch.cat(pieces, axis).index_select(axis, back)
+            for pieces, axis in zip(zip(*parts, strict=True), axes, strict=True)
+        )
+        return whole if isinstance(part, tuple) else whole[0]
 
     def _check_mixed_batch(self, adapter_names: Sequence[str], args: tuple, kwargs: dict) -> None:
         x = self._input_first(args, kwargs)[0][0] if args or "input" in kwargs or "x" in kwargs else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
@@ -26,7 +26,8 @@ class Target:
     """One weight that the config asks for.
 
     ``module`` and ``parameter``: where it is. ``named``: what in ``target_modules``, or in ``target_parameters``
-    (``raw``), names it. ``layer``: the base layer that has it. ``shared``: whether other modules hold it too.
+    (``raw``), names it. ``layer``: the base layer. ``weight``: its parameter, None where it is computed. ``shared``:
+    whether other modules hold it too.
     """
 
     module: str
@@ -34,16 +35,13 @@ class Target:
     named: str
     raw: bool
     layer: nn.Module
+    weight: nn.Parameter | None
     shared: bool
 
     @property
     def name(self) -> str:
         """The layer's name, followed by the weight's where that is not plainly "weight"."""
         return self.module if self.parameter == "weight" else f"{self.module}.{self.parameter}"
-
-    @property
-    def weight(self) -> nn.Parameter | None:
-        return kinds.owner(self.layer, self.parameter)._parameters.get(kinds.leaf(self.parameter))
 
 
 def find_targets(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None = None) -> list[Target]:
@@ -55,10 +53,11 @@ def find_targets(model: nn.Module, config: FloraConfig, keys: Iterable[str] | No
     shared = _shared_weights(layers)
     wanted = _matching(model, layers, config) if keys is None else [(key, "", key, False) for key in keys]
     found: dict[str, Target] = {}
-    for key, weight, named, raw in wanted:
-        for module, parameter in _places(model, key, weight, config):
-            target = Target(module, parameter, named, raw, layers[module], False)
-            target = replace(target, shared=id(target.weight) in shared)
+    for key, own, named, raw in wanted:
+        for module, parameter in _places(model, key, own, config):
+            layer = layers[module]
+            weight = kinds.owner(layer, parameter)._parameters.get(kinds.leaf(parameter))
+            target = Target(module, parameter, named, raw, layer, weight, shared=id(weight) in shared)
             before = found.setdefault(target.name, target)
             if before is not target and (raw or before.raw):
                 raise ValueError(f"{target.name!r} is targeted twice: by target_modules and by target_parameters")

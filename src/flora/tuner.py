@@ -19,8 +19,8 @@ from flora import tucker
 from flora.config import FloraConfig
 from flora.layer import FloraLayer
 from flora.peft_compat import PREFIX, SAVES_BIASES
-from flora.plan import Plan, Row, check_saved, make_plan
-from flora.targets import SHORTHANDS, canonical_module, shorthand_names
+from flora.plan import Row, check_saved, make_plan, plan
+from flora.targets import SHORTHANDS, canonical_module
 
 
 class FloraModel(BaseTuner):
@@ -42,13 +42,13 @@ class FloraModel(BaseTuner):
         name = _name_of(peft_config, self.peft_config)
         if peft_config.bias != "none" and not SAVES_BIASES:
             raise ValueError(f"bias={peft_config.bias!r} needs PEFT 0.21 or later: this one would not save the biases")
-        made = make_plan(model, peft_config)
+        shorthand = peft_config.target_modules in SHORTHANDS
+        # for names that match nothing PEFT has its own words; it does not know what a shorthand leaves out
+        made = plan(model, peft_config) if shorthand else make_plan(model, peft_config)
         if peft_config.saved_shapes is not None:
             check_saved(made, peft_config.saved_shapes)
-        if peft_config.target_modules in SHORTHANDS:
-            peft_config.target_modules = {row.target for row in made.rows if not row.raw} or set(
-                shorthand_names(model, peft_config)
-            )
+        if shorthand:
+            peft_config.target_modules = {row.target for row in made.rows if not row.raw}
         solved = peft_config.budget is not None
         peft_config.solved_ranks = {row.name: list(row.ranks) for row in made.rows} if solved else None
         self.__dict__.setdefault("_plans", {})[name] = made
@@ -66,7 +66,7 @@ class FloraModel(BaseTuner):
         key = canonical_module(self.model, current_key.removeprefix("_orig_mod."))
         # a layer that only a state_dict names is not in the plan
         rows = self._plans[adapter_name].rows_of(key) or make_plan(self.model, peft_config, keys=[key]).rows
-        rows = [row for row in rows if row.raw == (parameter_name is not None)]
+        rows = [row for row in rows if not row.raw]  # those come by _inject_parameters
         if rows:
             wrap(self.model, rows, adapter_name, peft_config)
 
@@ -78,20 +78,15 @@ class FloraModel(BaseTuner):
             mine = [row for row in rows if row.module == module]
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 wrap(model, mine, adapter_name, peft_config)
-        self.targeted_parameter_names.extend(
-            n for n in (r.target for r in rows) if n not in self.targeted_parameter_names
-        )
-        return [row.target for row in rows]
+        names = [row.target for row in rows]
+        # PEFT 0.20 leaves the bookkeeping to this method; later ones do it with what is returned
+        self.targeted_parameter_names.extend(n for n in names if n not in self.targeted_parameter_names)
+        return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # a CoreSpace is made where its weight is: nothing to move
 
     # --------------------------------------------------------------------------------------------------- adapters
-
-    @property
-    def plans(self) -> dict[str, Plan]:
-        """The plan of every adapter, by name."""
-        return self._plans
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
