@@ -13,7 +13,7 @@ import flora
 
 ROOT = Path(flora.__file__).parent
 ORDER = [
-    "tucker", "ranks", "core_space", "kinds", "execution", "files", "peft_compat", "config", "targets", "plan", "layer",
+    "tucker", "ranks", "core_space", "execution", "kinds", "files", "peft_compat", "config", "targets", "plan", "layer",
     "tuner", "gradient", "hotswap", "__init__", "methods", "tasks", "settings", "report", "train", "job", "cli",
 ]  # fmt: skip
 HEAVY = ("timm", "torchvision", "diffusers", "datasets", "matplotlib", "sklearn")

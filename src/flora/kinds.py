@@ -5,19 +5,22 @@ extra layers beside the base layer. The other way, *merged*, needs no row: the b
 place of W, so stride, padding, padding mode, dilation and groups are always its own.
 
 The factored functions take (layer, core, factors) and then what the layer's own ``forward`` takes; the core comes
-scaled. They return what the update adds to the layer's output. Letters: b batch, i in, o out, g groups, r ranks.
+scaled. They return what the update adds to the layer's output. The fused functions take (layer, weight, bias, core,
+factors, input, execution), numbers all of one type, and return the output of layer and update together. Letters:
+b batch, i in, o out, g groups, r ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flora.tucker import mode_product
+from flora.execution import Geometry, convolution, matrix
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -50,24 +53,59 @@ def _linear_transposed(layer, core, factors, x):  # transformers' Conv1D: weight
     return F.linear(F.linear(F.linear(x, input_factor.mT), core.mT), output_factor)
 
 
+def _linear_fused(layer, weight, bias, core, factors, input, execution):
+    return matrix(input, weight, bias, core, *factors, execution)
+
+
+def _linear_transposed_fused(layer, weight, bias, core, factors, x, execution):
+    input_factor, output_factor = factors
+    return matrix(x, weight.mT, bias, core.mT, output_factor, input_factor, execution)
+
+
 def _pointwise(input: Tensor, weight: Tensor, spatial: int, groups: int) -> Tensor:
     """1×…×1 convolution by ``weight`` (out, in/groups)."""
     return _CONV[spatial](input, weight.reshape(*weight.shape, *[1] * spatial), groups=groups)
 
 
-def _kernel_core(core: Tensor, kernel_factors: tuple[Tensor, ...], groups: int) -> Tensor:
-    """G ×_3 C ×_4 D (equation 6), once a group: (r, r', r_3, …) -> (g·r, r', k, …)."""
-    for mode, factor in enumerate(kernel_factors, start=2):
-        core = mode_product(core, factor, mode)
-    return core.repeat(groups, *[1] * (core.ndim - 1))
+def _kernel(core: Tensor, kernel_factors: Sequence[Tensor]) -> Tensor:
+    """G ×_3 C ×_4 D (equation 6): (r, r', r_3, …) -> (r, r', k, …)."""
+    basis = kernel_factors[0]
+    for factor in kernel_factors[1:]:
+        basis = torch.kron(basis, factor)
+    sizes = [factor.shape[0] for factor in kernel_factors]
+    return (core.flatten(2) @ basis.mT).unflatten(2, sizes)
 
 
 def _conv(layer, core, factors, input):
     output_factor, input_factor, *kernel_factors = factors
     spatial, groups = len(kernel_factors), layer.groups
     thin = _pointwise(input, input_factor.mT.repeat(groups, 1), spatial, groups)
-    thin = layer._conv_forward(thin, _kernel_core(core, kernel_factors, groups), None)
+    kernel = _kernel(core, kernel_factors)
+    thin = layer._conv_forward(thin, kernel.repeat(groups, *[1] * (spatial + 1)), None)
     return _pointwise(thin, output_factor, spatial, groups)
+
+
+def _conv_fused(layer, weight, bias, core, factors, input, execution):
+    padding = layer._reversed_padding_repeated_twice  # of both ends of each mode, also where it was given as a word
+    if layer.padding_mode != "zeros" or padding[::2] != padding[1::2]:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        input, padding = F.pad(input, padding, mode=mode), [0] * len(padding)
+    no = (0,) * len(layer.stride)
+    geometry = Geometry(layer.stride, tuple(padding[::-2]), layer.dilation, False, no, layer.groups)
+    return _convolve(weight, bias, core, factors, input, geometry, execution)
+
+
+def _conv_transposed_fused(layer, weight, bias, core, factors, input, execution):
+    geometry = Geometry(layer.stride, layer.padding, layer.dilation, True, layer.output_padding, layer.groups)
+    return _convolve(weight, bias, core, factors, input, geometry, execution)
+
+
+def _convolve(weight, bias, core, factors, input, geometry, execution):
+    first, second, *kernel_factors = factors
+    single = input.ndim < weight.ndim  # a sample without a batch
+    x = input.unsqueeze(0) if single else input
+    output = convolution(x, weight, bias, _kernel(core, kernel_factors), first, second, geometry, execution)
+    return output.squeeze(0) if single else output
 
 
 def _conv_transposed(layer, core, factors, input, *args, **kwargs):
@@ -75,7 +113,7 @@ def _conv_transposed(layer, core, factors, input, *args, **kwargs):
     spatial, groups = len(kernel_factors), layer.groups
     down = input_factor.reshape(groups, -1, input_factor.shape[1]).mT.flatten(0, 1)  # (g·r, i/g)
     thin = _pointwise(input, down, spatial, groups)
-    kernel = _kernel_core(core, kernel_factors, groups)
+    kernel = _kernel(core, kernel_factors).repeat(groups, *[1] * (spatial + 1))
     weights = {"weight": kernel}
     if layer.bias is not None:
         weights["bias"] = kernel.new_zeros(groups * kernel.shape[1])
@@ -124,14 +162,15 @@ class Kind:
 
     ``types``: the classes, a name with its module for those outside torch. ``weights``: the names of the weights that
     are adapted, the first one first. ``roles``: of the weight's leading modes; further modes are "kernel" modes.
-    ``factored``: the function above, or None where an update can only act as a weight. ``factorable``: whether a
-    layer's options allow it.
+    ``factored``, ``fused``: the functions above; no ``factored`` where an update can only act as a weight.
+    ``factorable``: whether a layer's options allow it.
     """
 
     name: str
     types: tuple[type | str, ...]
     roles: tuple[str, ...]
     factored: Callable[..., Tensor] | None = None
+    fused: Callable[..., Tensor] | None = None
     weights: tuple[str, ...] = ("weight",)
     factorable: Callable[[nn.Module], bool] = _always
 
@@ -160,11 +199,15 @@ class Kind:
 
 
 KINDS = (
-    Kind("Linear", (nn.Linear,), ("out", "in"), _linear),
-    Kind("Conv1D", ("transformers.pytorch_utils.Conv1D",), ("in", "out"), _linear_transposed),
-    Kind("Conv", (nn.Conv1d, nn.Conv2d, nn.Conv3d), ("out", "in"), _conv),
+    Kind("Linear", (nn.Linear,), ("out", "in"), _linear, _linear_fused),
+    Kind("Conv1D", ("transformers.pytorch_utils.Conv1D",), ("in", "out"), _linear_transposed, _linear_transposed_fused),
+    Kind("Conv", (nn.Conv1d, nn.Conv2d, nn.Conv3d), ("out", "in"), _conv, _conv_fused),
     Kind(
-        "ConvTranspose", (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ("in", "out"), _conv_transposed
+        "ConvTranspose",
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        ("in", "out"),
+        _conv_transposed,
+        _conv_transposed_fused,
     ),
     Kind("Embedding", (nn.Embedding,), ("in", "out"), _embedding, factorable=_plain_lookup),
     Kind("EmbeddingBag", (nn.EmbeddingBag,), ("in", "out"), _embedding_bag, factorable=_plain_lookup),
@@ -178,6 +221,20 @@ KINDS = (
 )
 
 MAX_MODES = 6
+
+
+def possible(execution: str, kind: Kind | None, layer: nn.Module) -> str:
+    """The execution asked for; "merged" where an update can only act as a weight: attention's packed projections, raw
+    parameters, layers with a forward of their own."""
+    return execution if kind is not None and kind.can_factor(layer) else "merged"
+
+
+def is_bare(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether calling the layer does no more than its class's forward on plain frozen tensors: no hooks (sharding,
+    offloading, a user's own), no patched forward, no tensor of another type, no weight that trains."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    plain = type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
+    return plain and not hooks and "forward" not in vars(layer)
 
 
 def kind_of(layer: nn.Module) -> Kind | None:

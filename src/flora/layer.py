@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flora import kinds
 from flora.core_space import CoreSpace, unified_scale
-from flora.execution import add_to_weight, choose, drop_ranks, dropped_delta
+from flora.execution import LOW_PRECISION, add_updates, autocast_dtype, can_fuse, drop_ranks
 from flora.peft_compat import gather_params_ctx
 
 
@@ -48,6 +48,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.kind, self.weight_shape, self.roles = kinds.describe(inner, parameter_name)
         if self.kind is not None:  # PEFT's names for them, whatever the kind of layer
             self.in_features, self.out_features = kinds.features(inner, self.weight_shape, self.roles)
+        self.factorable = self.kind is not None and self.kind.can_factor(inner)
+        self.fusable = self.factorable and self.kind.fused is not None and base_layer is inner
         depth, layer = 0, base_layer
         while layer is not inner:
             depth, layer = depth + 1, layer.base_layer
@@ -113,7 +115,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.tucker_space[adapter_name] = space
         self.tucker_scaling[adapter_name] = 1.0
         self.tucker_dropout[adapter_name] = dropout
-        self.tucker_execution[adapter_name] = choose(execution, self.kind, self.get_base_layer(), weight.dtype)
+        self.tucker_execution[adapter_name] = kinds.possible(execution, self.kind, self.get_base_layer())
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -167,7 +169,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def _merged_weight(self, adapters: Sequence[str], safe_merge: bool) -> Tensor:
         self._check_numbers(adapters)
         weight = self.base_parameter
-        merged = add_to_weight(weight.data, [self._wide_delta(adapter) for adapter in adapters])
+        merged = add_updates(weight.data, [self._scaled(adapter) for adapter in adapters])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
@@ -202,19 +204,12 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             if self._kept:
                 self._replace_parameter(self._kept.pop())
             else:
-                self.base_parameter.data = add_to_weight(
-                    self.base_parameter.data, [-self._wide_delta(name) for name in self._present(names)]
-                )
+                spaces = (self._scaled(name) for name in self._present(names))
+                self.base_parameter.data = add_updates(self.base_parameter.data, [(-c, f) for c, f in spaces])
 
     def _replace_parameter(self, parameter: nn.Parameter) -> None:
         owner = kinds.owner(self.get_base_layer(), self.parameter_name)
         owner.register_parameter(kinds.leaf(self.parameter_name), parameter)
-
-    def _wide_delta(self, adapter: str) -> Tensor:
-        """The update in float32 at least, on the weight's device: a merge must not round it before the sum."""
-        weight = self.base_parameter
-        delta = self.tucker_space[adapter].delta(torch.promote_types(weight.dtype, torch.float32))
-        return (delta * self.tucker_scaling[adapter]).to(weight.device)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -246,47 +241,78 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         return self._adapted(self._present(self.active_adapters), args, kwargs)
 
     def _adapted(self, adapters: list[str], args: tuple, kwargs: dict, **inner: Any) -> Any:
-        """The base layer with the updates of ``adapters``: first those in the weight, then those beside the layer.
-        ``inner`` is for the base layer alone."""
-        inside = [a for a in adapters if self._runs_merged(a)]
-        if inside:
-            weight = {self._weight_path: self._weight_with(inside)}
-            result = kinds.run_with_weights(self.base_layer, weight, args, {**kwargs, **inner})
-        else:
-            result = self.base_layer(*args, **kwargs, **inner)
-        for adapter in adapters:
-            if adapter not in inside:
-                result = self._add_beside(result, adapter, args, kwargs)
+        """The base layer with the updates of ``adapters``. ``inner`` is for the base layer alone.
+
+        The first runs together with the base layer, where nothing speaks against it; else those that act as a weight
+        are in the weight, and what is left is added beside the layer.
+        """
+        result, beside = None, adapters
+        if adapters and len(args) + len(kwargs) == 1 and not inner:
+            (x, *_), _ = self._input_first(args, kwargs)
+            result, beside = self._fused(adapters[0], x), adapters[1:]
+        if result is None:
+            inside = [a for a in adapters if self._runs_merged(a)]
+            beside = [a for a in adapters if a not in inside]
+            if inside:
+                weight = {self._weight_path: self._weight_with(inside)}
+                result = kinds.run_with_weights(self.base_layer, weight, args, {**kwargs, **inner})
+            else:
+                result = self.base_layer(*args, **kwargs, **inner)
+        for adapter in beside:
+            result = self._add_beside(result, adapter, args, kwargs)
         return result
 
-    def _runs_merged(self, adapter: str) -> bool:
-        if self.tucker_execution[adapter] == "factored":
-            return False
-        # dropout is of the layer's input, which only the factored form has; where there is none, of the ranks
+    def _fused(self, adapter: str, x: Tensor) -> Tensor | None:
+        """Base layer and update in one. None where that can't be: the update can only act as a weight, calling the base
+        layer does more than it seems, the update's own input is dropped out, or numbers of several types meet."""
+        weight, space = self.base_parameter, self.tucker_space[adapter]
         dropping = self.training and self.tucker_dropout[adapter] > 0
-        return not (dropping and self.kind is not None and self.kind.can_factor(self.get_base_layer()))
+        if not self.fusable or dropping or not can_fuse() or not kinds.is_bare(self.base_layer, weight):
+            return None
+        dtype = autocast_dtype(x)
+        if dtype is None and not x.dtype == weight.dtype == space.core.dtype:
+            return None
+        core, factors = self._scaled(adapter)
+        tensors = (x, weight, self.base_layer.bias, core, *factors)
+        if dtype is not None:
+            tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+        x, weight, bias, core, *factors = tensors
+        return self.kind.fused(self.base_layer, weight, bias, core, factors, x, self.tucker_execution[adapter])
+
+    def _scaled(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:
+        core, factors = self.tucker_space[adapter]()
+        scaling = self.tucker_scaling[adapter]
+        return (core if scaling == 1 else core * scaling), factors
+
+    def _runs_merged(self, adapter: str) -> bool:
+        if not self.factorable:
+            return True
+        # dropout is of the layer's input, which only the factored form has; where there is none, of the ranks
+        if self.training and self.tucker_dropout[adapter] > 0:
+            return False
+        if self.tucker_execution[adapter] != "auto":
+            return self.tucker_execution[adapter] == "merged"
+        # thin layers are not thin in a grouped convolution: groups × rank channels
+        return getattr(self.get_base_layer(), "groups", 1) > 1 and self.base_parameter.dtype not in LOW_PRECISION
 
     def _weight_with(self, adapters: Sequence[str]) -> Tensor:
-        if not adapters:
-            return self.base_parameter
-        return add_to_weight(self.base_parameter, [self._training_delta(adapter) for adapter in adapters])
+        weight = self.base_parameter
+        return add_updates(weight, [self._dropped(a) for a in adapters]) if adapters else weight
 
-    def _training_delta(self, adapter: str) -> Tensor:
+    def _dropped(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:
+        """Scaled core and factors, in training with ranks dropped out."""
+        core, factors = self._scaled(adapter)
         p = self.tucker_dropout[adapter] if self.training else 0.0
-        delta = dropped_delta(self.tucker_space[adapter], kinds.input_mode(self.roles), p)
-        scaling = self.tucker_scaling[adapter]
-        return (delta if scaling == 1 else delta * scaling).to(self.base_parameter.device)
+        return core, drop_ranks(factors, kinds.input_mode(self.roles), p) if p > 0 else factors
 
     def _add_beside(self, result: Tensor, adapter: str, args: tuple, kwargs: dict) -> Tensor:
-        core, factors = self.tucker_space[adapter]()
-        if self.tucker_scaling[adapter] != 1:
-            core = core * self.tucker_scaling[adapter]
         (x, *args), kwargs = self._input_first(args, kwargs)
-        p = self.tucker_dropout[adapter] if self.training else 0.0
         if x.is_floating_point():
+            core, factors = self._scaled(adapter)
+            p = self.tucker_dropout[adapter] if self.training else 0.0
             x = F.dropout(self._cast_input_dtype(x, core.dtype), p)
-        elif p > 0:
-            factors = drop_ranks(factors, kinds.input_mode(self.roles), p)
+        else:
+            core, factors = self._dropped(adapter)
         update = self.kind.factored(self.get_base_layer(), core, factors, x, *args, **kwargs)
         return (result + update).to(result.dtype)
 

@@ -14,7 +14,6 @@ from torch import nn
 from flora import kinds
 from flora import ranks as rank_rules
 from flora.config import FloraConfig
-from flora.execution import choose
 from flora.targets import Target, find_targets
 
 
@@ -119,7 +118,7 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
             shape=shape,
             ranks=rank,
             scale=config.scale if scale is None else scale,
-            execution=choose(config.execution, kind, target.layer, target.weight.dtype),
+            execution=kinds.possible(config.execution, kind, target.layer),
             shared=target.shared,
         )
         for target, (kind, shape, _), rank, scale in zip(targets, described, ranks, scales, strict=True)

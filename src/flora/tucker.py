@@ -9,6 +9,7 @@ factor n is (I_n, r_n).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -25,15 +26,30 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     return torch.matmul(rest, matrix.mT).movedim(-1, mode)
 
 
-def reconstruct(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """``core ×_1 factors[0] … ×_N factors[N-1]``: (r_1, …, r_N) -> (I_1, …, I_N) (equation 4).
+def _by_growth(core: Tensor, factors: Sequence[Tensor]) -> list[int]:
+    """The modes, those that grow the least first: in this order the intermediate tensors stay small."""
+    return sorted(range(core.ndim), key=lambda mode: factors[mode].shape[0] / factors[mode].shape[1])
 
-    The modes that grow the least go first, so that the intermediate tensors stay small.
-    """
-    growth = [factor.shape[0] / factor.shape[1] for factor in factors]
-    for mode in sorted(range(len(factors)), key=growth.__getitem__):
+
+def reconstruct(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``core ×_1 factors[0] … ×_N factors[N-1]``: (r_1, …, r_N) -> (I_1, …, I_N) (equation 4)."""
+    for mode in _by_growth(core, factors):
         core = mode_product(core, factors[mode], mode)
     return core
+
+
+def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``tensor + core ×_1 factors[0] … ×_N factors[N-1]``: the last product adds, so no full tensor lies between."""
+    *modes, last = _by_growth(core, factors)
+    for mode in modes:
+        core = mode_product(core, factors[mode], mode)
+    before, after, factor = prod(tensor.shape[:last]), prod(tensor.shape[last + 1 :]), factors[last]
+    if after == 1:
+        rows = core.reshape(before, factor.shape[1])
+        return torch.addmm(tensor.reshape(before, -1), rows, factor.mT).view(tensor.shape)
+    blocks = core.reshape(before, factor.shape[1], after)
+    factor = factor.expand(before, -1, -1)
+    return torch.baddbmm(tensor.reshape(before, -1, after), factor, blocks).view(tensor.shape)
 
 
 def project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
