@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +34,17 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bi,eio,eoj->bj", x, self.up, self.down)
+
+
+class LoopedExperts(Experts):
+    """As language models run them: one expert's matrix at a time, taken out of the stack in one way or another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        number = torch.tensor(1)
+        first = torch.tanh(x @ self.up[0]) @ self.down[number] + x @ self.up[-1] @ self.down.mT[2].T
+        pairs = zip(self.up, self.down.unbind(), strict=True)
+        each = [torch.tanh(F.linear(x, up.mT)) @ down.T.transpose(0, 1) for up, down in pairs]
+        return torch.stack([first, *each]).sum(0) + self.down[0, 0]
 
 
 class Raw(nn.Module):
@@ -171,6 +183,7 @@ CASES = [
     raw(2, 3, 2, 2, 3),
     raw(2, 2, 3, 2, 2, 2),
     Case("experts-one_stack", Experts, floats(4, 6), parameters=("layer.up",)),
+    Case("experts-one_by_one", LoopedExperts, floats(4, 6), parameters=("layer.up", "layer.down"), config={"r": 2}),
     Case("experts-both_stacks", Experts, floats(4, 6), parameters=("layer.up", "layer.down"), config={"r": 2}),
     Case("LayerNorm-weight", lambda: nn.LayerNorm(6), floats(4, 6), parameters=("layer.weight",)),
     Case("Conv2d-as_parameter", lambda: nn.Conv2d(4, 6, 3), floats(*IMAGE[2]), parameters=("layer.weight",)),

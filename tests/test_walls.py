@@ -13,8 +13,9 @@ import flora
 
 ROOT = Path(flora.__file__).parent
 ORDER = [
-    "tucker", "ranks", "core_space", "execution", "kinds", "files", "peft_compat", "config", "targets", "plan", "layer",
-    "tuner", "gradient", "hotswap", "__init__", "methods", "tasks", "settings", "report", "train", "job", "cli",
+    "tucker", "ranks", "core_space", "execution", "stand_in", "kinds", "files", "peft_compat", "config", "targets",
+    "plan", "layer", "tuner", "gradient", "hotswap", "__init__", "methods", "tasks", "settings", "report", "train",
+    "job", "cli",
 ]  # fmt: skip
 HEAVY = ("timm", "torchvision", "diffusers", "datasets", "matplotlib", "sklearn")
 
@@ -57,7 +58,7 @@ def test_an_arrow_never_runs_back(room):
         assert not rooms_used(room) & later
 
 
-@pytest.mark.parametrize("room", ["tucker", "ranks", "core_space", "kinds", "execution"])
+@pytest.mark.parametrize("room", ["tucker", "ranks", "core_space", "execution", "stand_in", "kinds"])
 def test_the_mathematics_does_not_know_peft(room):
     assert not uses(room, "peft") and not uses(room, "transformers")
     if room in ("tucker", "ranks"):

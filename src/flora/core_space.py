@@ -79,7 +79,7 @@ class CoreSpace(nn.Module):
 
     def forward(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``scale · core`` and the factors. A call, so that sharded training (FSDP, ZeRO-3) gathers them first."""
-        return self.core * self.scale.to(self.core.dtype), self.factors
+        return self.core * self.scale, self.factors
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
         """``scale · core ×_1 factors[0] …``: (I_1, …, I_N), in PyTorch's order (equations 5 to 7).

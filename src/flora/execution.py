@@ -74,11 +74,16 @@ def can_fuse() -> bool:
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast has a product of x computed in, if it is on."""
+def of_one_type(
+    x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Sequence[Tensor]
+) -> list[Tensor | None] | None:
+    """The tensors (x, weight, bias, core, *factors), under autocast in its type; None where several types meet."""
+    tensors = [x, weight, bias, core, *factors]
     device = x.device.type
-    on = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if on else None
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return tensors if x.dtype == weight.dtype == core.dtype else None
 
 
 # --------------------------------------------------------------------------------------------------- thin products

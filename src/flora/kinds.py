@@ -223,18 +223,23 @@ KINDS = (
 MAX_MODES = 6
 
 
-def possible(execution: str, kind: Kind | None, layer: nn.Module) -> str:
-    """The execution asked for; "merged" where an update can only act as a weight: attention's packed projections, raw
-    parameters, layers with a forward of their own."""
-    return execution if kind is not None and kind.can_factor(layer) else "merged"
+def possible(execution: str, kind: Kind | None, layer: nn.Module, shape: Sequence[int]) -> str:
+    """The execution asked for; "merged" where an update can only act as a weight: attention's packed projections,
+    layers with a forward of their own, raw parameters that are no stack of matrices."""
+    stack = kind is None and len(shape) > 2
+    return execution if stack or (kind is not None and kind.can_factor(layer)) else "merged"
 
 
-def is_bare(layer: nn.Module, weight: Tensor) -> bool:
-    """Whether calling the layer does no more than its class's forward on plain frozen tensors: no hooks (sharding,
-    offloading, a user's own), no patched forward, no tensor of another type, no weight that trains."""
+def is_plain(weight: Tensor) -> bool:
+    """A frozen tensor like any other: not one of a type of its own (sharded, quantized), nor one that trains."""
+    return type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Whether calling the layer does no more than its class's forward: no hooks (sharding, offloading, a user's own),
+    no forward of its own."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    plain = type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
-    return plain and not hooks and "forward" not in vars(layer)
+    return not hooks and "forward" not in vars(layer)
 
 
 def kind_of(layer: nn.Module) -> Kind | None:

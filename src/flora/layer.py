@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from flora import kinds
 from flora.core_space import CoreSpace, unified_scale
-from flora.execution import LOW_PRECISION, add_updates, autocast_dtype, can_fuse, drop_ranks
+from flora.execution import LOW_PRECISION, add_updates, can_fuse, drop_ranks, of_one_type
 from flora.peft_compat import gather_params_ctx
+from flora.stand_in import StandIn
 
 
 class FloraLayer(nn.Module, BaseTunerLayer):
@@ -115,7 +116,9 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         self.tucker_space[adapter_name] = space
         self.tucker_scaling[adapter_name] = 1.0
         self.tucker_dropout[adapter_name] = dropout
-        self.tucker_execution[adapter_name] = kinds.possible(execution, self.kind, self.get_base_layer())
+        self.tucker_execution[adapter_name] = kinds.possible(
+            execution, self.kind, self.get_base_layer(), self.weight_shape
+        )
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -254,7 +257,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             inside = [a for a in adapters if self._runs_merged(a)]
             beside = [a for a in adapters if a not in inside]
             if inside:
-                weight = {self._weight_path: self._weight_with(inside)}
+                weight = {self._weight_path: self._weight_or_stand_in(inside)}
                 result = kinds.run_with_weights(self.base_layer, weight, args, {**kwargs, **inner})
             else:
                 result = self.base_layer(*args, **kwargs, **inner)
@@ -265,17 +268,14 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def _fused(self, adapter: str, x: Tensor) -> Tensor | None:
         """Base layer and update in one. None where that can't be: the update can only act as a weight, calling the base
         layer does more than it seems, the update's own input is dropped out, or numbers of several types meet."""
-        weight, space = self.base_parameter, self.tucker_space[adapter]
+        weight = self.base_parameter
         dropping = self.training and self.tucker_dropout[adapter] > 0
-        if not self.fusable or dropping or not can_fuse() or not kinds.is_bare(self.base_layer, weight):
+        bare = self.fusable and kinds.is_plain(weight) and kinds.is_bare(self.base_layer)
+        if not bare or dropping or not can_fuse():
             return None
-        dtype = autocast_dtype(x)
-        if dtype is None and not x.dtype == weight.dtype == space.core.dtype:
+        tensors = of_one_type(x, weight, self.base_layer.bias, *self._scaled(adapter))
+        if tensors is None:
             return None
-        core, factors = self._scaled(adapter)
-        tensors = (x, weight, self.base_layer.bias, core, *factors)
-        if dtype is not None:
-            tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
         x, weight, bias, core, *factors = tensors
         return self.kind.fused(self.base_layer, weight, bias, core, factors, x, self.tucker_execution[adapter])
 
@@ -294,6 +294,14 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             return self.tucker_execution[adapter] == "merged"
         # thin layers are not thin in a grouped convolution: groups × rank channels
         return getattr(self.get_base_layer(), "groups", 1) > 1 and self.base_parameter.dtype not in LOW_PRECISION
+
+    def _weight_or_stand_in(self, adapters: Sequence[str]) -> Tensor:
+        """The weight with the updates in it; of a stack of matrices one that does not form it as long as it can."""
+        weight, execution = self.base_parameter, self.tucker_execution[adapters[0]]
+        stack = self.kind is None and len(self.weight_shape) > 2 and execution != "merged"
+        if stack and len(adapters) == 1 and can_fuse() and kinds.is_plain(weight):
+            return StandIn.of(weight, *self._dropped(adapters[0]), execution)
+        return self._weight_with(adapters)
 
     def _weight_with(self, adapters: Sequence[str]) -> Tensor:
         weight = self.base_parameter

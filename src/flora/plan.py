@@ -118,7 +118,7 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
             shape=shape,
             ranks=rank,
             scale=config.scale if scale is None else scale,
-            execution=kinds.possible(config.execution, kind, target.layer),
+            execution=kinds.possible(config.execution, kind, target.layer, shape),
             shared=target.shared,
         )
         for target, (kind, shape, _), rank, scale in zip(targets, described, ranks, scales, strict=True)
