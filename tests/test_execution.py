@@ -71,6 +71,18 @@ def test_convolution(way, geometry, layout, monkeypatch):
     check(adapted, (x, bias, kernel, *factors), torch.convolution(x, dense, bias, *geometry))
 
 
+def test_convolution_with_a_large_depthwise_kernel():
+    x, weight, kernel = numbers(2, 4, 7, 7), numbers(4, 1, 5, 5, grad=False), numbers(2, 1, 5, 5)
+    factors = (numbers(4, 2), numbers(1, 1))
+    geometry = Geometry((1, 1), (2, 2), (1, 1), False, (0, 0), 4)
+
+    def adapted(x, kernel, first, second):
+        return convolution(x, weight, None, kernel, first, second, geometry, "auto")
+
+    dense = weight + torch.einsum("rskl,ar,bs->abkl", kernel, *factors)
+    check(adapted, (x, kernel, *factors), torch.convolution(x, dense, None, *geometry))
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 3)], ids=lambda layer: type(layer).__name__)
 @pytest.mark.parametrize("way", ["factored", "merged"])
 def test_gradients_sample_by_sample_with_torch_func(layer, way):

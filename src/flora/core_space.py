@@ -34,11 +34,18 @@ def unified_scale(weight: Tensor, fan_in: int, ranks: Sequence[int]) -> float:
     Kaiming's factor of rms 1/√(3 I_in), a weight of rms 1/√I_in) moves its weight by 2 √(r/3), that is 3.3 to 4.6 times
     its own size, for a unit change of its zero factor. With 4 here, a learning rate that suits LoRA suits this too.
 
-    A weight of zeros has no size of its own; it counts as one drawn with variance 1 / fan_in.
+    A weight of zeros has no size of its own; it counts as one drawn with variance 1 / fan_in. Of a large weight some
+    2¹⁶ entries are looked at, spread evenly: their root mean square is the weight's to half a percent.
     """
-    size = torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)).item()
-    rms = size / math.sqrt(weight.numel())
-    return PART * (rms or 1 / math.sqrt(fan_in)) / math.sqrt(math.prod(ranks))
+    numbers = weight.detach().reshape(-1)
+    some = numbers[:: numbers.numel() >> 16 | 1]  # an odd step, so as not to follow a column
+    rms = _rms(some) or _rms(numbers) or 1 / math.sqrt(fan_in)
+    return PART * rms / math.sqrt(math.prod(ranks))
+
+
+def _rms(numbers: Tensor) -> float:
+    dtype = torch.promote_types(numbers.dtype, torch.float32)
+    return torch.linalg.vector_norm(numbers, dtype=dtype).item() / math.sqrt(numbers.numel())
 
 
 class CoreSpace(nn.Module):

@@ -282,6 +282,15 @@ def _project_weight(dweight: Tensor, kernel: Tensor, first: Tensor, second: Tens
     return torch.matmul(second.mT, rows).view(kernel.shape), dfirst, torch.bmm(rows, slices.mT).sum(0)
 
 
+def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The full weight's gradient."""
+    if x.device.type == "cpu" and x.ndim == 4 and geometry.groups > 1 and prod(weight.shape[2:]) > 9:
+        # oneDNN is fast with large depthwise kernels only where channels come last: four times, the copies included
+        g, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (g, x))
+    mask = (False, True, False)
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, mask)[1]
+
+
 class _Convolution(Function):
     """y = W * x + B (K * Aᵀ x), where * convolves, and A and B are the factors of inputs and outputs. For the gradient
     g of y, with the thin a = Aᵀ x and c = Bᵀ g, and ' for adjoints,
@@ -310,28 +319,29 @@ class _Convolution(Function):
         geometry, groups = ctx.geometry, ctx.geometry.groups
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
 
-        def back(g, image, w, geometry, *wanted):
-            gradients = torch.ops.aten.convolution_backward(g, image, w, None, *geometry, (*wanted, False))
-            return gradients[:2] if all(wanted) else gradients[wanted.index(True)]
+        def back(g, image, w, geometry, also_weight=False):
+            mask = (True, also_weight, False)
+            dimage, dw, _ = torch.ops.aten.convolution_backward(g, image, w, None, *geometry, mask)
+            return (dimage, dw) if also_weight else dimage
 
         dx = db = None
         if ctx.way == "dense":
             if wants_x:
                 weights = _weights(weight, kernel, first, second)
-                dx = sum(back(g, x, w, geometry, True, False) for w in weights)
-            dweight = back(g, x, weight, geometry, False, True)
+                dx = sum(back(g, x, w, geometry) for w in weights)
+            dweight = _weight_gradient(g, x, weight, geometry)
             dkernel, dfirst, dsecond = _project_weight(dweight, kernel, first, second)
         else:
             inner, outer = (first, second) if geometry.transposed else (second, first)
             columns, given = _by_group(x, groups), _by_group(g, groups)
             a, c = _image(_project(columns, inner), x), _image(_project(given, outer), g)
-            t, dkernel = back(c, a, kernel, geometry.thin, True, True)
+            t, dkernel = back(c, a, kernel, geometry.thin, True)
             thin = torch.convolution(a, kernel, None, *geometry.thin)
             dinner = _correlate(t.contiguous().flatten(2), columns, inner.shape[0] // columns.shape[1])
             douter = _correlate(thin.contiguous().flatten(2), given, outer.shape[0] // given.shape[1])
             dfirst, dsecond = (dinner, douter) if geometry.transposed else (douter, dinner)
             if wants_x:
-                dx = _add_image_(back(g, x, weight, geometry, True, False), t, inner, groups)
+                dx = _add_image_(back(g, x, weight, geometry), t, inner, groups)
         if wants_bias:
             db = g.sum((0, *range(2, g.ndim)))
         return dx, None, db, dkernel, dfirst, dsecond, None, None

@@ -26,30 +26,34 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     return torch.matmul(rest, matrix.mT).movedim(-1, mode)
 
 
-def _by_growth(core: Tensor, factors: Sequence[Tensor]) -> list[int]:
+def _by_growth(factors: Sequence[Tensor]) -> list[int]:
     """The modes, those that grow the least first: in this order the intermediate tensors stay small."""
-    return sorted(range(core.ndim), key=lambda mode: factors[mode].shape[0] / factors[mode].shape[1])
+    return [mode for _, mode in sorted((factor.shape[0] / factor.shape[1], n) for n, factor in enumerate(factors))]
 
 
 def reconstruct(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """``core ×_1 factors[0] … ×_N factors[N-1]``: (r_1, …, r_N) -> (I_1, …, I_N) (equation 4)."""
-    for mode in _by_growth(core, factors):
+    for mode in _by_growth(factors):
         core = mode_product(core, factors[mode], mode)
     return core
 
 
 def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """``tensor + core ×_1 factors[0] … ×_N factors[N-1]``: the last product adds, so no full tensor lies between."""
-    *modes, last = _by_growth(core, factors)
-    for mode in modes:
-        core = mode_product(core, factors[mode], mode)
-    before, after, factor = prod(tensor.shape[:last]), prod(tensor.shape[last + 1 :]), factors[last]
-    if after == 1:
-        rows = core.reshape(before, factor.shape[1])
-        return torch.addmm(tensor.reshape(before, -1), rows, factor.mT).view(tensor.shape)
-    blocks = core.reshape(before, factor.shape[1], after)
-    factor = factor.expand(before, -1, -1)
-    return torch.baddbmm(tensor.reshape(before, -1, after), factor, blocks).view(tensor.shape)
+    order = _by_growth(factors)
+    before = [prod(tensor.shape[:mode]) for mode in range(core.ndim)]
+    after = [prod(tensor.shape[mode + 1 :]) for mode in range(core.ndim)]
+    # the last product is one of matrices (first or last mode), or of a batch of them that are not too narrow
+    last = [mode for mode in order if 1 in (before[mode], after[mode]) or after[mode] >= 64][-1]
+    for mode in order:
+        if mode != last:
+            core = mode_product(core, factors[mode], mode)
+    rows, columns, factor = before[last], after[last], factors[last]
+    if columns == 1:
+        flat = core.reshape(rows, factor.shape[1])
+        return torch.addmm(tensor.reshape(rows, -1), flat, factor.mT).view(tensor.shape)
+    blocks = core.reshape(rows, factor.shape[1], columns)
+    return torch.baddbmm(tensor.reshape(rows, -1, columns), factor.expand(rows, -1, -1), blocks).view(tensor.shape)
 
 
 def project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
