@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -106,6 +107,30 @@ def test_the_cost_model_merges_for_many_positions_and_keeps_large_weights_apart(
     assert merges((64, 64, 3, 3), (16, 16), (16384, 16384))
     assert wants_dense((96, 1, 7, 7), (8, 1), (6272, 6272), 96)
     assert not wants_dense((320, 320, 3, 3), (28, 28), (2048, 2048), 1)
+
+
+SMALL = [(nn.Linear(6, 4), (6,)), (nn.Conv2d(6, 4, 3), (6, 5, 5)), (nn.ConvTranspose1d(6, 4, 3), (6, 5))]
+
+
+@pytest.mark.parametrize(("layer", "shape"), SMALL, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("way", ["factored", "merged"])
+def test_an_empty_batch(layer, shape, way):
+    model, adapted = wrapped(copy.deepcopy(layer), execution=way)
+    result = model(torch.randn(0, *shape, requires_grad=True))
+    assert result.shape == layer(torch.randn(0, *shape)).shape
+    result.sum().backward()
+    assert not adapted.tucker_space["default"].core.grad.any()
+
+
+@pytest.mark.parametrize(("layer", "shape"), SMALL[:2], ids=lambda value: type(value).__name__)
+def test_a_trace_runs_without_python(layer, shape):
+    model, _ = wrapped(copy.deepcopy(layer))
+    x = torch.randn(2, *shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and still what exporters use
+        traced = torch.jit.trace(model.base_model.model, x)
+    assert "PythonOp" not in str(traced.inlined_graph) and "^_" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), model(x))
 
 
 def wrapped(layer: nn.Module, **options):

@@ -84,7 +84,8 @@ class FloraConfig(PeftConfig):
         metadata={"help": "Dropout of the update's input; of the ranks where the update acts as a weight."},
     )
     execution: str = field(
-        default="auto", metadata={"help": "'factored' (thin layers beside), 'merged' (W + delta), or 'auto'."}
+        default="auto",
+        metadata={"help": "'factored' (thin products), 'merged' (W + delta), or 'auto': the cheaper for each input."},
     )
     bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'flora_only'."})
     modules_to_save: list[str] | None = field(

@@ -69,9 +69,10 @@ def wants_dense(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[
 
 
 def can_fuse() -> bool:
-    """Whether the autograd functions may run: a compiler does the fusing itself, and torch.func's transforms need what
-    is not in place."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    """Whether the autograd functions may run: compilers and tracers want plain operations, and torch.func's transforms
+    such as are not in place."""
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not followed and not torch._C._are_functorch_transforms_active()
 
 
 def of_one_type(
@@ -137,7 +138,7 @@ def matrix(
         merged = x.dtype not in LOW_PRECISION and merges(weight.shape, (rank, rank), (positions, positions))
     else:
         merged = execution == "merged"
-    return _Matrix.apply(rows, weight, bias, core, left, right, merged).view(*x.shape[:-1], -1)
+    return _Matrix.apply(rows, weight, bias, core, left, right, merged).view(*x.shape[:-1], weight.shape[0])
 
 
 def _parts(rows: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""What an adapter's own work could take at best on this machine, beside what it was measured to take.
+
+    python benchmarks/limits.py                     # for the rows of benchmarks/results/speed-cpu.json
+    python benchmarks/limits.py --results FILE.json --workloads conv-64,unet
+
+Counted are the operations of FLoRA's and of LoRA's training step that the frozen model's step does not have. The limit
+is those at the rate of this machine's fastest large product; no pass over memory and no call is counted. Rates are
+measured in the same run: a large matrix product, a large convolution, and a thin product as adapters are made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measure import table
+from methods import lora_parameters
+from torch import nn
+from workloads import WORKLOADS, Case, Workload
+
+import flora
+from flora import FloraConfig
+
+ROUNDS = 15
+
+
+def rate(operations: float, action: Callable[[], object]) -> float:
+    """Operations a second, the median of ``ROUNDS``."""
+    seconds = []
+    for _ in range(ROUNDS + 2):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return operations / statistics.median(seconds[2:])
+
+
+def rates() -> dict[str, float]:
+    a, b, thin = torch.randn(2048, 1024), torch.randn(1024, 1024), torch.randn(1024, 16)
+    image, kernel = torch.randn(4, 256, 32, 32), torch.randn(256, 256, 3, 3)
+    return {
+        "large matrix product": rate(2 * 2048 * 1024 * 1024, lambda: a @ b),
+        "large 3×3 convolution": rate(2 * 9 * 4 * 1024 * 256 * 256, lambda: F.conv2d(image, kernel, padding=1)),
+        "thin matrix product": rate(2 * 2048 * 1024 * 16, lambda: a @ thin),
+    }
+
+
+def positions(case: Case, names: list[str]) -> dict[str, tuple[int, int]]:
+    """How many inputs and outputs of one channel each layer has: rows, or pixels, of the whole batch."""
+    seen: dict[str, tuple[int, int]] = {}
+
+    def count(layer: nn.Module, tensor: torch.Tensor) -> int:
+        channels = tensor.shape[-1] if isinstance(layer, nn.Linear) else tensor.shape[1]
+        return tensor.numel() // channels
+
+    def note(name: str) -> Callable:
+        def hook(layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            seen[name] = count(layer, args[0]), count(layer, output)
+
+        return hook
+
+    handles = [case.model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    with torch.no_grad():
+        case.forward(case.model)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def of_flora(shape: tuple[int, ...], ranks: tuple[int, ...], inputs: int, outputs: int) -> int:
+    """Project x and the gradient, the core's three products, the two factors' gradients, the part of dx, and the
+    cheaper of merged and factored forward."""
+    (o, i), (r, s), size = shape[:2], ranks[:2], prod(shape[2:])
+    down, up, core = inputs * i * s, outputs * o * r, outputs * r * s * size
+    merged, factored = o * i * size * r + r * s * i * size, down + core + up
+    if size == 1:  # a matrix's core goes into a factor, and its projected input is kept
+        factored, core = up, 0
+    return 2 * (3 * down + 2 * up + 3 * core + min(merged, factored))
+
+
+def of_lora(shape: tuple[int, ...], rank: int, inputs: int, outputs: int) -> int:
+    """Its two layers, forward and twice backward."""
+    return 3 * 2 * outputs * rank * (prod(shape[1:]) + shape[0])
+
+
+def work(workload: Workload) -> tuple[int, int]:
+    """Operations of FLoRA's step and of LoRA's."""
+    case = workload.case(False, 0, "cpu")
+    parameters = lora_parameters(case.model, workload.targets, workload.rank)
+    rows = flora.plan(case.model, FloraConfig(budget=parameters, **workload.targets)).rows
+    seen = positions(case, [row.module for row in rows])
+    ours = sum(of_flora(row.shape, row.ranks, *seen[row.module]) for row in rows)
+    return ours, sum(of_lora(row.shape, workload.rank, *seen[row.module]) for row in rows)
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    flags.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "speed-cpu.json")
+    flags.add_argument("--workloads", type=lambda text: text.split(","), default=None, metavar="NAME,…")
+    flags.add_argument("--threads", type=int, default=2)
+    args = flags.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    measured = {
+        (row["workload"], row["method"]): row
+        for row in json.loads(args.results.read_text())["rows"]
+        if row["measure"] == "step"
+    }
+    found = rates()
+    print(table(["", "10⁹ operations a second"], [[name, f"{value / 1e9:.0f}"] for name, value in found.items()]))
+    best = max(found.values())
+    lines = []
+    for name in args.workloads or [name for name, w in WORKLOADS.items() if "target_parameters" not in w.targets]:
+        operations = dict(zip(("flora-auto", "lora"), work(WORKLOADS[name]), strict=True))
+        for method, count in operations.items():
+            row, floor = measured[name, method], measured[name, "floor"]["median_ms"]
+            took, limit = row["overhead"] * floor, count / best * 1e3
+            lines.append([name, method, f"{count / 1e6:,.0f}", f"{limit:.1f}", f"{took:.1f}", f"{took / limit:.1f}"])
+    print()
+    print(table(["workload", "method", "10⁶ operations", "limit, ms", "took, ms", "over the limit"], lines))
+
+
+if __name__ == "__main__":
+    main()

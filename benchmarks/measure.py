@@ -1,0 +1,248 @@
+"""What `speed.py` and `memory.py` share: flags, clocks, models ready to train, and the results file."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import METHODS, Adapted, LeftOutError, adapt, lora_parameters
+from torch import Tensor, nn
+from workloads import WORKLOADS, Case, Workload
+
+import flora
+
+Row = dict[str, Any]
+WARM_UP_ROUNDS = 2
+LEAST_ROUNDS, MOST_ROUNDS = 5, 500
+LEARNING_RATE = 1e-5
+LIBRARIES = ("torch", "peft", "transformers", "diffusers", "lycoris-lora")
+
+
+# ------------------------------------------------------------------------------------------------- flags
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that both commands have."""
+
+    def known(table: Mapping[str, Any]) -> Callable[[str], list[str]]:
+        def names(text: str) -> list[str]:
+            if unknown := [name for name in text.split(",") if name not in table]:
+                raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(table)}")
+            return text.split(",")
+
+        return names
+
+    flags = argparse.ArgumentParser(description=description)
+    flags.add_argument("--workloads", type=known(WORKLOADS), default=list(WORKLOADS), metavar="NAME,…")
+    flags.add_argument("--methods", type=known(METHODS), default=list(METHODS), metavar="NAME,…")
+    flags.add_argument("--threads", type=int, default=2)
+    flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    flags.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast")
+    flags.add_argument(
+        "--keep-memory", action="store_true", help="have the C library keep freed memory, as a GPU's allocator does"
+    )
+    flags.add_argument("--tiny", action="store_true", help="small shapes, to try everything out")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--output", type=Path, metavar="FILE.json")
+    return flags
+
+
+def prepare(args: argparse.Namespace) -> None:
+    if args.keep_memory and "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it once, as the process starts
+        keep = {name: str(2**40) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep, "MALLOC_TOP_PAD_": str(2**28)})
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")  # PEFT's and transformers', about models that are no whole language models
+
+
+# ------------------------------------------------------------------------------------------------- models to train
+
+
+def adapted_models(workload: Workload, case: Case, args: argparse.Namespace) -> Iterator[tuple[str, Adapted]]:
+    """Each method's model, all with the weights of the case's; what can't run is left out with a line that says why."""
+    parameters = lora_parameters(case.model, workload.targets, workload.lora_rank(args.tiny))
+    print(f"{'':16}{parameters:>12,} parameters: LoRA of rank {workload.lora_rank(args.tiny)}")
+    for name in args.methods:
+        try:
+            adapted = adapt(name, case.model, workload.targets, parameters, args.seed)
+        except LeftOutError as reason:
+            print(f"{name:16}{'left out':>12}: {reason}")
+            continue
+        print(f"{name:16}{adapted.parameters:>12,} {adapted.ranks[:90]}", flush=True)
+        yield name, adapted
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def compiled(name: str, model: nn.Module) -> Callable[..., Any]:
+    """The model compiled, entered through code of its own: those that share code search through each other's guards."""
+
+    def run(**batch: Any) -> Any:
+        return model(**batch)
+
+    run.__code__ = run.__code__.replace(co_name=name)
+    return torch.compile(run)
+
+
+def training_step(
+    case: Case, model: nn.Module, run: Callable[..., Any], args: argparse.Namespace
+) -> Callable[[], None]:
+    """Forward, backward, optimizer step and zero_grad; ``run`` is the model, or the model compiled."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True) if trained else None
+
+    def step() -> None:
+        with autocast(args):
+            output = case.forward(run)
+        case.backward(output)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def inference(case: Case, run: Callable[..., Any], args: argparse.Namespace) -> Callable[[], Tensor]:
+    @torch.no_grad()
+    def forward() -> Tensor:
+        with autocast(args):
+            return case.forward(run)
+
+    return forward
+
+
+# ------------------------------------------------------------------------------------------------- clocks
+
+
+def milliseconds(action: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        action()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    started = time.perf_counter()
+    action()
+    return (time.perf_counter() - started) * 1e3
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], Any]], args: argparse.Namespace, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds of each action, round by round: a round runs each once, in shuffled order. The first rounds are
+    not counted; as many follow as ``args.rounds`` says, or as fit ``seconds``."""
+    shuffle = random.Random(args.seed).shuffle
+
+    def round_of_all() -> dict[str, float]:
+        order = list(actions)
+        shuffle(order)
+        times = {name: milliseconds(actions[name], args.device) for name in order}
+        gc.collect()
+        return times
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for _ in range(WARM_UP_ROUNDS):
+            warm = round_of_all()
+        fitting = int(seconds * 1e3 / sum(warm.values()))
+        rounds = [round_of_all() for _ in range(args.rounds or min(max(fitting, LEAST_ROUNDS), MOST_ROUNDS))]
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return {name: [times[name] for times in rounds] for name in actions}
+
+
+def quartiles(times: list[float]) -> Row:
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return {"rounds": len(times), "median_ms": median, "q1_ms": low, "q3_ms": high}
+
+
+# ------------------------------------------------------------------------------------------------- the results file
+
+
+class Results:
+    """Rows in a JSON file, with the machine, versions and flags that they hold for. What is measured again replaces its
+    own rows, so a long run can be done in parts."""
+
+    def __init__(self, kind: str, args: argparse.Namespace) -> None:
+        compiled = getattr(args, "compile", False)
+        self.header = {
+            "machine": machine(args),
+            "versions": versions(),
+            "settings": {
+                "device": args.device,
+                "precision": args.precision,
+                "compile": compiled,
+                "keep_memory": args.keep_memory,
+                "tiny": args.tiny,
+                "seed": args.seed,
+            },
+        }
+        marks = [args.device, *(["bf16"] if args.precision == "bf16" else [])]
+        marks += [*(["compile"] if compiled else []), *(["kept"] if args.keep_memory else [])]
+        marks += ["tiny"] if args.tiny else []
+        self.path = args.output or Path(__file__).parent / "results" / f"{'-'.join([kind, *marks])}.json"
+        self.rows: list[Row] = []
+        if self.path.exists():
+            saved = json.loads(self.path.read_text())
+            self.rows = saved.pop("rows")
+            if saved != self.header:
+                raise SystemExit(f"{self.path} was made with other versions or settings: name another --output")
+
+    def replace(self, rows: list[Row]) -> None:
+        """Put the rows in, in place of those of the same workload, measure and method, and write the file."""
+
+        def key(row: Row) -> tuple[str, ...]:
+            return row["workload"], row["measure"], row["method"]
+
+        new = {key(row) for row in rows}
+        self.rows = [row for row in self.rows if key(row) not in new] + rows
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({**self.header, "rows": self.rows}, indent=1, ensure_ascii=False) + "\n")
+        partial.replace(self.path)
+
+
+def machine(args: argparse.Namespace) -> Row:
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def versions() -> dict[str, str | None]:
+    def version(library: str) -> str | None:
+        try:
+            return metadata.version(library)
+        except metadata.PackageNotFoundError:
+            return None
+
+    found = {library: version(library) for library in LIBRARIES}
+    return {**found, "torch": torch.__version__, "flora": flora.__version__, "python": platform.python_version()}
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, its first column to the left."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))

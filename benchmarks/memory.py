@@ -1,0 +1,112 @@
+"""Memory of a training step: what is kept for backward, and the peak on a GPU, at equal trainable parameters.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --device cuda --precision bf16
+
+Kept for backward: the storages that autograd saves in the forward pass, each once, without the model's own parameters
+and buffers. Peak: the allocator's, with one method's model alone on the GPU; on a CPU there is no such counter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Iterable
+
+import torch
+from measure import Results, Row, adapted_models, autocast, parser, prepare, table, training_step
+from methods import METHODS
+from torch import Tensor, nn
+from workloads import WORKLOADS, Case, Workload
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage, by its address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def weights(model: nn.Module) -> dict[int, int]:
+    return storages((*model.parameters(), *model.buffers()))
+
+
+def saved_bytes(case: Case, model: nn.Module, args: argparse.Namespace) -> int:
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.update(storages([tensor]))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(args):
+        output = case.forward(model)
+    case.backward(output)
+    model.zero_grad(set_to_none=True)
+    own = weights(model)
+    return sum(size for address, size in saved.items() if address not in own)
+
+
+def peak_bytes(case: Case, model: nn.Module, args: argparse.Namespace) -> int | None:
+    """Of a step after the first, which has made the optimizer's state. The base weights count where they are in use."""
+    if args.device != "cuda":
+        return None
+    step = training_step(case, model, model, args)
+    step()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    own = weights(model)
+    idle = sum(size for address, size in weights(case.model).items() if address not in own)
+    return torch.cuda.max_memory_allocated() - idle
+
+
+def measured(name: str, workload: Workload, args: argparse.Namespace) -> list[Row]:
+    case = workload.case(args.tiny, args.seed, args.device)
+    rows = []
+    for method, adapted in adapted_models(workload, case, args):
+        rows.append(
+            {
+                "measure": "memory",
+                "workload": name,
+                "group": workload.group,
+                "method": method,
+                "parameters": adapted.parameters,
+                "ranks": adapted.ranks,
+                "saved_bytes": saved_bytes(case, adapted.model, args),
+                "peak_bytes": peak_bytes(case, adapted.model, args),
+            }
+        )
+    return rows
+
+
+def report(rows: list[Row]) -> str:
+    """One row a method and one column a workload: MiB saved for backward, and after a slash the peak."""
+    cells = {(row["method"], row["workload"]): row for row in rows}
+    names = [name for name in WORKLOADS if any(name == workload for _, workload in cells)]
+
+    def cell(method: str, name: str) -> str:
+        row = cells.get((method, name))
+        if row is None:
+            return "–"
+        sizes = [row["saved_bytes"]] + ([] if row["peak_bytes"] is None else [row["peak_bytes"]])
+        return " / ".join(f"{size / 2**20:,.1f}" for size in sizes)
+
+    methods = [method for method in METHODS if any(method == own for own, _ in cells)]
+    peaks = any(row["peak_bytes"] is not None for row in rows)
+    caption = "**MiB saved for backward" + (" / at the peak**" if peaks else "** (no peak: this is a CPU)")
+    return f"{caption}\n\n{table(['method', *names], [[m, *(cell(m, n) for n in names)] for m in methods])}"
+
+
+def main() -> None:
+    args = parser((__doc__ or "").partition("\n")[0]).parse_args()
+    prepare(args)
+    results = Results("memory", args)
+    for name in args.workloads:
+        print(f"\n{name}")
+        results.replace(measured(name, WORKLOADS[name], args))
+    print(f"\n{report([row for row in results.rows if row['workload'] in args.workloads])}")
+    print(f"\nwritten to {results.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Times FLoRA against the frozen model, full fine-tuning and other adapters, at equal trainable parameters, in one run.
+
+    python benchmarks/speed.py                                  # everything: forty minutes on two cores
+    python benchmarks/speed.py --workloads conv-64,bert-base --measure step --seconds 60
+    python benchmarks/speed.py --table benchmarks/results/speed-cpu.json
+
+A method's overhead is what its step takes beyond the floor's: the frozen model with gradients flowing to its input.
+Ratios are taken within a round, in which each method makes one step, and the median is over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from measure import (
+    Results,
+    Row,
+    adapted_models,
+    compiled,
+    inference,
+    interleaved,
+    milliseconds,
+    parser,
+    prepare,
+    quartiles,
+    table,
+    training_step,
+)
+from methods import METHODS, Adapted, Targets, copied, disturb, lora_parameters
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from workloads import GROUPS, WORKLOADS, Case, Workload
+
+from flora import FloraConfig
+
+MEASURES = ("step", "inference", "wrap", "merge")
+INFERENCE_PART = 0.2  # of the seconds that the steps get
+REPEATS = 5  # of wrapping and of merging
+CLOSE_ENOUGH = 1.03  # of the faster fixed execution: what "auto" may take
+WRAPPED: dict[str, Callable[[Targets, int, int], PeftConfig]] = {
+    "lora": lambda targets, rank, parameters: LoraConfig(r=rank, **targets),
+    "flora-auto": lambda targets, rank, parameters: FloraConfig(budget=parameters, **targets),
+}
+
+
+# ------------------------------------------------------------------------------------------------- step, inference
+
+
+def time_methods(name: str, workload: Workload, case: Case, args: argparse.Namespace) -> list[Row]:
+    """Rows of the training step and of inference, every method's model alive at once."""
+    models = dict(adapted_models(workload, case, args))
+    run = {method: compiled(method, a.model) if args.compile else a.model for method, a in models.items()}
+    rows: list[Row] = []
+    if "step" in args.measure:
+        steps = {method: training_step(case, a.model, run[method], args) for method, a in models.items()}
+        rows += compared("step", name, workload, models, interleaved(steps, args, args.seconds))
+    if "inference" in args.measure:
+        for adapted in models.values():
+            adapted.model.eval()
+        forwards = {method: inference(case, run[method], args) for method in models}
+        times = interleaved(forwards, args, args.seconds * INFERENCE_PART)
+        rows += compared("inference", name, workload, models, times)
+    return rows
+
+
+def compared(
+    measure: str, name: str, workload: Workload, models: dict[str, Adapted], times: dict[str, list[float]]
+) -> list[Row]:
+    """Quartiles, and ratios to the floor and to LoRA's overhead."""
+    over_floor = {
+        method: statistics.median(own / base for own, base in zip(times[method], times["floor"], strict=True))
+        for method in times
+    }
+    of_lora = over_floor.get("lora", 1) - 1
+    return [
+        {
+            "measure": measure,
+            "workload": name,
+            "group": workload.group,
+            "method": method,
+            "parameters": models[method].parameters,
+            "ranks": models[method].ranks,
+            **quartiles(times[method]),
+            "over_floor": over_floor[method],
+            "overhead": over_floor[method] - 1,
+            "over_lora": (over_floor[method] - 1) / of_lora if of_lora else None,
+        }
+        for method in times
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- wrap, merge
+
+
+def time_wrapping(name: str, workload: Workload, case: Case, args: argparse.Namespace) -> list[Row]:
+    """Rows of ``get_peft_model`` alone; for FLoRA that includes solving for the ranks."""
+    rank = workload.lora_rank(args.tiny)
+    parameters = lora_parameters(case.model, workload.targets, rank)
+    times: dict[str, list[float]] = {method: [] for method in WRAPPED}
+    for _ in range(REPEATS + 1):
+        for method, config in WRAPPED.items():
+            model, chosen = copied(case.model), config(workload.targets, rank, parameters)
+            times[method].append(milliseconds(lambda m=model, c=chosen: get_peft_model(m, c), args.device))
+    head = {"measure": "wrap", "workload": name, "group": workload.group}
+    return [{**head, "method": method, **quartiles(own[1:])} for method, own in times.items()]
+
+
+def time_merging(name: str, workload: Workload, case: Case, args: argparse.Namespace) -> list[Row]:
+    """Rows of ``merge_and_unload``, with the merged model's forward against the base's, and whether every module is of
+    its original class again."""
+    rank = workload.lora_rank(args.tiny)
+    parameters = lora_parameters(case.model, workload.targets, rank)
+    times: dict[str, list[float]] = {method: [] for method in WRAPPED}
+    merged: dict[str, nn.Module] = {"base": copy.deepcopy(case.model)}
+    for _ in range(REPEATS + 1):
+        for method, config in WRAPPED.items():
+            chosen = config(workload.targets, rank, parameters)
+            model = get_peft_model(copy.deepcopy(case.model), chosen)
+            disturb(model)
+
+            def merge(method: str = method, model: nn.Module = model) -> None:
+                merged[method] = model.merge_and_unload()
+
+            times[method].append(milliseconds(merge, args.device))
+    forwards = {which: inference(case, model.eval(), args) for which, model in merged.items()}
+    forward_times = interleaved(forwards, args, args.seconds * INFERENCE_PART)
+    classes = [type(module) for module in case.model.modules()]
+    return [
+        {
+            "measure": "merge",
+            "workload": name,
+            "group": workload.group,
+            "method": method,
+            **quartiles(own[1:]),
+            "forward_over_base": statistics.median(
+                a / b for a, b in zip(forward_times[method], forward_times["base"], strict=True)
+            ),
+            "classes_kept": [type(module) for module in merged[method].modules()] == classes,
+        }
+        for method, own in times.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def report(rows: list[Row]) -> str:
+    """All tables of the rows, as Markdown."""
+    parts = [ratios(rows, measure, group) for measure in ("step", "inference") for group in GROUPS]
+    parts += [autos_choice(rows), wrapping_and_merging(rows)]
+    return "\n\n".join(filter(None, parts))
+
+
+def ratios(rows: list[Row], measure: str, group: str) -> str:
+    """One row a method and one column a workload: "overhead % (ratio to LoRA's overhead)"."""
+    cells = {
+        (row["method"], row["workload"]): row for row in rows if row["measure"] == measure and row["group"] == group
+    }
+    names = in_order(WORKLOADS, {workload for _, workload in cells})
+    if not names:
+        return ""
+
+    def cell(method: str, name: str) -> str:
+        row = cells.get((method, name))
+        if row is None:
+            return "–"
+        if method == "floor":
+            return f"{row['median_ms']:.4g} ms"
+        ratio = "" if row["over_lora"] is None else f" ({row['over_lora']:.2f})"
+        return f"{100 * row['overhead']:.1f} %{ratio}"
+
+    lines = [[method, *(cell(method, name) for name in names)] for method in in_order(METHODS, {m for m, _ in cells})]
+    caption = f"**{measure.capitalize()}, {GROUPS[group]}**: overhead over the floor (and as a part of LoRA's)"
+    return f"{caption}\n\n{table(['method', *names], lines)}"
+
+
+def autos_choice(rows: list[Row]) -> str:
+    """Whether "auto" takes at most ``CLOSE_ENOUGH`` times what the faster of "factored" and "merged" takes."""
+    step = {(row["workload"], row["method"]): row["over_floor"] for row in rows if row["measure"] == "step"}
+    lines, held = [], 0
+    for name in WORKLOADS:
+        if any((name, f"flora-{execution}") not in step for execution in ("auto", "factored", "merged")):
+            continue
+        faster = min(("factored", "merged"), key=lambda execution: step[name, f"flora-{execution}"])
+        ratio = step[name, "flora-auto"] / step[name, f"flora-{faster}"]
+        held += ratio <= CLOSE_ENOUGH
+        lines.append([name, faster, f"{ratio:.3f}", "yes" if ratio <= CLOSE_ENOUGH else "no"])
+    if not lines:
+        return ""
+    body = table(["workload", "the faster", "auto over it", f"at most {CLOSE_ENOUGH}"], lines)
+    return f"**Auto's choice**: {held} of {len(lines)} workloads\n\n{body}"
+
+
+def wrapping_and_merging(rows: list[Row]) -> str:
+    lines = []
+    for measure in ("wrap", "merge"):
+        own = [row for row in rows if row["measure"] == measure]
+        for row in sorted(own, key=lambda row: list(WORKLOADS).index(row["workload"])):
+            forward = f"{row['forward_over_base']:.3f}" if measure == "merge" else ""
+            classes = ("yes" if row["classes_kept"] else "NO") if measure == "merge" else ""
+            lines.append([row["workload"], measure, row["method"], f"{row['median_ms']:.4g}", forward, classes])
+    if not lines:
+        return ""
+    head = ["workload", "what", "method", "ms", "merged forward over the base's", "original classes"]
+    return f"**Wrapping and merging**\n\n{table(head, lines)}"
+
+
+def in_order(known: Iterable[str], present: set[str]) -> list[str]:
+    return [name for name in known if name in present]
+
+
+def print_times(rows: list[Row]) -> None:
+    for row in rows:
+        extra = f" {row['over_floor']:.3f} of the floor" if "over_floor" in row else ""
+        times = f"{row['median_ms']:10.3f} ms ({row['q1_ms']:.3f} to {row['q3_ms']:.3f}, {row['rounds']} rounds)"
+        print(f"{row['measure']:10}{row['method']:16}{times}{extra}")
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def arguments() -> argparse.Namespace:
+    def measures(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(MEASURES):
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(MEASURES)}")
+        return text.split(",")
+
+    flags = parser((__doc__ or "").partition("\n")[0])
+    flags.add_argument("--measure", type=measures, default=list(MEASURES), metavar="NAME,…", help=",".join(MEASURES))
+    flags.add_argument("--rounds", type=int, help="in place of as many as fit --seconds")
+    flags.add_argument("--seconds", type=float, default=150, help="for the steps of one workload")
+    flags.add_argument("--compile", action="store_true", help="torch.compile every model")
+    flags.add_argument("--table", type=Path, metavar="FILE.json", help="print the tables of a file and stop")
+    args = flags.parse_args()
+    args.methods = in_order(METHODS, {"floor", *args.methods})
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.table:
+        print(report(json.loads(args.table.read_text())["rows"]))
+        return
+    prepare(args)
+    results = Results("speed", args)
+    sections: list[tuple[set[str], Callable[..., list[Row]]]] = [
+        ({"step", "inference"}, time_methods),
+        ({"wrap"}, time_wrapping),
+        ({"merge"}, time_merging),
+    ]
+    for name in args.workloads:
+        workload = WORKLOADS[name]
+        print(f"\n{name}")
+        case = workload.case(args.tiny, args.seed, args.device)
+        rows: list[Row] = []
+        for wanted, measured in sections:
+            if wanted & set(args.measure):
+                rows += measured(name, workload, case, args)
+        print_times(rows)
+        results.replace(rows)
+    print(f"\n{report([row for row in results.rows if row['workload'] in args.workloads])}")
+    print(f"\nwritten to {results.path}")
+
+
+if __name__ == "__main__":
+    main()
