@@ -11,7 +11,6 @@ measured in the same run: a large matrix product, a large convolution, and a thi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import table
+from measure import known, rows_of, table
 from methods import lora_parameters
 from torch import nn
 from workloads import WORKLOADS, Case, Workload
@@ -102,22 +101,22 @@ def work(workload: Workload) -> tuple[int, int]:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    flags.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "speed-cpu.json")
-    flags.add_argument("--workloads", type=lambda text: text.split(","), default=None, metavar="NAME,…")
+    layers = [name for name, workload in WORKLOADS.items() if "target_parameters" not in workload.targets]
+    results = str(Path(__file__).parent / "results" / "speed-cpu.json")
+    flags.add_argument("--results", type=rows_of, default=results, metavar="FILE.json")
+    flags.add_argument("--workloads", type=known(layers), default=layers, metavar="NAME,…")
     flags.add_argument("--threads", type=int, default=2)
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
-    measured = {
-        (row["workload"], row["method"]): row
-        for row in json.loads(args.results.read_text())["rows"]
-        if row["measure"] == "step"
-    }
+    measured = {(row["workload"], row["method"]): row for row in args.results if row["measure"] == "step"}
     found = rates()
     print(table(["", "10⁹ operations a second"], [[name, f"{value / 1e9:.0f}"] for name, value in found.items()]))
     best = max(found.values())
     lines = []
-    for name in args.workloads or [name for name, w in WORKLOADS.items() if "target_parameters" not in w.targets]:
+    for name in args.workloads:
+        if (name, "lora") not in measured:
+            continue
         operations = dict(zip(("flora-auto", "lora"), work(WORKLOADS[name]), strict=True))
         for method, count in operations.items():
             row, floor = measured[name, method], measured[name, "floor"]["median_ms"]

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,27 @@ LIBRARIES = ("torch", "peft", "transformers", "diffusers", "lycoris-lora")
 # ------------------------------------------------------------------------------------------------- flags
 
 
+def known(table: Mapping[str, Any] | Sequence[str]) -> Callable[[str], list[str]]:
+    """Names of a table, for a flag."""
+
+    def names(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in table]:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(table)}")
+        return text.split(",")
+
+    return names
+
+
+def rows_of(text: str) -> list[Row]:
+    """The rows of a results file, for a flag."""
+    try:
+        return json.loads(Path(text).read_text())["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"no results in {text}: {error}") from None
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that both commands have."""
-
-    def known(table: Mapping[str, Any]) -> Callable[[str], list[str]]:
-        def names(text: str) -> list[str]:
-            if unknown := [name for name in text.split(",") if name not in table]:
-                raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(table)}")
-            return text.split(",")
-
-        return names
-
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--workloads", type=known(WORKLOADS), default=list(WORKLOADS), metavar="NAME,…")
     flags.add_argument("--methods", type=known(METHODS), default=list(METHODS), metavar="NAME,…")

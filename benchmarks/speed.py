@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from measure import (
     Results,
@@ -24,10 +22,12 @@ from measure import (
     compiled,
     inference,
     interleaved,
+    known,
     milliseconds,
     parser,
     prepare,
     quartiles,
+    rows_of,
     table,
     training_step,
 )
@@ -225,17 +225,14 @@ def print_times(rows: list[Row]) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    def measures(text: str) -> list[str]:
-        if unknown := set(text.split(",")) - set(MEASURES):
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(MEASURES)}")
-        return text.split(",")
-
     flags = parser((__doc__ or "").partition("\n")[0])
-    flags.add_argument("--measure", type=measures, default=list(MEASURES), metavar="NAME,…", help=",".join(MEASURES))
+    flags.add_argument(
+        "--measure", type=known(MEASURES), default=list(MEASURES), metavar="NAME,…", help=",".join(MEASURES)
+    )
     flags.add_argument("--rounds", type=int, help="in place of as many as fit --seconds")
     flags.add_argument("--seconds", type=float, default=150, help="for the steps of one workload")
     flags.add_argument("--compile", action="store_true", help="torch.compile every model")
-    flags.add_argument("--table", type=Path, metavar="FILE.json", help="print the tables of a file and stop")
+    flags.add_argument("--table", type=rows_of, metavar="FILE.json", help="print the tables of a file and stop")
     args = flags.parse_args()
     args.methods = in_order(METHODS, {"floor", *args.methods})
     return args
@@ -244,7 +241,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.table:
-        print(report(json.loads(args.table.read_text())["rows"]))
+        print(report(args.table))
         return
     prepare(args)
     results = Results("speed", args)
