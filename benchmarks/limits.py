@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from math import prod
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import known, rows_of, table
+from measure import known, milliseconds, rows_of, table
 from methods import lora_parameters
 from torch import nn
 from workloads import WORKLOADS, Case, Workload
@@ -33,12 +32,8 @@ ROUNDS = 15
 
 def rate(operations: float, action: Callable[[], object]) -> float:
     """Operations a second, the median of ``ROUNDS``."""
-    seconds = []
-    for _ in range(ROUNDS + 2):
-        started = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - started)
-    return operations / statistics.median(seconds[2:])
+    times = [milliseconds(action, "cpu") for _ in range(ROUNDS + 2)]
+    return operations / statistics.median(times[2:]) * 1e3
 
 
 def rates() -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from flora import FloraConfig, execution
 from flora.execution import Geometry, convolution, matrix, merges, wants_dense
+from flora.stand_in import StandIn
 from reference import layers
 
 GEOMETRIES = {
@@ -192,6 +193,32 @@ def test_half_precision_loses_no_small_update(layer, autocast):
     inner = slice(2, -2) if x.ndim > 1 else slice(None)  # a transposed convolution's edges see fewer neighbours
     size = expected.abs().max().item()
     torch.testing.assert_close(result[..., inner], expected[..., inner], rtol=0, atol=0.03 * size)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 4, 6))
+
+    def forward(self, x, by_name=False):
+        if by_name:  # ways that are right, if not fast
+            turned = self.up.transpose(dim0=1, dim1=2)[0]
+            return torch.mm(x, mat2=turned) + x @ torch.unbind(input=self.up)[1].T
+        number = torch.tensor(2)
+        each = [F.linear(x, up, bias=None) for up in self.up.unbind(dim=0)]
+        return each[0] + x @ self.up[1].T + F.linear(x, self.up[number]) + torch.matmul(x, self.up[-1].transpose(0, 1))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_stack_is_formed_only_where_it_must_be(by_name, monkeypatch):
+    config = FloraConfig(r=2, target_parameters=["0.up"], init_weights=False)
+    model = get_peft_model(nn.Sequential(Stack()), config)
+    layer, x = layers(model)[0], torch.randn(5, 6)
+    expected = Stack()
+    expected.up.data = layer.base_parameter + layer.get_delta_weight("default")
+    if not by_name:
+        monkeypatch.setattr(StandIn, "dense", lambda self: pytest.fail("the dense tensor was formed"))
+    torch.testing.assert_close(layer(x, by_name), expected(x, by_name))
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:

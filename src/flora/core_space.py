@@ -88,16 +88,16 @@ class CoreSpace(nn.Module):
         """``scale · core`` and the factors. A call, so that sharded training (FSDP, ZeRO-3) gathers them first."""
         return self.core * self.scale, self.factors
 
-    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+    def delta(self) -> Tensor:
         """``scale · core ×_1 factors[0] …``: (I_1, …, I_N), in PyTorch's order (equations 5 to 7).
 
-        Computed in float32 at least, whatever autocast says; returned in ``dtype``, by default the core's.
+        Computed in float32 at least, whatever autocast says; returned in the core's dtype.
         """
         core, factors = self()
         wide = torch.promote_types(core.dtype, torch.float32)
         with torch.autocast(core.device.type, enabled=False):
             delta = tucker.reconstruct(core.to(wide), [factor.to(wide) for factor in factors])
-        return delta.to(dtype or self.core.dtype)
+        return delta.to(self.core.dtype)
 
     @torch.no_grad()
     def start(self, init: str, output_mode: int, unit: bool) -> None:

@@ -112,9 +112,10 @@ def _add_lifted_(tensor: Tensor, thin: Tensor, factor: Tensor) -> None:
         tensor.mT.baddbmm_(thin.mT, factor.mT)
 
 
-def _correlate(thin: Tensor, tensor: Tensor, groups: int = 1) -> Tensor:
+def _correlate(thin: Tensor, tensor: Tensor, factor: Tensor) -> Tensor:
     """thin (b, s, p), (b, i, p) -> the gradient (i, s), or (g · i, s), of the factor that lies between them."""
     gradient = torch.bmm(thin, tensor.mT)
+    groups = factor.shape[0] // tensor.shape[1]
     if groups == 1:
         return gradient.sum(0).mT
     return gradient.unflatten(0, (-1, groups)).sum(0).mT.flatten(0, 1)
@@ -190,7 +191,7 @@ class _Matrix(Function):
             _add_lifted_(_parts(dx), t, down)
         if ctx.needs_input_grad[2]:
             db = g.sum(0)
-        du, dd = _correlate(thin, given), _correlate(t, _parts(x))
+        du, dd = _correlate(thin, given, up), _correlate(t, _parts(x), down)
         return dx, None, db, *_unfold(du, dd, core, left, right), None
 
 
@@ -260,11 +261,21 @@ def _image(thin: Tensor, like: Tensor) -> Tensor:
     return thin
 
 
-def _add_image_(y: Tensor, thin: Tensor, factor: Tensor, groups: int) -> Tensor:
-    """y (b, g · i, …) += factor (i, s) · thin (b · g, s, …), in place where the layout allows; returns y."""
+def _columns(image: Tensor) -> Tensor:
+    """Thin (b, r, …) -> (b, r, p), its pixels side by side."""
+    return image.contiguous().flatten(2)
+
+
+def _add_by_group_(y: Tensor, thin: Tensor, factor: Tensor, groups: int) -> Tensor:
+    """y (b, g · i, …) += factor (i, s) · thin (b · g, s, p), in place where the layout allows; returns y."""
     y = y.contiguous() if groups > 1 else y
-    _add_lifted_(_by_group(y, groups), thin.contiguous().flatten(2), factor)
+    _add_lifted_(_by_group(y, groups), thin, factor)
     return y
+
+
+def _gradients(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]) -> list[Tensor]:
+    """A convolution's gradients of x and of the weight, those that are wanted."""
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, (*wanted, False))[:2]
 
 
 def _weights(weight: Tensor, kernel: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
@@ -288,8 +299,7 @@ def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -
     if x.device.type == "cpu" and x.ndim == 4 and geometry.groups > 1 and prod(weight.shape[2:]) > 9:
         # oneDNN is fast with large depthwise kernels only where channels come last: four times, the copies included
         g, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (g, x))
-    mask = (False, True, False)
-    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, mask)[1]
+    return _gradients(g, x, weight, geometry, (False, True))[1]
 
 
 class _Convolution(Function):
@@ -311,8 +321,8 @@ class _Convolution(Function):
             return y if not beside else y + torch.convolution(x, *beside, None, *geometry)
         inner, outer = (first, second) if geometry.transposed else (second, first)
         a = _image(_project(_by_group(x, geometry.groups), inner), x)
-        thin = torch.convolution(a, kernel, None, *geometry.thin)
-        return _add_image_(torch.convolution(x, weight, bias, *geometry), thin, outer, geometry.groups)
+        thin = _columns(torch.convolution(a, kernel, None, *geometry.thin))
+        return _add_by_group_(torch.convolution(x, weight, bias, *geometry), thin, outer, geometry.groups)
 
     @staticmethod
     def backward(ctx, g):
@@ -320,29 +330,25 @@ class _Convolution(Function):
         geometry, groups = ctx.geometry, ctx.geometry.groups
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
 
-        def back(g, image, w, geometry, also_weight=False):
-            mask = (True, also_weight, False)
-            dimage, dw, _ = torch.ops.aten.convolution_backward(g, image, w, None, *geometry, mask)
-            return (dimage, dw) if also_weight else dimage
-
         dx = db = None
         if ctx.way == "dense":
             if wants_x:
-                weights = _weights(weight, kernel, first, second)
-                dx = sum(back(g, x, w, geometry) for w in weights)
+                merged, *beside = _weights(weight, kernel, first, second)
+                dx = _gradients(g, x, merged, geometry, (True, False))[0]
+                dx = dx if not beside else dx + _gradients(g, x, *beside, geometry, (True, False))[0]
             dweight = _weight_gradient(g, x, weight, geometry)
             dkernel, dfirst, dsecond = _project_weight(dweight, kernel, first, second)
         else:
             inner, outer = (first, second) if geometry.transposed else (second, first)
             columns, given = _by_group(x, groups), _by_group(g, groups)
             a, c = _image(_project(columns, inner), x), _image(_project(given, outer), g)
-            t, dkernel = back(c, a, kernel, geometry.thin, True)
-            thin = torch.convolution(a, kernel, None, *geometry.thin)
-            dinner = _correlate(t.contiguous().flatten(2), columns, inner.shape[0] // columns.shape[1])
-            douter = _correlate(thin.contiguous().flatten(2), given, outer.shape[0] // given.shape[1])
+            t, dkernel = _gradients(c, a, kernel, geometry.thin, (True, True))
+            t, thin = _columns(t), _columns(torch.convolution(a, kernel, None, *geometry.thin))
+            dinner, douter = _correlate(t, columns, inner), _correlate(thin, given, outer)
             dfirst, dsecond = (dinner, douter) if geometry.transposed else (douter, dinner)
             if wants_x:
-                dx = _add_image_(back(g, x, weight, geometry), t, inner, groups)
+                dx = _gradients(g, x, weight, geometry, (True, False))[0]
+                dx = _add_by_group_(dx, t, inner, groups)
         if wants_bias:
             db = g.sum((0, *range(2, g.ndim)))
         return dx, None, db, dkernel, dfirst, dsecond, None, None

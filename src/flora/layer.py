@@ -269,15 +269,17 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """Base layer and update in one. None where that can't be: the update can only act as a weight, calling the base
         layer does more than it seems, the update's own input is dropped out, or numbers of several types meet."""
         weight = self.base_parameter
-        dropping = self.training and self.tucker_dropout[adapter] > 0
         bare = self.fusable and kinds.is_plain(weight) and kinds.is_bare(self.base_layer)
-        if not bare or dropping or not can_fuse():
+        if not bare or self._dropout(adapter) > 0 or not can_fuse():
             return None
         tensors = of_one_type(x, weight, self.base_layer.bias, *self._scaled(adapter))
         if tensors is None:
             return None
         x, weight, bias, core, *factors = tensors
         return self.kind.fused(self.base_layer, weight, bias, core, factors, x, self.tucker_execution[adapter])
+
+    def _dropout(self, adapter: str) -> float:
+        return self.tucker_dropout[adapter] if self.training else 0.0
 
     def _scaled(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:
         core, factors = self.tucker_space[adapter]()
@@ -288,7 +290,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         if not self.factorable:
             return True
         # dropout is of the layer's input, which only the factored form has; where there is none, of the ranks
-        if self.training and self.tucker_dropout[adapter] > 0:
+        if self._dropout(adapter) > 0:
             return False
         if self.tucker_execution[adapter] != "auto":
             return self.tucker_execution[adapter] == "merged"
@@ -298,7 +300,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def _weight_or_stand_in(self, adapters: Sequence[str]) -> Tensor:
         """The weight with the updates in it; of a stack of matrices one that does not form it as long as it can."""
         weight, execution = self.base_parameter, self.tucker_execution[adapters[0]]
-        stack = self.kind is None and len(self.weight_shape) > 2 and execution != "merged"
+        stack = self.kind is None and execution != "merged"
         if stack and len(adapters) == 1 and can_fuse() and kinds.is_plain(weight):
             return StandIn.of(weight, *self._dropped(adapters[0]), execution)
         return self._weight_with(adapters)
@@ -310,15 +312,14 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def _dropped(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:
         """Scaled core and factors, in training with ranks dropped out."""
         core, factors = self._scaled(adapter)
-        p = self.tucker_dropout[adapter] if self.training else 0.0
+        p = self._dropout(adapter)
         return core, drop_ranks(factors, kinds.input_mode(self.roles), p) if p > 0 else factors
 
     def _add_beside(self, result: Tensor, adapter: str, args: tuple, kwargs: dict) -> Tensor:
         (x, *args), kwargs = self._input_first(args, kwargs)
         if x.is_floating_point():
             core, factors = self._scaled(adapter)
-            p = self.tucker_dropout[adapter] if self.training else 0.0
-            x = F.dropout(self._cast_input_dtype(x, core.dtype), p)
+            x = F.dropout(self._cast_input_dtype(x, core.dtype), self._dropout(adapter))
         else:
             core, factors = self._dropped(adapter)
         update = self.kind.factored(self.get_base_layer(), core, factors, x, *args, **kwargs)

@@ -45,9 +45,10 @@ class StandIn(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if function in _PLACE_AND_SHAPE:
                 return function(*args, **kwargs)
-            followed = _FOLLOWED[function](*args, **kwargs) if function in _FOLLOWED else None
-            if followed is not None:
-                return followed
+            if function in _FOLLOWED and kwargs.keys() <= _NAMED:
+                followed = _FOLLOWED[function](*args, **kwargs)
+                if followed is not None:
+                    return followed
             args, kwargs = tree_map_only(StandIn, StandIn.dense, (args, kwargs))
             return function(*args, **kwargs)
 
@@ -91,6 +92,8 @@ _PLACE_AND_SHAPE = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "is_meta")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
 }
+
+_NAMED = {"bias", "dim"}  # what may be passed by name, for the functions below to be followed
 
 _FOLLOWED: dict[Callable, Callable] = {
     Tensor.__getitem__: _slice,
