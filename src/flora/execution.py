@@ -262,8 +262,8 @@ def _image(thin: Tensor, like: Tensor) -> Tensor:
 
 
 def _columns(image: Tensor) -> Tensor:
-    """Thin (b, r, …) -> (b, r, p), its pixels side by side."""
-    return image.contiguous().flatten(2)
+    """Thin (b, r, …) -> (b, r, p), channels last or not."""
+    return image.flatten(2)
 
 
 def _add_by_group_(y: Tensor, thin: Tensor, factor: Tensor, groups: int) -> Tensor:
@@ -357,14 +357,19 @@ class _Convolution(Function):
 # ------------------------------------------------------------------------------------ an update that acts as a weight
 
 
-def add_updates(weight: Tensor, spaces: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
-    """``weight + Σ core ×_1 factors[0] …``: summed in float32 at least, whatever autocast says, and rounded once."""
+def add_updates(
+    weight: Tensor, spaces: Iterable[tuple[Tensor, Sequence[Tensor]]], in_place: bool = False
+) -> Tensor:
+    """``weight + Σ core ×_1 factors[0] …``: summed in float32 at least, whatever autocast says, and rounded once.
+
+    ``in_place`` may overwrite the weight, where that spares a tensor of its size; the sum is what is returned.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(wide)
     with torch.autocast(weight.device.type, enabled=False):
         for core, factors in spaces:
             core, *factors = (tensor.to(weight.device, wide) for tensor in (core, *factors))
-            total = add_tucker(total, core, factors)
+            total = add_tucker(total, core, factors, in_place and total.is_contiguous())
     return total.to(weight.dtype)
 
 

@@ -158,8 +158,9 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if names:
-            merged = self._merged_weight(names, safe_merge)
-            if not self._kept and (self.shared or getattr(self.get_base_layer(), "max_norm", None)):
+            keep = not self._kept and (self.shared or getattr(self.get_base_layer(), "max_norm", None))
+            merged = self._merged_weight(names, safe_merge, in_place=not (keep or safe_merge))
+            if keep:
                 # others must not see the merged weight; an embedding with max_norm rescales its rows as it looks them
                 # up, so subtracting would not bring the old ones back
                 self._kept = [self.base_parameter]
@@ -169,10 +170,10 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.extend(names)
 
     @torch.no_grad()
-    def _merged_weight(self, adapters: Sequence[str], safe_merge: bool) -> Tensor:
+    def _merged_weight(self, adapters: Sequence[str], safe_merge: bool, in_place: bool = False) -> Tensor:
         self._check_numbers(adapters)
         weight = self.base_parameter
-        merged = add_updates(weight.data, [self._scaled(adapter) for adapter in adapters])
+        merged = add_updates(weight.data, [self._scaled(adapter) for adapter in adapters], in_place)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
@@ -208,7 +209,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
                 self._replace_parameter(self._kept.pop())
             else:
                 spaces = (self._scaled(name) for name in self._present(names))
-                self.base_parameter.data = add_updates(self.base_parameter.data, [(-c, f) for c, f in spaces])
+                spaces = [(-core, factors) for core, factors in spaces]
+                self.base_parameter.data = add_updates(self.base_parameter.data, spaces, in_place=True)
 
     def _replace_parameter(self, parameter: nn.Parameter) -> None:
         owner = kinds.owner(self.get_base_layer(), self.parameter_name)

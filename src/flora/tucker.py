@@ -38,8 +38,11 @@ def reconstruct(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return core
 
 
-def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """``tensor + core ×_1 factors[0] … ×_N factors[N-1]``: the last product adds, so no full tensor lies between."""
+def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor], in_place: bool = False) -> Tensor:
+    """``tensor + core ×_1 factors[0] … ×_N factors[N-1]``: the last product adds, so no full tensor lies between.
+
+    ``in_place`` overwrites ``tensor``, which must be contiguous.
+    """
     order = _by_growth(factors)
     before = [prod(tensor.shape[:mode]) for mode in range(core.ndim)]
     after = [prod(tensor.shape[mode + 1 :]) for mode in range(core.ndim)]
@@ -50,10 +53,12 @@ def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tenso
             core = mode_product(core, factors[mode], mode)
     rows, columns, factor = before[last], after[last], factors[last]
     if columns == 1:
-        flat = core.reshape(rows, factor.shape[1])
-        return torch.addmm(tensor.reshape(rows, -1), flat, factor.mT).view(tensor.shape)
-    blocks = core.reshape(rows, factor.shape[1], columns)
-    return torch.baddbmm(tensor.reshape(rows, -1, columns), factor.expand(rows, -1, -1), blocks).view(tensor.shape)
+        flat, target = core.reshape(rows, factor.shape[1]), tensor.reshape(rows, -1)
+        total = torch.addmm(target, flat, factor.mT, out=target if in_place else None)
+    else:
+        blocks, target = core.reshape(rows, factor.shape[1], columns), tensor.reshape(rows, -1, columns)
+        total = torch.baddbmm(target, factor.expand(rows, -1, -1), blocks, out=target if in_place else None)
+    return total.view(tensor.shape)
 
 
 def project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
