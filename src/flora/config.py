@@ -104,12 +104,16 @@ class FloraConfig(PeftConfig):
         default=None,
         metadata={"help": "Written by flora: the ranks that a budget or a sum of adapters came to, weight by weight."},
     )
+    weights: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Written by flora: kind and options of every adapted weight, for flora.convert."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Written by flora."})
 
     # Not fields, so that a config that serves for a second model, or is the pattern of another, starts without them.
     # PEFT needs the config to stay the object that the user gave, so it can't be copied to keep them out of it.
     saved_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None  # what the file holds, to be held against the plan
     solved_ranks: ClassVar[dict[str, list[int]] | None] = None  # what the budget came to, to be saved as ``ranks``
+    sites: ClassVar[dict[str, dict[str, Any]] | None] = None  # where it acts, to be saved as ``weights``
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +156,8 @@ class FloraConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def to_dict(self) -> dict[str, Any]:
-        fields = super().to_dict() | ({"ranks": self.solved_ranks} if self.solved_ranks else {})
+        found = {"ranks": self.solved_ranks, "weights": self.sites}
+        fields = super().to_dict() | {key: value for key, value in found.items() if value}
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

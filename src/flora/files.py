@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,34 @@ def replace_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill the yielded temporary folder; it becomes ``path`` at the end, if nothing went wrong.
+
+    Raises FileExistsError where there is something already.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already; name a new folder, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, to be read tensor by tensor. Raises ValueError where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
 def saved_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
     """Shapes of the core spaces' tensors in an adapter's folder, by their names in the base model; the header alone is
     read. None for a folder without weights, or a name on the hub: there is nothing to read yet.
@@ -33,13 +62,10 @@ def saved_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            dtypes = {key: file.get_slice(key).get_dtype() for key in keys}
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    with open_tensors(path) as file:
+        keys = list(file.keys())
+        dtypes = {key: file.get_slice(key).get_dtype() for key in keys}
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     ours = [key for key in keys if ".tucker_space." in key or key.startswith("tucker_space.")]
     if not ours:
         raise ValueError(f"{path} holds no FLoRA weights (its first key: {next(iter(keys), None)!r})")

@@ -13,7 +13,8 @@ b batch, i in, o out, g groups, r ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -266,6 +267,11 @@ def leaf(weight: str) -> str:
     return weight.rpartition(".")[2]
 
 
+def full_name(module: str, weight: str) -> str:
+    """The layer's name, followed by the weight's where that is not plainly "weight"."""
+    return module if weight == "weight" else f"{module}.{weight}"
+
+
 def shape_of(weight: Tensor) -> tuple[int, ...]:
     """The full shape, also where ZeRO-3 has taken the weight apart."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
@@ -292,6 +298,60 @@ def describe(layer: nn.Module, weight: str) -> tuple[Kind | None, tuple[int, ...
     if kind is not None and weight in kind.weights:
         return kind, shape, kind.roles_of(shape)
     return None, shape, ("other",) * len(shape)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an update acts: all that a converter must know of a layer, and that the weight's shape does not tell.
+
+    ``kind``: the row's name, "parameter" for a raw one. ``depth``: how many wrapped weights of the same module come
+    before it, which is part of its names in a file. ``beside``: an update of the weight is one of the output, too.
+    ``is_transposed``: of stacked matrices, (…, in, out) and not (…, out, in), as transformers and PEFT call it.
+    """
+
+    kind: str
+    module: str
+    parameter: str = "weight"
+    depth: int = 0
+    groups: int = 1
+    dilated: bool = False
+    padding_mode: str = "zeros"
+    beside: bool = True
+    is_transposed: bool = False
+
+    @classmethod
+    def of(cls, layer: nn.Module, kind: Kind | None, module: str, parameter: str, depth: int) -> Site:
+        return cls(
+            kind="parameter" if kind is None else kind.name,
+            module=module,
+            parameter=parameter,
+            depth=depth,
+            groups=getattr(layer, "groups", 1),
+            dilated=any(step != 1 for step in getattr(layer, "dilation", ())),
+            padding_mode=getattr(layer, "padding_mode", "zeros"),
+            beside=kind is not None and kind.can_factor(layer),
+            is_transposed=bool(getattr(layer, "is_transposed", False)),
+        )
+
+    @property
+    def name(self) -> str:
+        return full_name(self.module, self.parameter)
+
+    @property
+    def stem(self) -> str:
+        """What the names of its tensors in an adapter's file begin with, after "base_model.model."."""
+        return self.module + ".base_layer" * self.depth
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of the leading modes; further ones are kernel modes. Empty for a raw parameter."""
+        return next((kind.roles for kind in KINDS if kind.name == self.kind), ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, under its name: what is not as usual."""
+        pairs = ((field, getattr(self, field.name)) for field in fields(self))
+        facts = {field.name: value for field, value in pairs if value != field.default}
+        return facts if self.module != self.name else {key: v for key, v in facts.items() if key != "module"}
 
 
 def output_mode(roles: tuple[str, ...]) -> int:

@@ -21,13 +21,11 @@ from flora.targets import Target, find_targets
 class Row:
     """One weight that is to be adapted.
 
-    ``name``: the layer's, followed by the weight's where that is not plainly "weight". ``target``: what in
+    ``site``: where it is. ``kind``: the layer's class, "parameter" for a raw one. ``target``: what in
     ``target_modules`` or ``target_parameters`` (``raw``) names it. ``shared``: other modules hold this weight too.
     """
 
-    name: str
-    module: str
-    parameter: str
+    site: kinds.Site
     target: str
     raw: bool
     kind: str
@@ -36,6 +34,18 @@ class Row:
     scale: float | str
     execution: str
     shared: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def module(self) -> str:
+        return self.site.module
+
+    @property
+    def parameter(self) -> str:
+        return self.site.parameter
 
     @property
     def parameters(self) -> int:
@@ -109,9 +119,7 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
     scales = _from_pattern("scale_pattern", config.scale_pattern, targets)
     rows = [
         Row(
-            name=target.name,
-            module=target.module,
-            parameter=target.parameter,
+            site=kinds.Site.of(target.layer, kind, target.module, target.parameter, depth),
             target=target.named,
             raw=target.raw,
             kind="parameter" if kind is None else type(target.layer).__name__,
@@ -121,21 +129,29 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
             execution=kinds.possible(config.execution, kind, target.layer, shape),
             shared=target.shared,
         )
-        for target, (kind, shape, _), rank, scale in zip(targets, described, ranks, scales, strict=True)
+        for target, (kind, shape, _), rank, scale, depth in zip(
+            targets, described, ranks, scales, _depths(targets), strict=True
+        )
     ]
     return Plan(rows, base_parameters)
+
+
+def _depths(targets: list[Target]) -> list[int]:
+    """For each how many wrappers of the same module lie around its own: raw parameters are wrapped last, and within
+    either sort the first one is outermost."""
+    order: dict[str, list[str]] = {}
+    for target in sorted(targets, key=lambda target: not target.raw):
+        order.setdefault(target.module, []).append(target.name)
+    return [order[target.module].index(target.name) for target in targets]
 
 
 def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError where an adapter's file doesn't have exactly the core spaces of the plan."""
     expected: dict[str, tuple[tuple[int, ...], Row]] = {}
-    for module in dict.fromkeys(row.module for row in made.rows):
-        for depth, row in enumerate(made.rows_of(module)):
-            stem = module + ".base_layer" * depth + ".tucker_space."
-            expected[stem + "core"] = (row.ranks, row)
-            expected |= {
-                f"{stem}factor_{n}": (pair, row) for n, pair in enumerate(zip(row.shape, row.ranks, strict=True))
-            }
+    for row in made.rows:
+        stem = f"{row.site.stem}.tucker_space."
+        expected[stem + "core"] = (row.ranks, row)
+        expected |= {f"{stem}factor_{n}": (pair, row) for n, pair in enumerate(zip(row.shape, row.ranks, strict=True))}
     if not expected.keys() & saved.keys():  # PEFT maps names of a base model whose modules have been renamed since
         needed = Counter((key.rpartition(".")[2], shape) for key, (shape, _) in expected.items())
         if needed == Counter((key.rpartition(".")[2], s) for key, s in saved.items() if not key.endswith(".scale")):

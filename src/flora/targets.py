@@ -40,8 +40,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """The layer's name, followed by the weight's where that is not plainly "weight"."""
-        return self.module if self.parameter == "weight" else f"{self.module}.{self.parameter}"
+        return kinds.full_name(self.module, self.parameter)
 
 
 def find_targets(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None = None) -> list[Target]:

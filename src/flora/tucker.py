@@ -61,6 +61,22 @@ def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor], in_place
     return total.view(tensor.shape)
 
 
+def as_product(core: Tensor, factors: Sequence[Tensor], mode: int) -> tuple[Tensor, Tensor]:
+    """The tensor as ``left ×_1 right``, exactly: left (I_mode, q), right (q, the other sizes in their order), with q the
+    smaller of r_mode and of the other ranks' product."""
+    others = [factor for n, factor in enumerate(factors) if n != mode]
+    slices = core.movedim(mode, 0)
+    width = prod(slices.shape[1:])
+    if width < slices.shape[0]:
+        left = factors[mode] @ slices.flatten(1)
+        slices = torch.eye(width, dtype=core.dtype, device=core.device).view(width, *slices.shape[1:])
+    else:
+        left = factors[mode]
+    for n, factor in enumerate(others):
+        slices = mode_product(slices, factor, n + 1)
+    return left, slices.contiguous()
+
+
 def project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     """``tensor ×_n factors[n]ᵀ`` over every mode whose factor is given: (I_1, …, I_N) -> (r_1, …, r_N)."""
     for mode, factor in enumerate(factors):
@@ -109,8 +125,7 @@ def block_sum(
 ) -> tuple[Tensor, list[Tensor]]:
     """Exact weighted sum of Tucker tensors of one shape: cores on the block diagonal, factors side by side.
 
-    ``spaces`` are (core, factors) pairs. Where the joined rank of a mode would pass the mode's size I_n, the joined
-    factor is replaced by an orthonormal basis of its columns (QR) and the core takes up the rest: still exact.
+    ``spaces`` are (core, factors) pairs. The joined ranks are cut to what the sizes allow (``cut_ranks``).
     """
     cores = [weight * core for (core, _), weight in zip(spaces, weights, strict=True)]
     core = cores[0].new_zeros([sum(sizes) for sizes in zip(*(c.shape for c in cores), strict=True)])
@@ -119,6 +134,13 @@ def block_sum(
         core[tuple(slice(s, s + size) for s, size in zip(start, block.shape, strict=True))] = block
         start = [s + size for s, size in zip(start, block.shape, strict=True)]
     factors = [torch.cat(parts, dim=1) for parts in zip(*(factors for _, factors in spaces), strict=True)]
+    return cut_ranks(core, factors)
+
+
+def cut_ranks(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The same tensor with no rank above its mode's size: such a factor is replaced by an orthonormal basis of its
+    columns (QR), and the core takes up the rest."""
+    factors = list(factors)
     for mode, factor in enumerate(factors):
         if factor.shape[1] > factor.shape[0]:
             factors[mode], triangle = torch.linalg.qr(factor)

@@ -51,6 +51,7 @@ class FloraModel(BaseTuner):
             peft_config.target_modules = {row.target for row in made.rows if not row.raw}
         solved = peft_config.budget is not None
         peft_config.solved_ranks = {row.name: list(row.ranks) for row in made.rows} if solved else None
+        peft_config.sites = {row.name: row.site.to_dict() for row in made.rows}
         self.__dict__.setdefault("_plans", {})[name] = made
 
     def _create_and_replace(
