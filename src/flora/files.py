@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -51,6 +53,17 @@ def open_tensors(path: Path) -> Iterator[safe_open]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError where the file is no JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not whole: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a JSON object is needed")
+    return content
 
 
 def saved_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:

@@ -1,0 +1,226 @@
+"""Tensors on disk, read one at a time, whatever the layout: no model has to be in memory."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from flora.files import WEIGHTS, open_tensors, read_json
+
+# transformers', then diffusers' name of the weights, without the suffix
+STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+# of a training run, beside its weights
+NO_WEIGHTS = (".*", WEIGHTS, "adapter_model.bin", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
+NESTED = ("state_dict", "model")
+PIPELINE = "model_index.json"
+BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+# safetensors' names; the last is newer than torch 2.6
+NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+DTYPES = {name: getattr(torch, dtype) for name, dtype in NAMES.items() if hasattr(torch, dtype)}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of one model, by their keys.
+
+    ``source``: as it was named, for messages. ``folder``: where it lies, None for a single file. ``files``: the file of
+    every key, in the files' order. ``metadata``: of its safetensors files.
+    """
+
+    source: str
+    folder: Path | None
+    files: dict[str, Path]
+    metadata: dict[str, str] = field(default_factory=dict)
+    # the header of a tensor in a safetensors file; of a torch file the tensor itself, which is on disk until it is read
+    _entries: dict[str, Header | Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, source: str | Path, revision: str | None = None) -> Self:
+        """A folder as transformers or diffusers write it, one file (.safetensors, or .bin, .pt, .pth: read without
+        unpickling code), or a model's name on the hub. Headers alone are read.
+
+        Raises:
+            ValueError: where there are no weights, a file is not whole or holds anything but tensors, or the hub does
+                not give the model.
+        """
+        path = Path(source)
+        if path.is_file():
+            return cls._read(str(source), None, [path], {})
+        folder = path if path.is_dir() else _from_hub(str(source), revision)
+        paths, index = _weight_files(folder)
+        return cls._read(str(source), folder, paths, index)
+
+    @classmethod
+    def _read(cls, source: str, folder: Path | None, paths: list[Path], index: dict[str, Path]) -> Self:
+        files: dict[str, Path] = {}
+        metadata: dict[str, str] = {}
+        entries: dict[str, Header | Tensor] = {}
+        for path in paths:
+            for key, entry in _entries(path, metadata):
+                if key in entries:
+                    raise ValueError(
+                        f"{source}: {key!r} is in {files[key].name} and in {path.name}: which one is meant?"
+                    )
+                files[key], entries[key] = path, entry
+        for key, path in index.items():
+            if files.get(key) != path:
+                raise ValueError(f"{path}: {key!r} is missing, though the index says it is there")
+        if not files:
+            raise ValueError(f"{paths[0]} holds no tensors")
+        return cls(source, folder, files, metadata, entries)
+
+    def keys(self) -> list[str]:
+        return list(self.files)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.files
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._entry(key).shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._entry(key).dtype
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor, read now; it is the caller's own."""
+        entry = self._entry(key)
+        if isinstance(entry, Tensor):
+            return entry.clone(memory_format=torch.contiguous_format)
+        with open_tensors(self.files[key]) as file:
+            return file.get_tensor(key)
+
+    def _entry(self, key: str) -> Header | Tensor:
+        if key not in self._entries:
+            raise ValueError(f"{self.source} has no weight {key!r}; {self.nearest(key)}")
+        return self._entries[key]
+
+    def nearest(self, key: str) -> str:
+        """What to say of a key that is missing."""
+        return f"the nearest: {', '.join(difflib.get_close_matches(key, self.files, n=3, cutoff=0.0))}"
+
+
+# ------------------------------------------------------------------------------------------------------ which files
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def fetch(*patterns: str) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+    try:
+        folder = fetch(*BESIDE_WEIGHTS)
+        if not (folder / PIPELINE).is_file():  # all of its weights would come
+            folder = fetch(*BESIDE_WEIGHTS, "*.safetensors")
+            if not any(folder.glob("*.safetensors")):
+                folder = fetch(*BESIDE_WEIGHTS, "*.bin")
+        return folder
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(f"{name!r} is no file and no folder, and the hub does not give it: {error}") from error
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files with the model's weights, and the file of each key as an index says it, empty without one."""
+    files = {path.name for path in folder.iterdir() if not any(path.match(pattern) for pattern in NO_WEIGHTS)}
+    for suffixes in ((".safetensors",), TORCH_SUFFIXES):
+        weights = sorted(name for name in files if name.endswith(suffixes))
+        plain = [stem + suffix for stem in STEMS for suffix in suffixes if stem + suffix in weights]
+        indices = sorted(name for name in files if name.endswith(tuple(f"{s}.index.json" for s in suffixes)))
+        if plain:
+            return [folder / plain[0]], {}
+        if len(indices) > 1:
+            raise ValueError(f"{folder} has several indices: {', '.join(indices)}; name the model's own folder")
+        if indices:
+            return _indexed(folder / indices[0])
+        if weights:
+            return [folder / name for name in weights], {}
+    raise ValueError(f"{folder} has no weights of a model{_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return ": it is an adapter's"
+    if (folder / PIPELINE).is_file():
+        return ": it is a pipeline's; name the folder of the part that is meant, such as unet"
+    return ""
+
+
+def _indexed(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    try:
+        index = {key: path.parent / name for key, name in read_json(path)["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of a sharded checkpoint: {error!r}") from error
+    paths = sorted(set(index.values()))
+    if missing := [shard.name for shard in paths if not shard.is_file()]:
+        raise ValueError(f"{path} names files that are missing: {', '.join(missing)}")
+    return paths, index
+
+
+# --------------------------------------------------------------------------------------------------- what they hold
+
+
+def _entries(path: Path, metadata: dict[str, str]) -> Iterator[tuple[str, Header | Tensor]]:
+    if path.suffix == ".safetensors":
+        with open_tensors(path) as file:
+            metadata |= file.metadata() or {}
+            for key in file.keys():
+                header = file.get_slice(key)
+                dtype = header.get_dtype()
+                if dtype not in DTYPES:
+                    raise ValueError(f"{path}: {key!r} has dtype {dtype}; one of {', '.join(DTYPES)} is needed")
+                yield key, Header(tuple(header.get_shape()), DTYPES[dtype])
+    elif path.suffix in TORCH_SUFFIXES:
+        yield from _unnested(path, _load(path)).items()
+    else:
+        raise ValueError(f"{path} is no checkpoint; .safetensors, {', '.join(TORCH_SUFFIXES)} are read")
+
+
+def _load(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:  # of before torch 1.6, which can't be mapped
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors, which is not read: it could run code") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole torch file: {error}") from error
+
+
+def _unnested(path: Path, content: Any) -> dict[str, Tensor]:
+    """The dict of tensors, out of the dicts that training programs put around it."""
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in NESTED if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a dict of tensors is needed")
+    for key, tensor in content.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {key!r} is a {type(tensor).__name__}; a dict of tensors is needed")
+    return dict(content)
