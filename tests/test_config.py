@@ -245,7 +245,7 @@ def test_weighted_sums_refuse_what_they_cannot_do():
         ((["default"], [1.0, 2.0], "sum"), "1 adapters and 2 weights"),
         ((["absent"], [1.0], "sum"), r"adapters \['absent'\] do not exist"),
         ((["default"], [1.0], "default"), "exists already"),
-        ((["default"], [1.0], "sum", "svd"), "combination_type must be one of linear, cat"),
+        ((["default"], [1.0], "sum", "ties"), "combination_type must be one of linear, cat"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)

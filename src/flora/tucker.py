@@ -146,3 +146,35 @@ def cut_ranks(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Ten
             factors[mode], triangle = torch.linalg.qr(factor)
             core = mode_product(core, triangle, mode)
     return core, factors
+
+
+def truncate(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Core (r_1, …, r_N) and orthonormal factors (I_n, r_n) near ``tensor``: the nearest of these ranks where no more
+    than two modes are longer than 1 (the SVD), else HOOI's."""
+    long = sorted((mode for mode, size in enumerate(tensor.shape) if size > 1), key=lambda mode: tensor.shape[mode])
+    if len(long) > 2:
+        return hooi(tensor, ranks)
+    factors = [tensor.new_ones(1, 1) for _ in ranks]
+    core = tensor
+    for mode in long:  # the shorter one first: what is left for the other is as small as the ranks
+        factors[mode] = leading_vectors(unfold(core, mode), ranks[mode])
+        core = mode_product(core, factors[mode].mT, mode)
+    return core, factors
+
+
+def orthonormal(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The same tensor with orthonormal factors (QR), no rank above its mode's size: then lengths, and the nearest of
+    given ranks, are the core's."""
+    bases = []
+    for mode, factor in enumerate(factors):
+        basis, triangle = torch.linalg.qr(factor)
+        core = mode_product(core, triangle, mode)
+        bases.append(basis)
+    return core, bases
+
+
+def round_ranks(core: Tensor, factors: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """``truncate`` of a Tucker tensor to lower ranks, without forming it."""
+    core, bases = orthonormal(core, factors)
+    core, inner = truncate(core, [min(rank, size) for rank, size in zip(ranks, core.shape, strict=True)])
+    return core, [basis @ factor for basis, factor in zip(bases, inner, strict=True)]

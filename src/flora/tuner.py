@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from flora import tucker
-from flora.config import FloraConfig
+from flora.config import FloraConfig, check_rank
 from flora.layer import FloraLayer
 from flora.peft_compat import PREFIX, SAVES_BIASES
 from flora.plan import Row, check_saved, make_plan, plan
@@ -95,15 +95,25 @@ class FloraModel(BaseTuner):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        svd_rank: int | None = None,
     ) -> None:
-        """Add an adapter whose update is exactly the weighted sum of others', by cores on the block diagonal.
+        """Add an adapter whose update is the weighted sum of others', by cores on the block diagonal.
 
-        "linear" and "cat" are the same sum here: the ranks add up, and where they would pass a mode's size they are cut
-        to it without loss (``tucker.block_sum``).
+        "linear" and "cat" are the same sum here, which is exact: the ranks add up, and where they would pass a mode's
+        size they are cut to it without loss (``tucker.block_sum``). "svd" rounds that sum to the ranks of the first of
+        the adapters that a layer has, or to ``svd_rank`` in every mode but the kernel's: to the nearest of these ranks
+        for a matrix, by HOOI for more modes (``tucker.round_ranks``).
         """
-        if combination_type not in ("linear", "cat"):
-            raise ValueError(f"combination_type must be one of linear, cat, got {combination_type!r}")
+        if combination_type not in ("linear", "cat", "svd"):
+            raise ValueError(f"combination_type must be one of linear, cat, svd, got {combination_type!r}")
+        if svd_rank is not None and combination_type != "svd":
+            raise ValueError(f"svd_rank={svd_rank!r} is for combination_type='svd', got {combination_type!r}")
+        check_rank("svd_rank", svd_rank, none=True, many=False)
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: one weight an adapter is needed")
         if missing := sorted(set(adapters) - set(self.peft_config)):
@@ -122,7 +132,10 @@ class FloraModel(BaseTuner):
                 (name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.tucker_space
             ]
             if present:
-                sums[layer.name] = _weighted_sum(layer, present)
+                scale, core, factors = _weighted_sum(layer, present)
+                if combination_type == "svd":
+                    core, factors = tucker.round_ranks(core, factors, _rounded_ranks(layer, present[0][0], svd_rank))
+                sums[layer.name] = scale, core, factors
         rows = [row for name in adapters for row in self._plans[name].rows]
         full = [module for name in adapters for module in self.peft_config[name].modules_to_save or ()]
         config = replace(
@@ -267,3 +280,12 @@ def _weighted_sum(layer: FloraLayer, present: Sequence[tuple[str, float]]):
     wide = torch.promote_types(spaces[0].core.dtype, torch.float32)
     core, factors = tucker.block_sum([(s.core.to(wide), [f.to(wide) for f in s.factors]) for s in spaces], weights)
     return scale, core, factors
+
+
+def _rounded_ranks(layer: FloraLayer, adapter: str, svd_rank: int | None) -> list[int]:
+    """The adapter's ranks, ``svd_rank`` in their place for every mode but the kernel's."""
+    ranks = layer.tucker_space[adapter].ranks
+    return [
+        rank if svd_rank is None or role == "kernel" else svd_rank
+        for rank, role in zip(ranks, layer.roles, strict=True)
+    ]
