@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from cases import CASES, Case
-from flora.convert import export_lora, import_lora
+from cases import CASES, CONV, Case
+from flora import FloraConfig
+from flora.convert import export_lora, import_lora, import_official
+from flora.files import WEIGHTS
 from reference import first
 from test_contract import Holder, build
 
@@ -56,3 +64,147 @@ def test_what_has_no_lora_form_is_named_and_nothing_is_written(case, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)layer.*flora merge"):
         export_lora(adapter, tmp_path / "lora")
     assert [path.name for path in tmp_path.iterdir()] == ["flora"]
+
+
+@st.composite
+def convolutions(draw):
+    """(a convolution, the ranks of an adapter, inputs), of 1 to 3 dimensions."""
+    dims = draw(st.integers(1, 3))
+    kernel = tuple(draw(st.integers(1, 3)) for _ in range(dims))
+    groups = draw(st.sampled_from([1, 1, 2]))
+    layer = CONV[dims](2 * groups, 3 * groups, kernel, groups=groups, bias=draw(st.booleans()))
+    ranks = [draw(st.integers(1, size)) for size in layer.weight.shape]
+    return layer.double(), ranks, torch.randn(2, 2 * groups, *(5,) * dims, dtype=torch.float64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problem=convolutions())
+def test_any_convolution_is_exact_or_refused(problem, tmp_path_factory):
+    layer, ranks, x = problem
+    folder = tmp_path_factory.mktemp("any")
+    base = Holder(layer)
+    model = get_peft_model(copy.deepcopy(base), FloraConfig(r=ranks, target_modules=["layer"], init_weights=False))
+    model.save_pretrained(str(folder / "flora"))
+    if layer.groups > 1:
+        with pytest.raises(ValueError, match="grouped"):
+            export_lora(folder / "flora", folder / "lora")
+    else:
+        said = export_lora(folder / "flora", folder / "lora")
+        assert f"rank {min(ranks[0], math.prod(ranks[1:]))}," in said
+        torch.testing.assert_close(loaded(base, folder / "lora", x), model(x).detach(), **CLOSE)
+
+
+class Mixed(nn.Module):
+    """A layer with a LoRA form, and one without: grouped, with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 3, groups=2)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_layers_without_a_lora_form_can_be_saved_whole(tmp_path):
+    base, x = Mixed().double(), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    config = FloraConfig(r=2, target_modules=["first", "second"], init_weights=False)
+    model = get_peft_model(copy.deepcopy(base), config)
+    model.save_pretrained(str(tmp_path / "flora"))
+    said = export_lora(tmp_path / "flora", tmp_path / "lora", merge_rest=tmp_path / "base.safetensors")
+    assert "saved whole: second" in said
+    torch.testing.assert_close(loaded(base, tmp_path / "lora", x), model(x).detach(), **CLOSE)
+
+
+# (what is spoilt in the adapter's folder, what the message says)
+SPOILT = {
+    "no_config": (
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        "adapter_config.json is no adapter's config",
+    ),
+    "other_method": (lambda folder: edit(folder, peft_type="LOHA"), "peft_type 'LOHA'; 'FLORA' is needed"),
+    "no_kinds": (lambda folder: edit(folder, weights=None), "load the adapter onto its model"),
+    "strange_kinds": (lambda folder: edit(folder, weights={"layer": {"sort": 1}}), "not as flora writes it"),
+    "truncated": (lambda folder: cut_short(folder), "not a whole safetensors file"),
+    "missing": (lambda folder: change(folder, "factor_1", None), "factor_1' is missing"),
+    "shape": (lambda folder: change(folder, "factor_0", torch.ones(5, 2)), r"factor_0' has shape \[5, 2\].*3 columns"),
+    "modes": (lambda folder: change(folder, "factor_0", torch.ones(5)), "2 modes are needed"),
+}
+
+
+def edit(folder: Path, **fields) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def change(folder: Path, name: str, tensor) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    key = next(key for key in tensors if key.endswith(name))
+    tensors.pop(key)
+    save_file(tensors | ({} if tensor is None else {key: tensor}), folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
+def test_a_spoilt_adapter_is_refused_by_file_and_key(spoil, message, tmp_path):
+    adapter, *_ = saved(CASES[0], tmp_path)
+    spoil(adapter)
+    with pytest.raises(ValueError, match=f"(?s){tmp_path}.*{message}"):
+        export_lora(adapter, tmp_path / "lora")
+    assert [path.name for path in tmp_path.iterdir()] == ["flora"]
+
+
+def test_what_is_there_already_is_not_written_over(tmp_path):
+    adapter, *_ = saved(CASES[0], tmp_path)
+    export_lora(adapter, tmp_path / "lora")
+    with pytest.raises(FileExistsError, match="exists already"):
+        export_lora(adapter, tmp_path / "lora")
+
+
+SPOILT_LORA = {
+    "dora": (lambda folder: edit(folder, use_dora=True), "use_dora"),
+    "rank": (lambda folder: edit(folder, r=2), "not those of rank 2"),
+    "half": (lambda folder: change(folder, "lora_B.weight", None), "lora_B.weight' is missing"),
+    "other": (lambda folder: edit(folder, peft_type="IA3"), "'LORA' is needed"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", SPOILT_LORA.values(), ids=SPOILT_LORA)
+def test_a_spoilt_lora_is_refused(spoil, message, tmp_path):
+    adapter, *_ = saved(CASES[0], tmp_path)
+    export_lora(adapter, tmp_path / "lora")
+    spoil(tmp_path / "lora")
+    with pytest.raises(ValueError, match=message):
+        import_lora(tmp_path / "lora", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("dims", [0, 2, 3], ids=["linear", "conv2d", "conv3d"])
+def test_the_authors_checkpoint(dims, tmp_path):
+    kernel = (3, 2, 3)[:dims]
+    layer = nn.Linear(4, 5) if not dims else {2: nn.Conv2d, 3: nn.Conv3d}[dims](4, 5, kernel)
+    base = Holder(layer.double())
+    sizes, ranks = (4, 5, *kernel), (2, 3, *(2 for _ in kernel))
+    stem = "model.layer.flora_layer.param_"
+    core = torch.randn(ranks, dtype=torch.float64)
+    factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in zip(sizes, ranks, strict=True)]
+    state = {f"{stem}G": core, **{f"{stem}{n}": factor for n, factor in enumerate(factors)}}
+    torch.save({**state, "model.layer.base_layer.weight": layer.weight}, tmp_path / "authors.pt")
+    import_official(tmp_path / "authors.pt", tmp_path / "flora", scale=0.4)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "flora"))
+    letters = "abcde"[: len(sizes)]
+    equation = ",".join([letters.upper(), *(f"{i}{i.upper()}" for i in letters)])
+    expected = torch.einsum(f"{equation}->ba{letters[2:]}", core, *factors)
+    torch.testing.assert_close(model.base_model.model.layer.get_delta_weight("default"), 0.4 * expected, **CLOSE)
+
+
+def test_a_layer_and_a_raw_parameter_of_it_can_be_loaded_again(tmp_path):
+    base, x = nn.Sequential(nn.Linear(4, 5)).double(), torch.randn(3, 4, dtype=torch.float64)
+    config = FloraConfig(r=2, target_modules=["0"], target_parameters=["0.bias"], init_weights=False)
+    model = get_peft_model(copy.deepcopy(base), config)
+    model.save_pretrained(str(tmp_path / "flora"))
+    torch.testing.assert_close(loaded(base, tmp_path / "flora", x), model(x).detach(), **CLOSE)

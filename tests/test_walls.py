@@ -14,10 +14,10 @@ import flora
 ROOT = Path(flora.__file__).parent
 ORDER = [
     "tucker", "ranks", "core_space", "execution", "stand_in", "kinds", "files", "peft_compat", "config", "targets",
-    "plan", "layer", "tuner", "gradient", "hotswap", "__init__", "methods", "tasks", "settings", "report", "train",
+    "plan", "layer", "tuner", "gradient", "hotswap", "__init__", "models", "convert", "methods", "tasks", "settings", "report", "train",
     "job", "cli",
 ]  # fmt: skip
-HEAVY = ("timm", "torchvision", "diffusers", "datasets", "matplotlib", "sklearn")
+HEAVY = ("timm", "torchvision", "diffusers", "datasets", "lycoris", "matplotlib", "sklearn")
 
 
 def imports(room: str, everywhere: bool = True) -> set[str]:

@@ -1,8 +1,8 @@
-"""The `flora` command: `train` and `plan`, each one call. A mistake is one line that names it, and exit code 2."""
+"""The `flora` command: each subcommand is one call. A mistake is one line that names it, and exit code 2."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import click
@@ -113,9 +113,151 @@ def plan(model: str, overrides: tuple[str, ...]) -> None:
             raise Refused(f"{key}: no field of FloraConfig; `flora plan --help` lists them")
     try:
         config = flora.FloraConfig(**keys)
-        click.echo(str(flora.plan(_empty_model(model), config)))
+        click.echo(str(flora.plan(_empty(model), config)))
     except (TypeError, ValueError) as error:
         raise Refused(" ".join(str(error).split())) from error
+
+
+# -------------------------------------------------------------------------------------------------------- conversions
+
+
+@main.group()
+def export() -> None:
+    """Write an adapter for other programs, which need no flora to read it."""
+
+
+@main.group("import")
+def import_() -> None:
+    """Make a FLoRA adapter, exactly, of what another program has trained."""
+
+
+def convert(name: str, sides: tuple[str | None, str, str, str], **arguments: Any) -> None:
+    """Call ``flora.convert.NAME`` and print what it says; then, if there is a model, how far the sides' outputs are
+    apart: (model or None, FLoRA side, other side, what that is)."""
+    from flora import convert
+
+    _quiet()
+    try:
+        click.echo(str(getattr(convert, name)(**arguments, progress=True)))
+        if sides[0]:
+            click.echo(str(convert.verify(*sides)))
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise Refused(f"{error.name} is not installed: pip install 'flora-peft[convert]'") from error
+
+
+def two(first: str, second: str, help: str = "Load both sides onto MODEL and compare the outputs.") -> Callable:
+    """The two paths of a conversion, and --verify."""
+
+    def decorate(command: Callable) -> Callable:
+        command = click.option("--verify", metavar="MODEL", help=help)(command)
+        return click.argument(first)(click.argument(second)(command))
+
+    return decorate
+
+
+ENCODERS = (
+    click.option("--text-encoder", metavar="ADAPTER", help="A second adapter, of the text encoder."),
+    click.option("--text-encoder-2", metavar="ADAPTER", help="A third, of SDXL's second text encoder."),
+)
+SIZE = (
+    click.option("--budget", help="Parameters of all layers together, or a share of the model's (0.005)."),
+    click.option("--energy", type=float, help="The least share of the squared norm that each layer keeps."),
+    click.option("--rank", type=int, help="One rank for every mode."),
+)
+
+
+def options(*some: Callable) -> Callable:
+    return lambda command: reduce(lambda made, option: option(made), reversed(some), command)
+
+
+@export.command("lora")
+@two("adapter", "out")
+@click.option("--ragged", is_flag=True, help="Each layer its own rank; else all get the largest, with zeros.")
+@click.option("--merge-rest", metavar="BASE", help="Layers without a LoRA form: save them whole, merged into BASE's.")
+def export_lora(adapter: str, out: str, verify: str | None, **options: Any) -> None:
+    """ADAPTER as a plain PEFT LoRA, in the folder OUT."""
+    convert("export_lora", (verify, adapter, out, "lora"), adapter=adapter, out=out, **options)
+
+
+@export.command("locon")
+@two("adapter", "out")
+@options(*ENCODERS)
+@click.option("--prefix", help="What names begin with [lora_unet, lora_te or lycoris, by the model].")
+@click.option("--folded", is_flag=True, help="Without `lora_mid`, for programs that do not know it.")
+def export_locon(adapter: str, out: str, verify: str | None, **options: Any) -> None:
+    """ADAPTER as a LyCORIS / kohya LoCon, the file OUT: for ComfyUI, A1111, InvokeAI."""
+    convert("export_locon", (verify, adapter, out, "locon"), adapter=adapter, out=out, **options)
+
+
+@export.command("diffusers")
+@two("adapter", "out")
+@options(*ENCODERS)
+@click.option("--component", help="The part of the pipeline that it is for [unet or transformer, by the model].")
+def export_diffusers(adapter: str, out: str, verify: str | None, **options: Any) -> None:
+    """ADAPTER as OUT/pytorch_lora_weights.safetensors, for diffusers' load_lora_weights."""
+    convert("export_diffusers", (verify, adapter, out, "diffusers"), adapter=adapter, out=out, **options)
+
+
+@import_.command("lora")
+@two("lora", "out")
+@click.option("--is-transposed", is_flag=True, help="Stacked experts are (experts, in, out).")
+def import_lora(lora: str, out: str, verify: str | None, **options: Any) -> None:
+    """The PEFT LoRA in the folder LORA as a FLoRA adapter in the folder OUT."""
+    convert("import_lora", (verify, out, lora, "lora"), lora=lora, out=out, **options)
+
+
+@import_.command("locon")
+@click.argument("file")
+@click.argument("base")
+@click.argument("out")
+@click.option("--prefix", help="Of the names, where the file has several.")
+@click.option("--verify", is_flag=True, help="Load both sides onto BASE and compare the outputs.")
+def import_locon(file: str, base: str, out: str, verify: bool, prefix: str | None) -> None:
+    """The LoCon FILE, of the model BASE, as a FLoRA adapter in the folder OUT."""
+    sides = (base if verify else None, out, file, "locon")
+    convert("import_locon", sides, file=file, base=_empty(base), out=out, prefix=prefix)
+
+
+@import_.command("official")
+@click.argument("checkpoint")
+@click.argument("out")
+@click.option("--scale", type=float, required=True, help="The s that it was trained with; the file does not tell.")
+@click.option("--prefix", help="What names begin with, before the model's own.")
+@click.option("--save", multiple=True, metavar="LAYER", help="A layer to take over whole: a new head.")
+def import_official(checkpoint: str, out: str, **options: Any) -> None:
+    """A checkpoint of the FLoRA authors' code as a FLoRA adapter in the folder OUT."""
+    convert("import_official", (None, "", "", ""), checkpoint=checkpoint, out=out, **options)
+
+
+@main.command()
+@click.argument("base")
+@two("adapter", "out", "Load MODEL with the adapter, and OUT, and compare the outputs.")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+def merge(base: str, adapter: str, out: str, verify: str | None, **options: Any) -> None:
+    """The model BASE with ADAPTER's updates in its weights, in the folder OUT."""
+    convert("merge", (verify, adapter, out, "merged"), base=base, adapter=adapter, out=out, **options)
+
+
+@main.command()
+@click.argument("base")
+@two("tuned", "out", "Load MODEL with the result, and TUNED, and compare the outputs.")
+@options(*SIZE)
+@click.option("--keep-rest/--drop-rest", default=True, show_default=True, help="What no core can hold, kept whole.")
+def extract(base: str, tuned: str, out: str, verify: str | None, budget: str | None, **options: Any) -> None:
+    """The difference of two checkpoints as a FLoRA adapter in the folder OUT, at the best ranks of a size."""
+    sizes = {"budget": _number(budget), **options}
+    convert("extract", (verify, out, tuned, "merged"), base=base, tuned=tuned, out=out, **sizes)
+
+
+@main.command()
+@two("adapter", "out")
+@options(*SIZE)
+def compress(adapter: str, out: str, verify: str | None, budget: str | None, **options: Any) -> None:
+    """ADAPTER at smaller ranks, in the folder OUT."""
+    sides = (verify, out, adapter, "flora")
+    convert("compress", sides, adapter=adapter, out=out, budget=_number(budget), **options)
 
 
 def _quiet() -> None:
@@ -146,20 +288,21 @@ def _values(overrides: list[str]) -> dict[str, Any]:
     return values
 
 
-def _empty_model(name: str) -> Any:
-    """The model on the meta device, from its config alone, as the class that the config names."""
-    import torch
-    import transformers
-
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise Refused(f"{name}: no such folder")
+def _number(budget: str | None) -> int | float | None:
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{name}: {' '.join(str(error).split())}") from error
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        return kind(config) if kind else transformers.AutoModel.from_config(config)
+        return budget and (float(budget) if "." in budget or "e" in budget else int(budget.replace(",", "")))
+    except ValueError:
+        raise Refused(f"--budget {budget}: a whole number of parameters, or a share such as 0.005") from None
+
+
+def _empty(name: str) -> Any:
+    from flora.models import empty_model
+
+    _quiet()
+    try:
+        return empty_model(name)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 if __name__ == "__main__":

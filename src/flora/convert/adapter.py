@@ -78,7 +78,8 @@ class Adapter:
         try:
             sites = [Site(**{"module": name, **facts}) for name, facts in weights.items()]
         except (AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / 'adapter_config.json'}: 'weights' is not as flora writes it: {error}") from None
+            path = folder / "adapter_config.json"
+            raise ValueError(f"{path}: 'weights' is not as flora writes it: {error}") from None
         shapes = saved_shapes(folder)
         if shapes is None:
             raise ValueError(f"{folder} has no {WEIGHTS}")
@@ -120,8 +121,8 @@ def _check_shapes(file: Path, site: Site, shapes: dict[str, tuple[int, ...]]) ->
         found = shape(f"factor_{n}", 2)
         if found[1] != rank:
             raise ValueError(
-                f"{file}: '{site.stem}{SPACE}factor_{n}' has shape {list(found)}; the core of shape {list(ranks)} needs "
-                f"{rank} columns"
+                f"{file}: '{site.stem}{SPACE}factor_{n}' has shape {list(found)}; the core of shape {list(ranks)} "
+                f"needs {rank} columns"
             )
 
 

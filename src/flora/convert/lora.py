@@ -1,12 +1,4 @@
-"""To and from PEFT's LoRA, exactly: no singular value decomposition, no loss.
-
-A weight's update, unfolded along its output mode, is a product B A of (out, q) and (q, inputs · kernel). The core is
-folded into the side that has more ranks, so q is the smaller of the output's rank and of the other ranks' product: for
-a linear layer min(r_out, r_in); for a convolution mostly r_out, with A = K ∘ (input factor), (r_out, in, k …), where
-K = G ×_3 C ×_4 D is the core at the kernel's size (equation 6), and with B the output factor.
-
-Letters: q the rank of a product, e the matrices of a stack.
-"""
+"""To and from PEFT's LoRA, exactly: no singular value decomposition, no loss."""
 
 from __future__ import annotations
 
@@ -14,20 +6,20 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flora import tucker
 from flora.config import FloraConfig
 from flora.convert.adapter import PREFIX, Adapter, Update, bar, read_config, summary, write_adapter
+from flora.convert.checkpoint import Checkpoint
+from flora.convert.merge import merged_weight
+from flora.convert.products import Product, from_product, from_stack, outside_obstacle, padded, product, refuse
 from flora.files import WEIGHTS, new_folder, open_tensors
-from flora.kinds import Site, output_mode
+from flora.kinds import Site
 
-Product = tuple[Tensor, Tensor]
-CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "modules_to_save")
+CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
 # ------------------------------------------------------------------------------------------- what has such a product
 
@@ -41,74 +33,34 @@ def obstacle(site: Site, shape: Sequence[int], others: Iterable[Site] = ()) -> s
         return "a raw parameter of a layer that is adapted, too" if mixed else None
     if site.kind not in ("Linear", "Conv1D", "Conv", "Embedding"):
         return f"LoRA has no form for {site.kind}"
-    return outside_obstacle(site) or (
-        "a grouped convolution"
-        if site.groups > 1
-        else "LoRA ignores the dilation"
-        if site.dilated
-        else f"LoRA ignores padding_mode={site.padding_mode!r}"
-        if site.padding_mode != "zeros"
-        else None
-    )
-
-
-def outside_obstacle(site: Site) -> str | None:
-    """Why no adapter that runs beside the layer can do the same; None if one can."""
-    return None if site.beside else "the layer does more with its weight than a plain one"
-
-
-def refuse(source: Adapter, reasons: dict[Site, str], what: str, advice: str) -> None:
-    """Raise ValueError with all the layers that have a reason, if any has."""
-    if reasons:
-        lines = [f"  {site.name}: {reason}" for site, reason in list(reasons.items())[:10]]
-        more = [f"  and {len(reasons) - 10} more"] if len(reasons) > 10 else []
-        head = f"{source.folder}: {len(reasons)} of {len(source.sites)} weights have no {what} that loads and is exact:"
-        raise ValueError("\n".join([head, *lines, *more, advice]))
-
-
-# -------------------------------------------------------------------------------------------------------- the product
-
-
-def product(update: Update) -> Product:
-    """(B, A): (out, q) and (q, in, k …), the scale in B; of a stack (out, q, e) and (q, e, in)."""
-    core, factors = update.exact()
-    if update.site.kind == "parameter" and core.ndim == 3:
-        left, right = _stack_product(core, factors, update.site.is_transposed)
-    else:
-        mode = 0 if update.site.kind == "parameter" else output_mode(update.site.roles)
-        left, right = tucker.as_product(core, factors, mode)
-    return left.to(update.dtype), right.to(update.dtype)
-
-
-def _stack_product(core: Tensor, factors: list[Tensor], is_transposed: bool) -> Product:
-    cores = torch.tensordot(factors[0], core, 1)  # (e, r_out, r_in)
-    outer, inner = factors[1:]
-    if is_transposed:
-        cores, outer, inner = cores.mT, inner, outer
-    experts, r_out, r_in = cores.shape
-    if r_in <= r_out:
-        return torch.einsum("or,ers->ose", outer, cores), inner.mT.unsqueeze(1).expand(-1, experts, -1)
-    return outer.unsqueeze(2).expand(-1, -1, experts), torch.einsum("ers,is->rei", cores, inner)
-
-
-def padded(pair: Product, rank: int) -> Product:
-    """The product with zeros up to ``rank``."""
-    left, right = pair
-    missing = rank - left.shape[1]
-    return (
-        torch.cat([left, left.new_zeros(left.shape[0], missing, *left.shape[2:])], dim=1),
-        torch.cat([right, right.new_zeros(missing, *right.shape[1:])], dim=0),
-    )
+    if outside := outside_obstacle(site):
+        return outside
+    if site.groups > 1:
+        return "a grouped convolution"
+    if site.dilated:
+        return "LoRA ignores the dilation"
+    return f"LoRA ignores padding_mode={site.padding_mode!r}" if site.padding_mode != "zeros" else None
 
 
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-def export_lora(adapter: str | Path, out: str | Path, *, ragged: bool = False, progress: bool = False) -> str:
+def export_lora(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    ragged: bool = False,
+    merge_rest: str | Path | None = None,
+    progress: bool = False,
+) -> str:
     """Write a FLoRA adapter as a plain PEFT LoRA that gives the same outputs.
 
     The scale is in B, and alpha is the rank, so that LoRA's own scale is 1. Every layer gets the largest rank needed,
     filled up with zeros; with ``ragged`` each keeps its own by ``rank_pattern``, which some programs ignore.
+
+    Args:
+        merge_rest: the base model's weights, a folder, file or name on the hub. Layers without a LoRA form are then
+            saved whole, the update merged into their weights, as PEFT's ``modules_to_save``.
 
     Returns:
         what was written, in a line.
@@ -117,24 +69,56 @@ def export_lora(adapter: str | Path, out: str | Path, *, ragged: bool = False, p
         ValueError: with the layers that have no LoRA form; nothing is written then.
     """
     source = Adapter.open(adapter)
+    obstacles = {u.site: reason for u in source.updates() if (reason := obstacle(u.site, u.shape, source.sites))}
+    if merge_rest is None or len(obstacles) == len(source.sites):
+        refuse(source, obstacles, "LoRA form", "--merge-rest BASE saves them whole; `flora merge` merges the model")
     with new_folder(Path(out)) as folder:
-        pairs, config = lora_of(source, ragged, progress)
+        rest = _merged(source, obstacles, merge_rest) if obstacles else {}
+        pairs, config = lora_of(source, ragged, progress, without=obstacles)
         tensors = {key: tensor for site, pair in pairs.items() for key, tensor in _named(site, pair, pairs)}
-        save_file(tensors | source.other_tensors(), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors | rest | source.other_tensors(), folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
     count = sum(tensor.numel() for tensor in tensors.values())
-    return f"{out}: LoRA of rank {config.r}, {len(pairs)} weights, {count:,} parameters"
+    whole = f"; saved whole: {', '.join(_modules(obstacles))}" if obstacles else ""
+    return f"{out}: LoRA of rank {config.r}, {len(pairs)} weights, {count:,} parameters{whole}"
 
 
-def lora_of(source: Adapter, ragged: bool, progress: bool) -> tuple[dict[Site, Product], LoraConfig]:
-    """The products of all weights, of one rank unless ``ragged``, and the config that goes with them."""
-    reasons, pairs = {}, {}
-    for update in bar(source.updates(), len(source.sites), "export", progress):
-        if reason := obstacle(update.site, update.shape, source.sites):
-            reasons[update.site] = reason
-        else:
-            pairs[update.site] = product(update)
-    refuse(source, reasons, "LoRA form", "`flora merge` writes them into the model")
+def _modules(sites: Iterable[Site]) -> list[str]:
+    return list(dict.fromkeys(site.module for site in sites))
+
+
+def _merged(source: Adapter, sites: Iterable[Site], base: str | Path) -> dict[str, Tensor]:
+    """All tensors of these sites' modules, the updates merged into their weights, under PEFT's names."""
+    checkpoint = Checkpoint.open(base)
+    modules = _modules(sites)
+    for site in source.sites:
+        if site.module not in modules and site.module.startswith(tuple(f"{module}." for module in modules)):
+            raise ValueError(f"{source.folder}: {site.name!r} lies in a module that would have to be saved whole")
+    tensors = {}
+    for update in source.updates():
+        if (module := update.site.module) in modules:
+            key = checkpoint.find(module, update.site.parameter)
+            if checkpoint.shape(key) != update.shape:
+                raise ValueError(
+                    f"{base}: {key!r} has shape {list(checkpoint.shape(key))}, the update {list(update.shape)}"
+                )
+            on_disk = key.removesuffix(f".{update.site.parameter}")
+            for other in checkpoint.keys():
+                if other.startswith(f"{on_disk}."):
+                    tensors.setdefault(f"{PREFIX}{module}{other.removeprefix(on_disk)}", checkpoint.tensor(other))
+            name = f"{PREFIX}{module}.{update.site.parameter}"
+            tensors[name] = merged_weight(update, tensors[name])
+    return tensors
+
+
+def lora_of(
+    source: Adapter, ragged: bool = False, progress: bool = False, without: Iterable[Site] = ()
+) -> tuple[dict[Site, Product], LoraConfig]:
+    """The products of all weights but those ``without``, of one rank unless ``ragged``, and the config that goes with
+    them, in which the modules of the others are saved whole."""
+    others = set(without)
+    updates = bar(source.updates(), len(source.sites), "export", progress)
+    pairs = {update.site: product(update) for update in updates if update.site not in others}
     ranks = {site: left.shape[1] for site, (left, _) in pairs.items()}
     rank = max(ranks.values())
     pattern = {f"^{site.name}": own for site, own in ranks.items() if own != rank} if ragged else {}
@@ -148,11 +132,12 @@ def lora_of(source: Adapter, ragged: bool, progress: bool) -> tuple[dict[Site, P
         lora_alpha=rank,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=_targets(source.config, layers),
+        target_modules=[site.module for site in layers] if others else _targets(source.config, layers),
         target_parameters=[f"{site.module}.{site.parameter}" for site in raw] or None,
         bias=source.config.bias.replace("flora_only", "lora_only"),
         trainable_token_indices=source.config.trainable_token_indices,
         fan_in_fan_out=bool(layers) and not raw and all(site.kind == "Conv1D" for site in layers),
+        modules_to_save=[*(source.config.modules_to_save or ()), *_modules(others)] or None,
         inference_mode=True,
         **{name: getattr(source.config, name) for name in CARRIED},
     )
@@ -164,8 +149,8 @@ def _targets(config: FloraConfig, layers: list[Site]) -> list[str]:
     that reads a LoRA knows a regex."""
     asked = config.target_modules
     plain = isinstance(asked, set) and not (config.exclude_modules or config.layers_to_transform is not None)
-    whole = plain and all(any(f".{site.name}".endswith(f".{name}") for name in asked) for site in layers)
-    return sorted(asked) if whole else [site.name for site in layers]
+    whole = plain and all(any(f".{site.module}".endswith(f".{name}") for name in asked) for site in layers)
+    return sorted(asked) if whole else [site.module for site in layers]
 
 
 def _named(site: Site, pair: Product, sites: Iterable[Site]) -> list[tuple[str, Tensor]]:
@@ -205,24 +190,27 @@ def import_lora(lora: str | Path, out: str | Path, *, is_transposed: bool = Fals
     path = Path(lora) / WEIGHTS
     content = read_config(Path(lora), "LORA")
     if options := [name for name in ("use_dora", "lora_bias", "alora_invocation_tokens") if content.get(name)]:
-        raise ValueError(f"{path.with_name('adapter_config.json')}: {options[0]} makes it more than an update of weights")
+        raise ValueError(
+            f"{path.with_name('adapter_config.json')}: {options[0]} makes it more than an update of weights"
+        )
     config = LoraConfig.from_pretrained(str(lora))
-    with open_tensors(path) as file:
+    with new_folder(Path(out)) as folder, open_tensors(path) as file:
         keys = list(file.keys())
-        pairs = {key: key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B") for key in keys if _is_a(key)}
+        pairs = {
+            key: key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B") for key in keys if _is_a(key)
+        }
         if missing := [key for pair in pairs.items() for key in pair if key not in keys]:
             raise ValueError(f"{path}: {missing[0]!r} is missing")
         rest = [key for key in keys if key not in pairs and key not in pairs.values()]
         if not pairs or (strange := [key for key in rest if "lora_" in key]):
             raise ValueError(f"{path} is no plain LoRA: it has {(strange if pairs else keys)[:1]}")
-        with new_folder(Path(out)) as folder:
-            updates = []
-            for a, b in bar(pairs.items(), len(pairs), "import", progress):
-                try:
-                    updates.append(_update(a, file.get_tensor(b), file.get_tensor(a), config, is_transposed))
-                except ValueError as error:
-                    raise ValueError(f"{path}: {a!r}: {error}") from None
-            write_adapter(folder, _flora_config(config), updates, {key: file.get_tensor(key) for key in rest})
+        updates = []
+        for a, b in bar(pairs.items(), len(pairs), "import", progress):
+            try:
+                updates.append(_update(a, file.get_tensor(b), file.get_tensor(a), config, is_transposed))
+            except ValueError as error:
+                raise ValueError(f"{path}: {a!r}: {error}") from None
+        write_adapter(folder, _flora_config(config), updates, {key: file.get_tensor(key) for key in rest})
     return f"{out}: {summary(updates)}"
 
 
@@ -249,42 +237,10 @@ def _update(key: str, b: Tensor, a: Tensor, config: LoraConfig, is_transposed: b
     if a.shape[0] % rank or b.ndim < 2 or a.shape[0] != b.shape[1] or (not raw and a.shape[0] != rank):
         raise ValueError(f"shapes {list(a.shape)} and {list(b.shape)} are not those of rank {rank}")
     if a.shape[0] != rank:
-        core, factors = _stack(a, b, rank, is_transposed)
+        core, factors = from_stack(a, b, rank, is_transposed)
     else:
         core, factors = from_product(b.flatten(1), a, transposed=site.kind in ("Conv1D", "Embedding"))
     return Update(site, core, tuple(factors), scale)
-
-
-def from_product(left: Tensor, right: Tensor, transposed: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """(out, q) and (q, in, k …) -> core and factors of their product, (out, in, k …); of (in, out) if ``transposed``."""
-    sizes = right.shape[1:]
-    identities = [torch.eye(size, dtype=right.dtype) for size in sizes]
-    if len(sizes) == 1:
-        core, factors = torch.eye(right.shape[0], dtype=right.dtype), [left, right.mT]
-    else:
-        core, factors = right, [left, *identities]
-    core, factors = cut(core, factors)
-    return (core.mT, factors[::-1]) if transposed else (core, factors)
-
-
-def cut(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """``tucker.cut_ranks``, in float64 where there is something to cut."""
-    if all(factor.shape[1] <= factor.shape[0] for factor in factors):
-        return core, list(factors)
-    cores, wide = tucker.cut_ranks(core.double(), [factor.double() for factor in factors])
-    return cores.to(core.dtype), [factor.to(core.dtype) for factor in wide]
-
-
-def _stack(a: Tensor, b: Tensor, rank: int, is_transposed: bool) -> tuple[Tensor, list[Tensor]]:
-    """PEFT's layout of a stack, A (e · q, in), expert slowest, and B (out, q · e), expert fastest."""
-    experts = a.shape[0] // rank
-    parts = []
-    for n, (right, left) in enumerate(zip(a.split(rank), b.unflatten(1, (rank, experts)).unbind(2), strict=True)):
-        one = torch.zeros(experts, 1, dtype=a.dtype)
-        one[n] = 1
-        parts.append((torch.eye(rank, dtype=a.dtype)[None], [one, *((right.mT, left) if is_transposed else (left, right.mT))]))
-    core, factors = tucker.block_sum([(c.double(), [f.double() for f in fs]) for c, fs in parts], [1.0] * experts)
-    return core.to(a.dtype), [factor.to(a.dtype) for factor in factors]
 
 
 def _flora_config(config: LoraConfig) -> FloraConfig:
@@ -297,5 +253,6 @@ def _flora_config(config: LoraConfig) -> FloraConfig:
         layers_pattern=config.layers_pattern,
         bias=config.bias.replace("lora_only", "flora_only"),
         trainable_token_indices=config.trainable_token_indices,
+        modules_to_save=config.modules_to_save,
         **{name: getattr(config, name) for name in CARRIED},
     )

@@ -1,0 +1,258 @@
+"""To and from LoCon, the files of LyCORIS and kohya, exactly.
+
+A convolution with a kernel is Tucker. lora_up is its output's factor, lora_down its input's, transposed, and lora_mid
+the core at the kernel's size, G ×_3 C ×_4 D (equation 6), all filled up with zeros to one rank R:
+
+    update = alpha / R · lora_mid ×_1 lora_up ×_2 lora_downᵀ,    alpha = R
+
+    lora_up (out, R, 1 …), lora_mid (R, R, k …), lora_down (R, in/groups, 1 …)
+
+All other layers, and all where it is ``folded``, are a product: lora_up (out, R, 1 …), lora_down (R, in/groups, k …).
+In a file without any lora_mid alpha is 1, and R in lora_up: diffusers, which reads such files, misreads differing alphas.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flora import kinds, tucker
+from flora.config import FloraConfig
+from flora.convert.adapter import Adapter, Update, bar, summary, write_adapter
+from flora.convert.diffusers import component_of, down_up, name_in, parts_of
+from flora.convert.products import cut, from_product, outside_obstacle, product, refuse
+from flora.files import new_folder, open_tensors, replace_file
+from flora.kinds import Site
+
+UP, MID, DOWN, ALPHA = "lora_up.weight", "lora_mid.weight", "lora_down.weight", "alpha"
+PREFIX = re.compile(r"(lora_unet|lora_te\d?|lycoris)_")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def obstacle(site: Site) -> str | None:
+    """Why LoCon has no form for this weight's update that loads and is exact; None if it has one."""
+    if site.kind not in ("Linear", "Conv"):
+        return f"LoCon has no form for {site.kind}"
+    # LyCORIS runs it beside the layer, with the layer's stride, padding, dilation and groups, unless it is merged
+    padded = site.padding_mode != "zeros"
+    return outside_obstacle(site) or (f"LyCORIS ignores padding_mode={site.padding_mode!r}" if padded else None)
+
+
+def name_of(prefix: str, module: str) -> str:
+    """What the names of its tensors begin with."""
+    return f"{prefix}_{name_in(prefix, module)}".replace(".", "_")
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def export_locon(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    prefix: str | None = None,
+    text_encoder: str | Path | None = None,
+    text_encoder_2: str | Path | None = None,
+    folded: bool = False,
+    progress: bool = False,
+) -> str:
+    """Write FLoRA adapters as a LyCORIS / kohya LoCon file that gives the same outputs.
+
+    Args:
+        out: a new .safetensors file.
+        prefix: what the names begin with; without it "lora_unet" for diffusers' U-Nets, "lora_te" for CLIP's text model
+            and "lycoris" for any other.
+        text_encoder, text_encoder_2: adapters of a pipeline's text encoders, for the same file: "lora_te", or, where
+            there is a second, "lora_te1" and "lora_te2".
+        folded: without lora_mid, which diffusers does not know, and most programs only of Conv2d.
+
+    Returns:
+        what was written, in a line.
+
+    Raises:
+        ValueError: with the layers that have no LoCon form, or what else is in the adapter; nothing is written then.
+        FileExistsError: where there is something at ``out``.
+    """
+    path = Path(out)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{out}: the name must end in .safetensors")
+    if path.exists():
+        raise FileExistsError(f"{out} exists already; name a new file, or remove it first")
+    source = Adapter.open(adapter)
+    encoder = "lora_te" if text_encoder_2 is None else "lora_te1"
+    if prefix is None:
+        prefix = {"unet": "lora_unet", "text_encoder": encoder}.get(component_of(source), "lycoris")
+    parts = parts_of(source, prefix, {encoder: text_encoder, "lora_te2": text_encoder_2})
+    with_mid = not folded and any(_has_kernel(update) for part in parts.values() for update in part.updates())
+    tensors: dict[str, Tensor] = {}
+    for part, source in parts.items():
+        reasons = {site: reason for site in source.sites if (reason := obstacle(site))}
+        refuse(source, reasons, "LoCon form", "`flora merge` writes them into the model")
+        for update in bar(source.updates(), len(source.sites), "export", progress):
+            name = name_of(part, update.site.module)
+            if f"{name}.{UP}" in tensors:
+                raise ValueError(
+                    f"{source.folder}: two layers would be {name!r} in the file, {update.site.name!r} is one"
+                )
+            tensors |= {f"{name}.{end}": tensor for end, tensor in _tensors(update, with_mid).items()}
+    with replace_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    weights = sum(key.endswith(UP) for key in tensors)
+    return f"{out}: LoCon, {weights} weights, {sum(map(Tensor.numel, tensors.values())) - weights:,} parameters"
+
+
+def _has_kernel(update: Update) -> bool:
+    return any(size != 1 for size in update.shape[2:])
+
+
+def _tensors(update: Update, with_mid: bool) -> dict[str, Tensor]:
+    """``with_mid``: the file has lora_mid in some layer."""
+    ranks = update.ranks
+    is_tucker = with_mid and _has_kernel(update)
+    rank = max(ranks[:2]) if is_tucker else min(ranks[0], math.prod(ranks[1:]))
+    alpha = rank if with_mid else 1
+    update = replace(update, scale=update.scale * rank / alpha)
+    if not is_tucker:
+        down, up = down_up(product(update))
+        tensors = {DOWN: down, UP: up}
+    else:
+        mid, (up, down, *kernel) = update.exact()
+        for mode, factor in enumerate(kernel, 2):
+            mid = tucker.mode_product(mid, factor, mode)
+        column = [1] * len(kernel)
+        tensors = {
+            DOWN: F.pad(down, (0, rank - ranks[1])).mT.reshape(rank, -1, *column),
+            MID: F.pad(mid, (*[0, 0] * len(kernel), 0, rank - ranks[1], 0, rank - ranks[0])),
+            UP: F.pad(up, (0, rank - ranks[0])).reshape(-1, rank, *column),
+        }
+    tensors = {name: tensor.to(update.dtype).contiguous() for name, tensor in tensors.items()}
+    return {**tensors, ALPHA: torch.tensor(float(alpha))}
+
+
+# ------------------------------------------------------------------------------------------------------------- import
+
+
+def import_locon(
+    file: str | Path, base: nn.Module, out: str | Path, *, prefix: str | None = None, progress: bool = False
+) -> str:
+    """Write a LoCon file, Tucker or not, as a FLoRA adapter that gives the same outputs.
+
+    Args:
+        base: the model that it is of, whose layers' names and shapes the file does not tell; "meta" tensors will do.
+        prefix: what the names of the tensors to take begin with; needed where the file is of several models.
+
+    Returns:
+        what was written, in a line.
+
+    Raises:
+        ValueError: naming file, key and shape, where it is no LoCon of this model (DoRA, LoHa, LoKr …).
+    """
+    path, updates = Path(file), []
+    with open_tensors(path) as source:
+        layers: dict[str, dict[str, str]] = {}  # name -> end -> key
+        for key in source.keys():
+            name, _, end = key.partition(".")
+            layers.setdefault(name, {})[end] = key
+        prefix = prefix or only_prefix(path, layers)
+        modules: dict[str, list[str]] = {}
+        for module, _ in base.named_modules():
+            modules.setdefault(name_of(prefix, module), []).append(module)
+        wanted = [name for name in layers if name.startswith(f"{prefix}_")]
+        if not wanted:
+            raise ValueError(f"{path}: no key begins with '{prefix}_' (the first: {next(iter(layers), None)!r})")
+        for name in bar(wanted, len(wanted), "import", progress):
+            _check_ends(path, name, layers[name])
+            tensors = {end: source.get_tensor(key) for end, key in layers[name].items()}
+            try:
+                updates.append(_update(base, modules.get(name, []), tensors))
+            except ValueError as error:
+                raise ValueError(f"{path}: {name!r}: {error}") from None
+    # a regex: names in a list would stand for all that end alike
+    config = FloraConfig(r=1, target_modules="|".join(re.escape(update.site.module) for update in updates))
+    with new_folder(Path(out)) as folder:
+        write_adapter(folder, config, updates)
+    return f"{out}: {summary(updates)}"
+
+
+def only_prefix(path: Path, names: Iterable[str]) -> str:
+    found = {name: PREFIX.match(name) for name in names}
+    if strange := [name for name, match in found.items() if not match]:
+        raise ValueError(
+            f"{path}: {strange[0]!r} begins with none of lora_unet_, lora_te_, lora_te1_, lora_te2_, lycoris_; in a "
+            "LoCon of other names, say by prefix= what comes before the layer's"
+        )
+    prefixes = sorted({match[1] for match in found.values()})
+    if len(prefixes) != 1:
+        raise ValueError(f"{path} is of {len(prefixes)} models ({', '.join(prefixes)}): choose one by prefix=")
+    return prefixes[0]
+
+
+def _check_ends(path: Path, name: str, keys: dict[str, str]) -> None:
+    for end, key in keys.items():
+        if end not in (UP, MID, DOWN, ALPHA):
+            raise ValueError(f"{path}: {key!r} is not of a LoCon; {UP}, {MID}, {DOWN} and {ALPHA} are known")
+    for end in (UP, DOWN):
+        if end not in keys:
+            raise ValueError(f"{path}: '{name}.{end}' is missing")
+
+
+def _update(base: nn.Module, modules: Sequence[str], tensors: dict[str, Tensor]) -> Update:
+    """``modules``: all of the base model whose name is this one in the file."""
+    if len(modules) != 1:
+        raise ValueError(f"may be {' or '.join(modules)}" if modules else "the base model has no such layer")
+    (module,) = modules
+    layer = base.get_submodule(module)
+    kind, shape, _ = kinds.describe(layer, "weight")
+    site = Site.of(layer, kind, module, "weight", depth=0)
+    if reason := obstacle(site):
+        raise ValueError(f"{reason} ({module!r} is a {type(layer).__name__})")
+    sizes = _sizes(tensors, shape)
+    for end, size in sizes.items():
+        if _trimmed(tensors[end].shape) != _trimmed(size) or 0 in size:
+            found = f"{end} has shape {list(tensors[end].shape)}"
+            raise ValueError(f"{found}; {list(size)} is needed for the weight {list(shape)} of {module!r}")
+        if tensors[end].dtype not in DTYPES:
+            raise ValueError(f"{end} has dtype {tensors[end].dtype}; one of {', '.join(map(str, DTYPES))} is needed")
+    dtype = reduce(torch.promote_types, (tensors[end].dtype for end in sizes))
+    down, up, *mid = (tensors[end].to(dtype).reshape(size) for end, size in sizes.items())
+    if mid:
+        identities = [torch.eye(size, dtype=dtype) for size in shape[2:]]
+        core, factors = cut(mid[0], [up, down.mT, *identities])
+    else:
+        core, factors = from_product(up, down)
+    return Update(site, core, tuple(factors), _scale(tensors.get(ALPHA), down.shape[0]))
+
+
+def _sizes(tensors: dict[str, Tensor], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the tensors must have, but for ones at the end."""
+    out, inputs, *kernel = shape
+    if MID not in tensors:
+        rank = (*tensors[DOWN].shape, 1)[0]
+        return {DOWN: (rank, inputs, *kernel), UP: (out, rank)}
+    r_out, r_in = (*tensors[MID].shape, 1, 1)[:2]
+    return {DOWN: (r_in, inputs), UP: (out, r_out), MID: (r_out, r_in, *kernel)}
+
+
+def _trimmed(shape: Sequence[int]) -> list[int]:
+    """Without the ones at the end, in which linear layers and 1×1 convolutions differ."""
+    sizes = list(shape)
+    while sizes[-1:] == [1]:
+        sizes.pop()
+    return sizes
+
+
+def _scale(alpha: Tensor | None, rank: int) -> float:
+    if alpha is None:
+        return 1.0
+    if alpha.numel() != 1 or not math.isfinite(alpha):
+        raise ValueError(f"{ALPHA} is {alpha.tolist()}; a finite number is needed")
+    return (alpha.item() or rank) / rank  # LyCORIS and kohya read 0 as the rank

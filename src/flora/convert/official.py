@@ -1,0 +1,96 @@
+"""From the authors' own checkpoints: ``….flora_layer.param_G`` and ``param_0``, ``param_1`` …, in the order in, out,
+and the kernel's modes; the scale is not in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from flora.config import FloraConfig
+from flora.convert.adapter import PREFIX, Update, bar, summary, write_adapter
+from flora.convert.checkpoint import Checkpoint
+from flora.files import new_folder
+from flora.kinds import Site
+
+CORE = ".flora_layer.param_G"
+KINDS = {2: "Linear", 4: "Conv", 5: "Conv"}
+
+
+def import_official(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    scale: float,
+    prefix: str | None = None,
+    save: Sequence[str] = (),
+    progress: bool = False,
+) -> str:
+    """Write the authors' checkpoint of a model (equation 5) as a FLoRA adapter of the same model.
+
+    Args:
+        checkpoint: a state dict, .safetensors or a .pt / .pth / .bin that holds tensors only.
+        scale: the s that it was trained with (the authors' config: 0.04, 0.4 or 4), which the file does not tell.
+        prefix: what the checkpoint's names have before the model's own; "model." (the authors' wrapper) where all of
+            them have it.
+        save: names of layers that were trained whole, a new head: they are taken over as they are.
+
+    Returns:
+        what was written, in a line.
+
+    Raises:
+        ValueError: naming file, key and shape.
+    """
+    source = Checkpoint.open(checkpoint)
+    keys = list(source.keys())
+    cores = [key for key in keys if key.endswith(CORE)]
+    if not cores:
+        raise ValueError(f"{checkpoint} has no key that ends in {CORE!r} (its first: {next(iter(keys), None)!r})")
+    if prefix is None:
+        prefix = "model." if all(key.startswith("model.") for key in keys) else ""
+    updates = []
+    for key in bar(cores, len(cores), "import", progress):
+        if not key.startswith(prefix):
+            raise ValueError(f"{checkpoint}: {key!r} does not begin with {prefix!r}")
+        updates.append(_update(source, key, key.removeprefix(prefix).removesuffix(CORE), scale))
+    rest = {f"{PREFIX}{name}": tensor for module in save for name, tensor in _whole(source, prefix, module)}
+    config = FloraConfig(
+        r=1,
+        scale=scale,
+        init="official",
+        target_modules=[update.site.module for update in updates],
+        modules_to_save=list(save) or None,
+    )
+    with new_folder(Path(out)) as folder:
+        write_adapter(folder, config, updates, rest)
+    return f"{out}: {summary(updates)}"
+
+
+def _update(source: Checkpoint, key: str, module: str, scale: float) -> Update:
+    core = source.tensor(key)
+    if core.ndim not in KINDS:
+        raise ValueError(
+            f"{source.source}: {key!r} has shape {list(core.shape)}; the authors' layers have 2, 4 or 5 modes"
+        )
+    factors = [_factor(source, key, n, rank) for n, rank in enumerate(core.shape)]
+    factors[:2] = factors[1], factors[0]
+    return Update(Site(KINDS[core.ndim], module), core.transpose(0, 1), tuple(factors), scale)
+
+
+def _factor(source: Checkpoint, core: str, mode: int, rank: int) -> Tensor:
+    key = core.removesuffix("G") + str(mode)
+    if key not in source:
+        raise ValueError(f"{source.source}: {key!r} is missing")
+    factor = source.tensor(key)
+    if factor.ndim != 2 or factor.shape[1] != rank:
+        raise ValueError(f"{source.source}: {key!r} has shape {list(factor.shape)}; (size, {rank}) is needed")
+    return factor
+
+
+def _whole(source: Checkpoint, prefix: str, module: str) -> list[tuple[str, Tensor]]:
+    own = [key for key in source.keys() if re.match(rf"{re.escape(prefix + module)}\.", key)]
+    if not own:
+        raise ValueError(f"{source.source} has no tensor of {module!r}")
+    return [(key.removeprefix(prefix), source.tensor(key)) for key in own]

@@ -1,0 +1,99 @@
+"""Both sides of a conversion on one model, and how far apart their outputs are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from flora.convert.diffusers import FILE
+from flora.convert.locon import only_prefix
+from flora.files import open_tensors
+from flora.models import example_inputs, load_model
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two sides' outputs for the same random inputs: the largest difference, the largest output, and the largest
+    effect of the adapter."""
+
+    largest: float
+    output: float
+    effect: float
+
+    def __str__(self) -> str:
+        return (
+            f"verified: outputs differ by at most {self.largest:.1e} "
+            f"(they are up to {self.output:.3g}, and the adapter changes them by up to {self.effect:.3g})"
+        )
+
+
+def verify(model: str, adapter: str | Path, other: str | Path, form: str) -> Difference:
+    """How far the outputs of the FLoRA adapter and of what it was converted to, or from, are apart.
+
+    Args:
+        model: the base model, a folder or a name on the hub.
+        adapter: the FLoRA side.
+        other, form: the other side, and what it is: one of ``FORMS``.
+    """
+    base = load_model(model)
+    inputs = example_inputs(base)
+    plain = _outputs(base, inputs)
+    ours = _outputs(PeftModel.from_pretrained(copy.deepcopy(base), str(adapter)).eval(), inputs)
+    theirs = _outputs(FORMS[form](base, str(other)).eval(), inputs)
+    return Difference(_apart(ours, theirs), max(t.abs().max().item() for t in ours), _apart(ours, plain))
+
+
+def _outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    with torch.no_grad():
+        leaves = tree_leaves(tuple(_plain(model(**inputs))))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _plain(output: Any) -> tuple:
+    return output.to_tuple() if hasattr(output, "to_tuple") else (output,)
+
+
+def _apart(some: list[Tensor], others: list[Tensor]) -> float:
+    return max((one - other).abs().max().item() for one, other in zip(some, others, strict=True))
+
+
+def _merged(model: nn.Module, path: str) -> nn.Module:
+    return load_model(path)
+
+
+def _locon(model: nn.Module, path: str) -> nn.Module:
+    from lycoris import LycorisNetwork, create_lycoris_from_weights
+
+    with open_tensors(Path(path)) as file:
+        names = {key.partition(".")[0] for key in file.keys()}
+    before, LycorisNetwork.LORA_PREFIX = LycorisNetwork.LORA_PREFIX, only_prefix(Path(path), names)
+    try:
+        network, _ = create_lycoris_from_weights(1.0, path, model)
+    finally:
+        LycorisNetwork.LORA_PREFIX = before
+    network.merge_to()
+    return model
+
+
+def _diffusers(model: nn.Module, path: str) -> nn.Module:
+    with open_tensors(Path(path) / FILE) as file:
+        part = next(iter(file.keys())).partition(".")[0]
+    model.load_lora_adapter(path, prefix=part, use_safetensors=True)
+    return model
+
+
+FORMS: dict[str, Callable[[nn.Module, str], nn.Module]] = {
+    "lora": PeftModel.from_pretrained,
+    "flora": PeftModel.from_pretrained,
+    "merged": _merged,
+    "locon": _locon,
+    "diffusers": _diffusers,
+}

@@ -1,0 +1,82 @@
+"""The conversion commands, each on a tiny model in a folder: what they print, and that a mistake is exit code 2."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
+
+from flora import FloraConfig
+from flora.cli import main
+
+TARGETS = ["query", "value", "dense"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base, tuned (the adapter merged in) and adapter, of a BERT."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("convert")
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, pad_token_id=0
+    )
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(path / "base")
+    adapted = get_peft_model(model, FloraConfig(r=3, target_modules=TARGETS, init_weights=False))
+    adapted.save_pretrained(str(path / "adapter"))
+    adapted.merge_and_unload().save_pretrained(path / "tuned")
+    return path
+
+
+def flora(folder, line: str):
+    """A command line, in which names of the folder's things stand for their paths."""
+    first = ("OUT", "adapter", "base", "tuned")
+    return CliRunner().invoke(
+        main, [str(folder / word) if word.partition("/")[0] in first else word for word in line.split()]
+    )
+
+
+# (command, what it writes, the largest difference that --verify may print)
+COMMANDS = {
+    "lora": ("export lora adapter OUT/lora --verify base", "lora/adapter_model.safetensors", 1e-5),
+    "lora_ragged": ("export lora adapter OUT/ragged --ragged --verify base", "ragged/adapter_config.json", 1e-5),
+    "locon": ("export locon adapter OUT/locon.safetensors --verify base", "locon.safetensors", 1e-5),
+    "folded": ("export locon adapter OUT/folded.safetensors --folded --verify base", "folded.safetensors", 1e-5),
+    "back": ("import lora OUT/lora OUT/back --verify base", "back/adapter_config.json", 1e-5),
+    "back_locon": ("import locon OUT/locon.safetensors base OUT/backlocon --verify", "backlocon/adapter_config.json", 1e-5),
+    "merge": ("merge base adapter OUT/merged --verify base", "merged/model.safetensors", 1e-5),
+    "extract": ("extract base tuned OUT/extracted --rank 3 --verify base", "extracted/spectra.png", 1e-4),
+    "extract_budget": ("extract base tuned OUT/small --budget 0.02", "small/extraction.json", None),
+    "compress": ("compress adapter OUT/compressed --energy 0.9 --verify base", "compressed/adapter_config.json", 1.0),
+}
+
+
+@pytest.mark.parametrize("command, written, close", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_says_what_it_wrote_and_verifies_it(folder, command, written, close):
+    result = flora(folder, command)
+    assert result.exit_code == 0, result.output
+    assert (folder / "OUT" / written).is_file()
+    if close is not None:
+        said = next(line for line in result.stdout.splitlines() if line.startswith("verified"))
+        assert float(said.partition("at most ")[2].split()[0]) < close
+
+
+MISTAKES = {
+    "no_folder": ("export lora nowhere OUT/x", "nowhere"),
+    "no_model": ("export lora adapter OUT/y --verify ./nowhere", "no such folder"),
+    "two_sizes": ("compress adapter OUT/x --rank 2 --energy 0.5", "energy"),
+    "no_number": ("compress adapter OUT/x --budget many", "--budget many"),
+    "exists": ("export lora adapter base", "exists already"),
+    "not_a_pipeline": ("export diffusers adapter OUT/x", "component"),
+    "base_is_adapter": ("merge adapter adapter OUT/x", "adapter"),
+}
+
+
+@pytest.mark.parametrize("command, named", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_names_itself_and_writes_nothing(folder, command, named):
+    result = flora(folder, command)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.rstrip().splitlines()[-1].startswith("Error: ") and named in result.stderr
+    assert not (folder / "OUT" / "x").exists()
