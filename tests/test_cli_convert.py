@@ -45,7 +45,7 @@ COMMANDS = {
     "locon": ("export locon adapter OUT/locon.safetensors --verify base", "locon.safetensors", 1e-5),
     "folded": ("export locon adapter OUT/folded.safetensors --folded --verify base", "folded.safetensors", 1e-5),
     "back": ("import lora OUT/lora OUT/back --verify base", "back/adapter_config.json", 1e-5),
-    "back_locon": ("import locon OUT/locon.safetensors base OUT/backlocon --verify", "backlocon/adapter_config.json", 1e-5),
+    "back_locon": ("import locon OUT/locon.safetensors base OUT/back2 --verify", "back2/adapter_config.json", 1e-5),
     "merge": ("merge base adapter OUT/merged --verify base", "merged/model.safetensors", 1e-5),
     "extract": ("extract base tuned OUT/extracted --rank 3 --verify base", "extracted/spectra.png", 1e-4),
     "extract_budget": ("extract base tuned OUT/small --budget 0.02", "small/extraction.json", None),

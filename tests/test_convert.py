@@ -208,3 +208,29 @@ def test_a_layer_and_a_raw_parameter_of_it_can_be_loaded_again(tmp_path):
     model = get_peft_model(copy.deepcopy(base), config)
     model.save_pretrained(str(tmp_path / "flora"))
     torch.testing.assert_close(loaded(base, tmp_path / "flora", x), model(x).detach(), **CLOSE)
+
+
+class Embeddings(nn.Module):
+    """A raw parameter beside layers, all of them adapted: as in a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.project = nn.Parameter(torch.randn(1, 2, 5)), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.project(x) * self.token.sum(1)
+
+
+def test_a_raw_parameter_beside_adapted_layers_in_its_module(tmp_path):
+    base, x = nn.Sequential(Embeddings(), nn.Linear(5, 3)).double(), torch.randn(3, 4, dtype=torch.float64)
+    options = {"target_modules": ["0.project", "1"], "target_parameters": ["0.token"], "init_weights": False}
+    model = get_peft_model(copy.deepcopy(base), FloraConfig(r=2, **options))
+    model.add_adapter("second", FloraConfig(r=1, **options))
+    model.save_pretrained(str(tmp_path))
+    for adapter, folder in ("default", tmp_path), ("second", tmp_path / "second"):
+        model.set_adapter(adapter)
+        expected = model(x).detach()
+        torch.testing.assert_close(loaded(base, folder, x), expected, **CLOSE)
+    merged = model.merge_and_unload()
+    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+    torch.testing.assert_close(merged(x).detach(), expected, **CLOSE)

@@ -14,8 +14,8 @@ import flora
 ROOT = Path(flora.__file__).parent
 ORDER = [
     "tucker", "ranks", "core_space", "execution", "stand_in", "kinds", "files", "peft_compat", "config", "targets",
-    "plan", "layer", "tuner", "gradient", "hotswap", "__init__", "models", "convert", "methods", "tasks", "settings", "report", "train",
-    "job", "cli",
+    "plan", "layer", "tuner", "gradient", "hotswap", "__init__", "models", "convert", "methods", "tasks", "settings",
+    "report", "train", "job", "cli",
 ]  # fmt: skip
 HEAVY = ("timm", "torchvision", "diffusers", "datasets", "lycoris", "matplotlib", "sklearn")
 

@@ -105,7 +105,7 @@ class FloraConfig(PeftConfig):
         metadata={"help": "Written by flora: the ranks that a budget or a sum of adapters came to, weight by weight."},
     )
     weights: dict[str, dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Written by flora: kind and options of every adapted weight, for flora.convert."}
+        default=None, metadata={"help": "Written by flora: kind and options of each adapted weight, for flora.convert."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Written by flora."})
 

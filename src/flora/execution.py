@@ -357,9 +357,7 @@ class _Convolution(Function):
 # ------------------------------------------------------------------------------------ an update that acts as a weight
 
 
-def add_updates(
-    weight: Tensor, spaces: Iterable[tuple[Tensor, Sequence[Tensor]]], in_place: bool = False
-) -> Tensor:
+def add_updates(weight: Tensor, spaces: Iterable[tuple[Tensor, Sequence[Tensor]]], in_place: bool = False) -> Tensor:
     """``weight + Σ core ×_1 factors[0] …``: summed in float32 at least, whatever autocast says, and rounded once.
 
     ``in_place`` may overwrite the weight, where that spares a tensor of its size; the sum is what is returned.

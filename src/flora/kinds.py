@@ -12,6 +12,7 @@ b batch, i in, o out, g groups, r ranks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -304,15 +305,15 @@ def describe(layer: nn.Module, weight: str) -> tuple[Kind | None, tuple[int, ...
 class Site:
     """Where an update acts: all that a converter must know of a layer, and that the weight's shape does not tell.
 
-    ``kind``: the row's name, "parameter" for a raw one. ``depth``: how many wrapped weights of the same module come
-    before it, which is part of its names in a file. ``beside``: an update of the weight is one of the output, too.
-    ``is_transposed``: of stacked matrices, (…, in, out) and not (…, out, in), as transformers and PEFT call it.
+    ``kind``: the row's name, "parameter" for a raw one. ``path``: the module's in the adapted model, where wrappers
+    make it another than its name. ``beside``: an update of the weight is one of the output, too. ``is_transposed``: of
+    stacked matrices, (…, in, out) and not (…, out, in), as transformers and PEFT call it.
     """
 
     kind: str
     module: str
     parameter: str = "weight"
-    depth: int = 0
+    path: str = ""
     groups: int = 1
     dilated: bool = False
     padding_mode: str = "zeros"
@@ -320,12 +321,12 @@ class Site:
     is_transposed: bool = False
 
     @classmethod
-    def of(cls, layer: nn.Module, kind: Kind | None, module: str, parameter: str, depth: int) -> Site:
+    def of(cls, layer: nn.Module, kind: Kind | None, module: str, parameter: str, path: str = "") -> Site:
         return cls(
             kind="parameter" if kind is None else kind.name,
             module=module,
             parameter=parameter,
-            depth=depth,
+            path=path if path != module else "",
             groups=getattr(layer, "groups", 1),
             dilated=any(step != 1 for step in getattr(layer, "dilation", ())),
             padding_mode=getattr(layer, "padding_mode", "zeros"),
@@ -340,7 +341,12 @@ class Site:
     @property
     def stem(self) -> str:
         """What the names of its tensors in an adapter's file begin with, after "base_model.model."."""
-        return self.module + ".base_layer" * self.depth
+        return self.path or self.module
+
+    @property
+    def depth(self) -> int:
+        """How many wrapped weights of the same module come before it."""
+        return (len(self.stem) - len(re.sub(r"(\.base_layer)+$", "", self.stem))) // len(".base_layer")
 
     @property
     def roles(self) -> tuple[str, ...]:

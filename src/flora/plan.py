@@ -119,7 +119,7 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
     scales = _from_pattern("scale_pattern", config.scale_pattern, targets)
     rows = [
         Row(
-            site=kinds.Site.of(target.layer, kind, target.module, target.parameter, depth),
+            site=kinds.Site.of(target.layer, kind, target.module, target.parameter, path),
             target=target.named,
             raw=target.raw,
             kind="parameter" if kind is None else type(target.layer).__name__,
@@ -129,20 +129,27 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
             execution=kinds.possible(config.execution, kind, target.layer, shape),
             shared=target.shared,
         )
-        for target, (kind, shape, _), rank, scale, depth in zip(
-            targets, described, ranks, scales, _depths(targets), strict=True
+        for target, (kind, shape, _), rank, scale, path in zip(
+            targets, described, ranks, scales, _paths(targets), strict=True
         )
     ]
     return Plan(rows, base_parameters)
 
 
-def _depths(targets: list[Target]) -> list[int]:
-    """For each how many wrappers of the same module lie around its own: raw parameters are wrapped last, and within
-    either sort the first one is outermost."""
+def _paths(targets: list[Target]) -> list[str]:
+    """Where each one's wrapper is in the adapted model: a wrapper a weight lies around its module. Raw parameters are
+    wrapped last, and within either sort the first one is outermost."""
     order: dict[str, list[str]] = {}
     for target in sorted(targets, key=lambda target: not target.raw):
         order.setdefault(target.module, []).append(target.name)
-    return [order[target.module].index(target.name) for target in targets]
+
+    def path(target: Target) -> str:
+        parts = target.module.split(".")
+        modules = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        depths = [len(order.get(module, ())) for module in modules[:-1]] + [order[target.module].index(target.name)]
+        return ".".join(part + ".base_layer" * depth for part, depth in zip(parts, depths, strict=True))
+
+    return [path(target) for target in targets]
 
 
 def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:

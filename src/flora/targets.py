@@ -73,13 +73,17 @@ def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     The names are the same where torch.compile has wrapped the model.
     """
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            inside.append(f"{name}.")
-        yield name.removeprefix("_orig_mod."), unwrapped(module)
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        layer = unwrapped(module)
+        if layer not in seen:
+            seen.add(layer)
+            yield name.removeprefix("_orig_mod."), layer
+            for leaf, child in () if isinstance(layer, AuxiliaryTrainingWrapper) else layer.named_children():
+                yield from walk(child, f"{name}.{leaf}" if name else leaf)
+
+    yield from walk(model, "")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -62,7 +62,7 @@ def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor], in_place
 
 
 def as_product(core: Tensor, factors: Sequence[Tensor], mode: int) -> tuple[Tensor, Tensor]:
-    """The tensor as ``left ×_1 right``, exactly: left (I_mode, q), right (q, the other sizes in their order), with q the
+    """The tensor as a product, exactly: left (I_mode, q) and right (q, the other sizes in their order), with q the
     smaller of r_mode and of the other ranks' product."""
     others = [factor for n, factor in enumerate(factors) if n != mode]
     slices = core.movedim(mode, 0)

@@ -20,7 +20,7 @@ from flora.config import FloraConfig, check_rank
 from flora.layer import FloraLayer
 from flora.peft_compat import PREFIX, SAVES_BIASES
 from flora.plan import Row, check_saved, make_plan, plan
-from flora.targets import SHORTHANDS, canonical_module
+from flora.targets import SHORTHANDS, canonical_module, unwrapped
 
 
 class FloraModel(BaseTuner):
@@ -75,10 +75,14 @@ class FloraModel(BaseTuner):
         self, peft_config: FloraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         rows = [row for row in self._plans[adapter_name].rows if row.raw]
-        for module in dict.fromkeys(row.module for row in rows):
-            mine = [row for row in rows if row.module == module]
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                wrap(model, mine, adapter_name, peft_config)
+        around = tuple(f"{row.module}." for row in rows)
+        # of a second adapter: PEFT does not look for layers within what the first one has wrapped
+        within = [row for row in self._plans[adapter_name].rows if not row.raw and row.module.startswith(around)]
+        for some in (within, rows):
+            for module in dict.fromkeys(row.module for row in some):
+                mine = [row for row in some if row.module == module]
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    wrap(model, mine, adapter_name, peft_config)
         names = [row.target for row in rows]
         # PEFT 0.20 leaves the bookkeeping to this method; later ones do it with what is returned
         self.targeted_parameter_names.extend(n for n in names if n not in self.targeted_parameter_names)
@@ -186,6 +190,12 @@ class FloraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_finite(adapter_names, safe_merge)
+        for name, layer in reversed(list(self.model.named_modules())):
+            parent, _, leaf = name.rpartition(".")
+            # PEFT does not look within wrapped layers, nor for a path that has changed while it went on
+            if isinstance(layer, FloraLayer) and ".base_layer." in f"{parent}." and leaf != "base_layer":
+                base = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                setattr(self.model.get_submodule(parent), leaf, base)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -266,7 +276,7 @@ def wrap(model: nn.Module, rows: Sequence[Row], adapter_name: str, config: Flora
                 execution=config.execution,
                 inference_mode=config.inference_mode,
             )
-    setattr(parent, name, layer)
+    setattr(unwrapped(parent), name, layer)
 
 
 def _weighted_sum(layer: FloraLayer, present: Sequence[tuple[str, float]]):

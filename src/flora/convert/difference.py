@@ -126,8 +126,6 @@ class Pair:
             kind, _, roles = kinds.describe(self.modules[layer], weight)
         except ValueError:
             return None
-        if kind is None and self._has_layers(module):
-            return None
         raw = kind is None or len(kind.weights) > 1  # such a layer's name would target all of its weights
         return Place(
             name=kinds.full_name(layer, weight),
@@ -170,8 +168,7 @@ class Pair:
     def _can_be_raw(self, change: Change) -> bool:
         """Whether a raw parameter of rank 1 can hold it."""
         (module, *shared), slot = change.slot.modules, change.slot
-        known = slot.is_parameter and slot.is_vector and not change.new and not shared and module != ""
-        return known and not self._has_layers(module)
+        return slot.is_parameter and slot.is_vector and not change.new and not shared and module != ""
 
     def _can_save(self, module: str, busy: set[str]) -> bool:
         """Whether it, and all that PEFT takes for it because its name ends the same or lies within such a name, are
@@ -182,8 +179,7 @@ class Pair:
         return not (any(map(self._has_layers, meant)) or busy.intersection(meant + inner + around))
 
     def _has_layers(self, module: str) -> bool:
-        """Whether there are layers with parameters in it. FLoRA does not know yet how such a module's own parameters
-        and its layers' are named when both are adapted."""
+        """Whether there are layers with parameters in it."""
         inner = self.modules[module].children()
         return kinds.kind_of(self.modules[module]) is None and any(any(True for _ in c.parameters()) for c in inner)
 

@@ -8,7 +8,8 @@ the core at the kernel's size, G ×_3 C ×_4 D (equation 6), all filled up with 
     lora_up (out, R, 1 …), lora_mid (R, R, k …), lora_down (R, in/groups, 1 …)
 
 All other layers, and all where it is ``folded``, are a product: lora_up (out, R, 1 …), lora_down (R, in/groups, k …).
-In a file without any lora_mid alpha is 1, and R in lora_up: diffusers, which reads such files, misreads differing alphas.
+In a file without any lora_mid alpha is 1, and R in lora_up: diffusers, which reads such files, misreads alphas that
+differ.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def _update(base: nn.Module, modules: Sequence[str], tensors: dict[str, Tensor])
     (module,) = modules
     layer = base.get_submodule(module)
     kind, shape, _ = kinds.describe(layer, "weight")
-    site = Site.of(layer, kind, module, "weight", depth=0)
+    site = Site.of(layer, kind, module, "weight")
     if reason := obstacle(site):
         raise ValueError(f"{reason} ({module!r} is a {type(layer).__name__})")
     sizes = _sizes(tensors, shape)

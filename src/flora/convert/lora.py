@@ -29,8 +29,8 @@ def obstacle(site: Site, shape: Sequence[int], others: Iterable[Site] = ()) -> s
     if site.kind == "parameter":
         if len(shape) not in (2, 3):
             return f"a raw parameter of {len(shape)} modes, where LoRA knows 2 and 3"
-        mixed = any(other.module == site.module and other.kind != "parameter" for other in others)
-        return "a raw parameter of a layer that is adapted, too" if mixed else None
+        mixed = any(f"{other.module}.".startswith(f"{site.module}.") and other.kind != "parameter" for other in others)
+        return "a raw parameter of a layer that is adapted, too, or has adapted layers in it" if mixed else None
     if site.kind not in ("Linear", "Conv1D", "Conv", "Embedding"):
         return f"LoRA has no form for {site.kind}"
     if outside := outside_obstacle(site):
@@ -227,7 +227,8 @@ def _update(key: str, b: Tensor, a: Tensor, config: LoraConfig, is_transposed: b
     raw = [name for name in config.target_parameters or () if f".{module}".endswith(f".{name.rpartition('.')[0]}")]
     if raw:  # PEFT's last one is the outermost
         parameter = raw[len(raw) - 1 - len(inner)].rpartition(".")[2]
-        site = Site("parameter", module, parameter, depth=len(raw) - 1 - len(inner), is_transposed=is_transposed)
+        path = module + ".base_layer" * (len(raw) - 1 - len(inner))
+        site = Site("parameter", module, parameter, path, is_transposed=is_transposed)
     else:
         linear = "Conv1D" if config.fan_in_fan_out else "Linear"
         site = Site("Embedding" if "embedding" in key else linear if a.ndim == 2 else "Conv", module)
