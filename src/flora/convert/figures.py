@@ -16,7 +16,7 @@ def spectra(report: Report, path: Path) -> None:
     a dot at the rank that it got."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
     # a mode of length 1 has nothing to show, nor has an update that is zero
     modes = [
@@ -44,11 +44,14 @@ def spectra(report: Report, path: Path) -> None:
         axes.set_title(f"{title} ({len(lines)})", loc="left", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.tick_params(labelleft=n == 0)
+        axes.tick_params(which="both", labelleft=n == 0)
     if panels:
         first = chart.axes[0]
         first.set(ylabel="singular value / largest")
-        first.set_ylim(bottom=max(LOWEST, first.get_ylim()[0]))
+        bottom = max(LOWEST, first.get_ylim()[0])
+        first.set_ylim(bottom=bottom)
+        first.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        first.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if bottom > 0.1 else NullFormatter())
         dot = Line2D([], [], color=DOT, marker=".", markersize=7, linestyle="none", label="rank chosen")
         first.legend(handles=[Line2D([], [], color=LINE, label="one weight"), dot], loc="lower left", frameon=False)
     weights = f"{sum(row.ranks is not None for row in report.rows)} of {len(report.rows)} weights"
