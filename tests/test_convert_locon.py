@@ -26,7 +26,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from cases import CASES, CONV, StandardizedConv2d
 from flora import FloraConfig
 from flora.convert.diffusers import export_diffusers
-from flora.convert.locon import export_locon, import_locon
+from flora.convert.locon import export_locon, import_locon, name_of
+from flora.convert.sgm import sgm_names
 from test_contract import Holder
 from test_convert import loaded, saved
 
@@ -327,8 +328,9 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 
 RANKS = {
-    "conv_in": 3, "conv1": [2, 5, 2, 3], "conv_shortcut": [3, 2, 1, 1], "to_q": [4, 2], "to_out.0": 3, "proj_in": 2,
-    "time_embedding.linear_1": 5, "time_emb_proj": 3, "q_proj": 1, "out_proj": 2, "fc1": 3, "text_projection": 2,
+    "conv_in": 3, "conv1": [2, 5, 2, 3], "conv2": 3, "conv": 2, "conv_shortcut": [3, 2, 1, 1], "to_q": [4, 2],
+    "to_out.0": 3, "proj_in": 2, "time_embedding.linear_1": 5, "time_emb_proj": 3,
+    "q_proj": 1, "out_proj": 2, "fc1": 3, "text_projection": 2,
 }  # fmt: skip
 
 
@@ -407,3 +409,26 @@ def test_a_text_encoder_loads_whichever_layers_are_adapted(layer, tmp_path):
     loaded.load_lora_weights(tmp_path / "out")
     torch.testing.assert_close(outputs(loaded.text_encoder_2), expected, **CLOSE)
     assert "text_encoder of rank" in export_diffusers(tmp_path / "flora", tmp_path / "first")
+
+
+def test_a_file_with_the_original_names_of_sdxl(tmp_path):
+    """diffusers has its own map back from them."""
+    models = components(xl=True)
+    # diffusers takes an upsampler for attention where its level has none: SDXL has no such level, this model has
+    tuned(models["unet"], tmp_path / "flora", [name for name in RANKS if name != "conv"])
+    assert sgm_names(models["unet"])["up_blocks.0.upsamplers.0.conv"] == "output_blocks.1.1.conv"
+    export_locon(tmp_path / "flora", tmp_path / "diffusers.safetensors", folded=True)
+    names = {name_of("lora_unet", old): name_of("lora_unet", new) for old, new in sgm_names(models["unet"]).items()}
+    tensors = load_file(tmp_path / "diffusers.safetensors")
+    renamed = {f"{names[key.partition('.')[0]]}.{key.partition('.')[2]}": tensor for key, tensor in tensors.items()}
+    assert not renamed.keys() & tensors.keys() and len(renamed) == len(tensors)
+    (tmp_path / "out").mkdir()
+    save_file(renamed, tmp_path / "out" / "original.safetensors")
+
+    expected = outputs(PeftModel.from_pretrained(copy.deepcopy(models["unet"]), str(tmp_path / "flora")))
+    import_locon(tmp_path / "out" / "original.safetensors", models["unet"], tmp_path / "back")
+    back = PeftModel.from_pretrained(copy.deepcopy(models["unet"]), str(tmp_path / "back"))
+    torch.testing.assert_close(outputs(back), expected, **CLOSE)
+    pipe = pipeline(models)
+    pipe.load_lora_weights(str(tmp_path / "out"), weight_name="original.safetensors")
+    torch.testing.assert_close(outputs(pipe.unet), expected, **CLOSE)

@@ -31,6 +31,7 @@ from flora.config import FloraConfig
 from flora.convert.adapter import Adapter, Update, bar, summary, write_adapter
 from flora.convert.diffusers import component_of, down_up, name_in, parts_of
 from flora.convert.products import cut, from_product, outside_obstacle, product, refuse
+from flora.convert.sgm import sgm_names
 from flora.files import new_folder, open_tensors, replace_file
 from flora.kinds import Site
 
@@ -149,6 +150,7 @@ def import_locon(
 
     Args:
         base: the model that it is of, whose layers' names and shapes the file does not tell; "meta" tensors will do.
+            Files for SDXL may have the U-Net's original names (``input_blocks`` …).
         prefix: what the names of the tensors to take begin with; needed where the file is of several models.
 
     Returns:
@@ -165,8 +167,10 @@ def import_locon(
             layers.setdefault(name, {})[end] = key
         prefix = prefix or only_prefix(path, layers)
         modules: dict[str, list[str]] = {}
+        others = sgm_names(base)
         for module, _ in base.named_modules():
-            modules.setdefault(name_of(prefix, module), []).append(module)
+            for name in {module, others.get(module, module)}:
+                modules.setdefault(name_of(prefix, name), []).append(module)
         wanted = [name for name in layers if name.startswith(f"{prefix}_")]
         if not wanted:
             raise ValueError(f"{path}: no key begins with '{prefix}_' (the first: {next(iter(layers), None)!r})")
