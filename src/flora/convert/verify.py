@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ def _merged(model: nn.Module, path: str) -> nn.Module:
 def _locon(model: nn.Module, path: str) -> nn.Module:
     from lycoris import LycorisNetwork, create_lycoris_from_weights
 
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
     with open_tensors(Path(path)) as file:
         names = {key.partition(".")[0] for key in file.keys()}
     before, LycorisNetwork.LORA_PREFIX = LycorisNetwork.LORA_PREFIX, only_prefix(Path(path), names)
