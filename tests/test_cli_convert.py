@@ -6,10 +6,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import get_peft_model
+from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from flora import FloraConfig
 from flora.cli import main
+from reference import layers
 
 TARGETS = ["query", "value", "dense"]
 
@@ -26,13 +28,24 @@ def folder(tmp_path_factory):
     model.save_pretrained(path / "base")
     adapted = get_peft_model(model, FloraConfig(r=3, target_modules=TARGETS, init_weights=False))
     adapted.save_pretrained(str(path / "adapter"))
+    save_file(authors(adapted), path / "authors.safetensors")
     adapted.merge_and_unload().save_pretrained(path / "tuned")
     return path
 
 
+def authors(model) -> dict[str, torch.Tensor]:
+    """The adapter as the authors' code would have saved it: in before out, the whole head beside it."""
+    head = model.base_model.model.classifier.state_dict()
+    tensors = {f"model.classifier.{key}": tensor for key, tensor in head.items()}
+    for layer in layers(model):
+        space, stem = layer.tucker_space["default"], f"model.{layer.name}.flora_layer.param_"
+        tensors |= {f"{stem}G": space.core.T, f"{stem}0": space.factor_1, f"{stem}1": space.factor_0}
+    return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+
+
 def flora(folder, line: str):
     """A command line, in which names of the folder's things stand for their paths."""
-    first = ("OUT", "adapter", "base", "tuned")
+    first = ("OUT", "adapter", "authors.safetensors", "base", "tuned")
     return CliRunner().invoke(
         main, [str(folder / word) if word.partition("/")[0] in first else word for word in line.split()]
     )
@@ -46,6 +59,11 @@ COMMANDS = {
     "folded": ("export locon adapter OUT/folded.safetensors --folded --verify base", "folded.safetensors", 1e-5),
     "back": ("import lora OUT/lora OUT/back --verify base", "back/adapter_config.json", 1e-5),
     "back_locon": ("import locon OUT/locon.safetensors base OUT/back2 --verify", "back2/adapter_config.json", 1e-5),
+    "back_official": (
+        "import official authors.safetensors OUT/back3 --scale 0.4 --save classifier --verify base",
+        "back3/adapter_config.json",
+        1e-5,
+    ),
     "merge": ("merge base adapter OUT/merged --verify base", "merged/model.safetensors", 1e-5),
     "extract": ("extract base tuned OUT/extracted --rank 3 --verify base", "extracted/spectra.png", 1e-4),
     "extract_budget": ("extract base tuned OUT/small --budget 0.02", "small/extraction.json", None),

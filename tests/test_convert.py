@@ -234,3 +234,12 @@ def test_a_raw_parameter_beside_adapted_layers_in_its_module(tmp_path):
     merged = model.merge_and_unload()
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
     torch.testing.assert_close(merged(x).detach(), expected, **CLOSE)
+
+
+def test_adapters_on_the_hub(monkeypatch, tmp_path):
+    adapter, base, expected, args = saved(CASES[0], tmp_path)
+    folders = {"someone/flora": adapter, "someone/lora": tmp_path / "lora"}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(folders[name]))
+    export_lora("someone/flora", tmp_path / "lora")
+    import_lora("someone/lora", tmp_path / "back")
+    torch.testing.assert_close(loaded(base, tmp_path / "back", *args), expected, **CLOSE)

@@ -131,16 +131,16 @@ def import_() -> None:
     """Make a FLoRA adapter, exactly, of what another program has trained."""
 
 
-def convert(name: str, sides: tuple[str | None, str, str, str], **arguments: Any) -> None:
+def convert(name: str, sides: tuple[str | None, str, str, str], loading: dict | None = None, **arguments: Any) -> None:
     """Call ``flora.convert.NAME`` and print what it says; then, if there is a model, how far the sides' outputs are
-    apart: (model or None, FLoRA side, other side, what that is)."""
+    apart: (model or None, FLoRA side, other side, what that is), and what ``loading`` the other takes."""
     from flora import convert
 
     _quiet()
     try:
         click.echo(str(getattr(convert, name)(**arguments, progress=True)))
         if sides[0]:
-            click.echo(str(convert.verify(*sides)))
+            click.echo(str(convert.verify(*sides, **(loading or {}))))
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from error
     except ModuleNotFoundError as error:
@@ -221,14 +221,14 @@ def import_locon(file: str, base: str, out: str, verify: bool, prefix: str | Non
 
 
 @import_.command("official")
-@click.argument("checkpoint")
-@click.argument("out")
+@two("checkpoint", "out")
 @click.option("--scale", type=float, required=True, help="The s that it was trained with; the file does not tell.")
 @click.option("--prefix", help="What names begin with, before the model's own.")
 @click.option("--save", multiple=True, metavar="LAYER", help="A layer to take over whole: a new head.")
-def import_official(checkpoint: str, out: str, **options: Any) -> None:
+def import_official(checkpoint: str, out: str, verify: str | None, **options: Any) -> None:
     """A checkpoint of the FLoRA authors' code as a FLoRA adapter in the folder OUT."""
-    convert("import_official", (None, "", "", ""), checkpoint=checkpoint, out=out, **options)
+    sides = (verify, out, checkpoint, "official")
+    convert("import_official", sides, options, checkpoint=checkpoint, out=out, **options)
 
 
 @main.command()

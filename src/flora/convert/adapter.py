@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flora.config import FloraConfig
-from flora.files import WEIGHTS, open_tensors, saved_shapes
+from flora.files import WEIGHTS, from_hub, open_tensors, saved_shapes
 from flora.kinds import Site
 from flora.ranks import parameter_count
 
@@ -67,7 +68,7 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: str | Path) -> Adapter:
-        folder = Path(folder)
+        folder = adapter_folder(folder)
         content = read_config(folder, "FLORA")
         weights = content.get("weights")
         if not weights:
@@ -129,6 +130,12 @@ def _check_shapes(file: Path, site: Site, shapes: dict[str, tuple[int, ...]]) ->
 def bar(items: Iterable, total: int, label: str, show: bool) -> Iterable:
     """The items, with a progress bar."""
     return tqdm(items, total=total, desc=label, disable=not show, leave=False)
+
+
+def adapter_folder(source: str | Path) -> Path:
+    """An adapter's folder; what has the form of a name on the hub, and is no folder here, comes from there."""
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not Path(str(source).partition("/")[0]).is_dir()
+    return from_hub(str(source), ["adapter_*"]) if on_hub else Path(source)
 
 
 def read_config(folder: Path, peft_type: str) -> dict[str, Any]:

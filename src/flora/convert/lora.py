@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flora.config import FloraConfig
-from flora.convert.adapter import PREFIX, Adapter, Update, bar, read_config, summary, write_adapter
+from flora.convert.adapter import PREFIX, Adapter, Update, adapter_folder, bar, read_config, summary, write_adapter
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.merge import merged_weight
 from flora.convert.products import Product, from_product, from_stack, outside_obstacle, padded, product, refuse
@@ -187,13 +187,13 @@ def import_lora(lora: str | Path, out: str | Path, *, is_transposed: bool = Fals
     Raises:
         ValueError: naming file, key and shape, where it is no LoRA, or one that is no plain update of weights (DoRA …).
     """
-    path = Path(lora) / WEIGHTS
-    content = read_config(Path(lora), "LORA")
+    path = adapter_folder(lora) / WEIGHTS
+    content = read_config(path.parent, "LORA")
     if options := [name for name in ("use_dora", "lora_bias", "alora_invocation_tokens") if content.get(name)]:
         raise ValueError(
             f"{path.with_name('adapter_config.json')}: {options[0]} makes it more than an update of weights"
         )
-    config = LoraConfig.from_pretrained(str(lora))
+    config = LoraConfig.from_pretrained(str(path.parent))
     with new_folder(Path(out)) as folder, open_tensors(path) as file:
         keys = list(file.keys())
         pairs = {

@@ -44,18 +44,10 @@ def import_official(
         ValueError: naming file, key and shape.
     """
     source = Checkpoint.open(checkpoint)
-    keys = list(source.keys())
-    cores = [key for key in keys if key.endswith(CORE)]
-    if not cores:
-        raise ValueError(f"{checkpoint} has no key that ends in {CORE!r} (its first: {next(iter(keys), None)!r})")
-    if prefix is None:
-        prefix = "model." if all(key.startswith("model.") for key in keys) else ""
-    updates = []
-    for key in bar(cores, len(cores), "import", progress):
-        if not key.startswith(prefix):
-            raise ValueError(f"{checkpoint}: {key!r} does not begin with {prefix!r}")
-        updates.append(_update(source, key, key.removeprefix(prefix).removesuffix(CORE), scale))
-    rest = {f"{PREFIX}{name}": tensor for module in save for name, tensor in _whole(source, prefix, module)}
+    prefix, cores = layers_of(source, prefix)
+    steps = bar(cores.items(), len(cores), "import", progress)
+    updates = [_update(source, key, module, scale) for key, module in steps]
+    rest = {f"{PREFIX}{name}": tensor for module in save for name, tensor in whole_layer(source, prefix, module)}
     config = FloraConfig(
         r=1,
         scale=scale,
@@ -66,6 +58,19 @@ def import_official(
     with new_folder(Path(out)) as folder:
         write_adapter(folder, config, updates, rest)
     return f"{out}: {summary(updates)}"
+
+
+def layers_of(source: Checkpoint, prefix: str | None) -> tuple[str, dict[str, str]]:
+    """The prefix, found if it is None, and the module of each core by the core's key."""
+    keys = source.keys()
+    cores = [key for key in keys if key.endswith(CORE)]
+    if not cores:
+        raise ValueError(f"{source.source} has no key that ends in {CORE!r} (its first: {keys[0]!r})")
+    if prefix is None:
+        prefix = "model." if all(key.startswith("model.") for key in keys) else ""
+    if strange := [key for key in cores if not key.startswith(prefix)]:
+        raise ValueError(f"{source.source}: {strange[0]!r} does not begin with {prefix!r}")
+    return prefix, {key: key.removeprefix(prefix).removesuffix(CORE) for key in cores}
 
 
 def _update(source: Checkpoint, key: str, module: str, scale: float) -> Update:
@@ -89,7 +94,8 @@ def _factor(source: Checkpoint, core: str, mode: int, rank: int) -> Tensor:
     return factor
 
 
-def _whole(source: Checkpoint, prefix: str, module: str) -> list[tuple[str, Tensor]]:
+def whole_layer(source: Checkpoint, prefix: str, module: str) -> list[tuple[str, Tensor]]:
+    """All that the checkpoint has of a layer, by the model's names."""
     own = [key for key in source.keys() if re.match(rf"{re.escape(prefix + module)}\.", key)]
     if not own:
         raise ValueError(f"{source.source} has no tensor of {module!r}")

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from flora.files import WEIGHTS, open_tensors, read_json
+from flora.files import WEIGHTS, from_hub, open_tensors, read_json
 
 # transformers', then diffusers' name of the weights, without the suffix
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -67,7 +67,7 @@ class TensorFiles:
         path = Path(source)
         if path.is_file():
             return cls._read(str(source), None, [path], {})
-        folder = path if path.is_dir() else _from_hub(str(source), revision)
+        folder = path if path.is_dir() else _model_from_hub(str(source), revision)
         paths, index = _weight_files(folder)
         return cls._read(str(source), folder, paths, index)
 
@@ -123,22 +123,13 @@ class TensorFiles:
 # ------------------------------------------------------------------------------------------------------ which files
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    def fetch(*patterns: str) -> Path:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-
-    try:
-        folder = fetch(*BESIDE_WEIGHTS)
-        if not (folder / PIPELINE).is_file():  # all of its weights would come
-            folder = fetch(*BESIDE_WEIGHTS, "*.safetensors")
-            if not any(folder.glob("*.safetensors")):
-                folder = fetch(*BESIDE_WEIGHTS, "*.bin")
-        return folder
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{name!r} is no file and no folder, and the hub does not give it: {error}") from error
+def _model_from_hub(name: str, revision: str | None) -> Path:
+    folder = from_hub(name, BESIDE_WEIGHTS, revision)
+    if not (folder / PIPELINE).is_file():  # all of its weights would come
+        folder = from_hub(name, [*BESIDE_WEIGHTS, "*.safetensors"], revision)
+        if not any(folder.glob("*.safetensors")):
+            folder = from_hub(name, [*BESIDE_WEIGHTS, "*.bin"], revision)
+    return folder
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from flora.convert.checkpoint import Checkpoint
 from flora.convert.diffusers import FILE
 from flora.convert.locon import only_prefix
+from flora.convert.official import layers_of, whole_layer
 from flora.files import open_tensors
 from flora.models import example_inputs, load_model
 
@@ -36,19 +38,20 @@ class Difference:
         )
 
 
-def verify(model: str, adapter: str | Path, other: str | Path, form: str) -> Difference:
+def verify(model: str, adapter: str | Path, other: str | Path, form: str, **options: Any) -> Difference:
     """How far the outputs of the FLoRA adapter and of what it was converted to, or from, are apart.
 
     Args:
         model: the base model, a folder or a name on the hub.
         adapter: the FLoRA side.
         other, form: the other side, and what it is: one of ``FORMS``.
+        options: what loading it takes beside its path: of "official" scale, prefix and save.
     """
     base = load_model(model)
     inputs = example_inputs(base)
     plain = _outputs(base, inputs)
     ours = _outputs(PeftModel.from_pretrained(copy.deepcopy(base), str(adapter)).eval(), inputs)
-    theirs = _outputs(FORMS[form](base, str(other)).eval(), inputs)
+    theirs = _outputs(FORMS[form](base, str(other), **options).eval(), inputs)
     return Difference(_apart(ours, theirs), max(t.abs().max().item() for t in ours), _apart(ours, plain))
 
 
@@ -92,10 +95,27 @@ def _diffusers(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
-FORMS: dict[str, Callable[[nn.Module, str], nn.Module]] = {
+@torch.no_grad()
+def _official(model: nn.Module, path: str, scale: float, prefix: str | None, save: Sequence[str]) -> nn.Module:
+    """The authors' layers as they compute: factor after factor on the core's first mode, and the first two swapped."""
+    source = Checkpoint.open(path)
+    prefix, cores = layers_of(source, prefix)
+    for key, module in cores.items():
+        delta = source.tensor(key)
+        for n in range(delta.ndim):
+            delta = torch.tensordot(delta, source.tensor(key.removesuffix("G") + str(n)), dims=([0], [1]))
+        model.get_submodule(module).weight += scale * delta.transpose(0, 1)
+    for module in save:
+        tensors = {name.removeprefix(f"{module}."): t for name, t in whole_layer(source, prefix, module)}
+        model.get_submodule(module).load_state_dict(tensors)
+    return model
+
+
+FORMS: dict[str, Callable[..., nn.Module]] = {
     "lora": PeftModel.from_pretrained,
     "flora": PeftModel.from_pretrained,
     "merged": _merged,
     "locon": _locon,
     "diffusers": _diffusers,
+    "official": _official,
 }
