@@ -8,7 +8,7 @@ factor n is (I_n, r_n).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
@@ -137,15 +137,21 @@ def block_sum(
     return cut_ranks(core, factors)
 
 
-def cut_ranks(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The same tensor with no rank above its mode's size: such a factor is replaced by an orthonormal basis of its
-    columns (QR), and the core takes up the rest."""
+def orthonormal(
+    core: Tensor, factors: Sequence[Tensor], modes: Iterable[int] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The same tensor with the factors of these modes, or of all, replaced by orthonormal bases of their columns (QR);
+    the core takes up the rest. No such rank is above its mode's size, and with all of them lengths are the core's."""
     factors = list(factors)
-    for mode, factor in enumerate(factors):
-        if factor.shape[1] > factor.shape[0]:
-            factors[mode], triangle = torch.linalg.qr(factor)
-            core = mode_product(core, triangle, mode)
+    for mode in range(len(factors)) if modes is None else modes:
+        factors[mode], triangle = torch.linalg.qr(factors[mode])
+        core = mode_product(core, triangle, mode)
     return core, factors
+
+
+def cut_ranks(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The same tensor with no rank above its mode's size."""
+    return orthonormal(core, factors, [n for n, factor in enumerate(factors) if factor.shape[1] > factor.shape[0]])
 
 
 def truncate(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -160,17 +166,6 @@ def truncate(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]
         factors[mode] = leading_vectors(unfold(core, mode), ranks[mode])
         core = mode_product(core, factors[mode].mT, mode)
     return core, factors
-
-
-def orthonormal(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The same tensor with orthonormal factors (QR), no rank above its mode's size: then lengths, and the nearest of
-    given ranks, are the core's."""
-    bases = []
-    for mode, factor in enumerate(factors):
-        basis, triangle = torch.linalg.qr(factor)
-        core = mode_product(core, triangle, mode)
-        bases.append(basis)
-    return core, bases
 
 
 def round_ranks(core: Tensor, factors: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
