@@ -28,6 +28,7 @@ from flora import FloraConfig
 from flora.convert.diffusers import export_diffusers
 from flora.convert.locon import export_locon, import_locon, name_of
 from flora.convert.sgm import sgm_names
+from flora.convert.verify import verify
 from test_contract import Holder
 from test_convert import loaded, saved
 
@@ -432,3 +433,19 @@ def test_a_file_with_the_original_names_of_sdxl(tmp_path):
     pipe = pipeline(models)
     pipe.load_lora_weights(str(tmp_path / "out"), weight_name="original.safetensors")
     torch.testing.assert_close(outputs(pipe.unet), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("form", ["locon", "diffusers"])
+def test_verification_finds_its_part_among_several(form, tmp_path):
+    models = components(xl=False)
+    for name, model in models.items():
+        tuned(model, tmp_path / name)
+        model.save_pretrained(tmp_path / f"{name}-base")
+    export, out = {"locon": (export_locon, "l.safetensors"), "diffusers": (export_diffusers, "d")}[form]
+    export(tmp_path / "unet", tmp_path / out, text_encoder=tmp_path / "text_encoder")
+    for name in models if form == "locon" else ["unet"]:
+        found = verify(str(tmp_path / f"{name}-base"), tmp_path / name, tmp_path / out, form)
+        assert found.largest < 1e-4 * found.effect
+    if form == "diffusers":
+        with pytest.raises(ValueError, match="CLIPTextModel.*load_lora_adapter"):
+            verify(str(tmp_path / "text_encoder-base"), tmp_path / "text_encoder", tmp_path / out, form)

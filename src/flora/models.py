@@ -118,7 +118,9 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         names += [name for name in ("timestep", "encoder_hidden_states") if name in accepted]
     if not names:
         raise ValueError(f"no inputs are known for {type(model).__name__}; compare the two in Python")
-    return {name: INPUTS[name](config) for name in names}
+    dtype = next(model.parameters()).dtype
+    inputs = {name: INPUTS[name](config) for name in names}
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def _part(config: Any, kind: str) -> Any:
@@ -126,7 +128,8 @@ def _part(config: Any, kind: str) -> Any:
 
 
 def _tokens(config: Any) -> Tensor:
-    return torch.randint(3, _part(config, "text").vocab_size, (2, 12))
+    text = _part(config, "text")
+    return torch.randint(3, text.vocab_size, (2, min(12, getattr(text, "max_position_embeddings", 12))))
 
 
 def _pixels(config: Any) -> Tensor:

@@ -165,7 +165,7 @@ def import_locon(
         for key in source.keys():
             name, _, end = key.partition(".")
             layers.setdefault(name, {})[end] = key
-        prefix = prefix or only_prefix(path, layers)
+        prefix = prefix or _only_prefix(path, layers)
         modules: dict[str, list[str]] = {}
         others = sgm_names(base)
         for module, _ in base.named_modules():
@@ -188,7 +188,7 @@ def import_locon(
     return f"{out}: {summary(updates)}"
 
 
-def only_prefix(path: Path, names: Iterable[str]) -> str:
+def _only_prefix(path: Path, names: Iterable[str]) -> str:
     found = {name: PREFIX.match(name) for name in names}
     if strange := [name for name, match in found.items() if not match]:
         raise ValueError(

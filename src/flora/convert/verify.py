@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.diffusers import FILE
-from flora.convert.locon import only_prefix
 from flora.convert.official import layers_of, whole_layer
 from flora.files import open_tensors
 from flora.models import example_inputs, load_model
@@ -79,7 +79,7 @@ def _locon(model: nn.Module, path: str) -> nn.Module:
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
     with open_tensors(Path(path)) as file:
         names = {key.partition(".")[0] for key in file.keys()}
-    before, LycorisNetwork.LORA_PREFIX = LycorisNetwork.LORA_PREFIX, only_prefix(Path(path), names)
+    before, LycorisNetwork.LORA_PREFIX = LycorisNetwork.LORA_PREFIX, _prefix_of(model, names, path)
     try:
         network, _ = create_lycoris_from_weights(1.0, path, model)
     finally:
@@ -88,9 +88,24 @@ def _locon(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
+def _prefix_of(model: nn.Module, names: set[str], path: str) -> str:
+    """What most of the model's layers have before their own name in the file, which may be of other models too."""
+    ends = [f"_{module}".replace(".", "_") for module, _ in model.named_modules() if module]
+    counts = Counter(name.removesuffix(end) for name in names for end in ends if name.endswith(end))
+    if not counts:
+        raise ValueError(f"{path} has no layer of a {type(model).__name__}")
+    return min(counts, key=lambda prefix: (-counts[prefix], len(prefix)))
+
+
 def _diffusers(model: nn.Module, path: str) -> nn.Module:
+    if not hasattr(model, "load_lora_adapter"):
+        raise ValueError(f"{type(model).__name__} has no load_lora_adapter; verify with a model of diffusers")
+    modules = {name for name, _ in model.named_modules()}
     with open_tensors(Path(path) / FILE) as file:
-        part = next(iter(file.keys())).partition(".")[0]
+        places = [key.removesuffix(".lora_A.weight").partition(".") for key in file.keys()]
+    part = next((part for part, _, module in places if module in modules), None)
+    if part is None:
+        raise ValueError(f"{path} has no layer of a {type(model).__name__}")
     model.load_lora_adapter(path, prefix=part, use_safetensors=True)
     return model
 
