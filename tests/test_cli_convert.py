@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from flora import FloraConfig
 from flora.cli import main
+from flora.convert import export_locon, export_lora
 from reference import layers
 
 TARGETS = ["query", "value", "dense"]
@@ -18,7 +19,7 @@ TARGETS = ["query", "value", "dense"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """base, tuned (the adapter merged in) and adapter, of a BERT."""
+    """base, tuned (the adapter merged in) and adapter, of a BERT; and the adapter in the formats that are imported."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("convert")
     config = BertConfig(
@@ -29,6 +30,8 @@ def folder(tmp_path_factory):
     adapted = get_peft_model(model, FloraConfig(r=3, target_modules=TARGETS, init_weights=False))
     adapted.save_pretrained(str(path / "adapter"))
     save_file(authors(adapted), path / "authors.safetensors")
+    export_lora(path / "adapter", path / "a_lora")
+    export_locon(path / "adapter", path / "a_locon.safetensors")
     adapted.merge_and_unload().save_pretrained(path / "tuned")
     return path
 
@@ -45,7 +48,7 @@ def authors(model) -> dict[str, torch.Tensor]:
 
 def flora(folder, line: str):
     """A command line, in which names of the folder's things stand for their paths."""
-    first = ("OUT", "adapter", "authors.safetensors", "base", "tuned")
+    first = ("OUT", "adapter", "authors.safetensors", "base", "a_lora", "a_locon.safetensors", "tuned")
     return CliRunner().invoke(
         main, [str(folder / word) if word.partition("/")[0] in first else word for word in line.split()]
     )
@@ -57,8 +60,8 @@ COMMANDS = {
     "lora_ragged": ("export lora adapter OUT/ragged --ragged --verify base", "ragged/adapter_config.json", 1e-5),
     "locon": ("export locon adapter OUT/locon.safetensors --verify base", "locon.safetensors", 1e-5),
     "folded": ("export locon adapter OUT/folded.safetensors --folded --verify base", "folded.safetensors", 1e-5),
-    "back": ("import lora OUT/lora OUT/back --verify base", "back/adapter_config.json", 1e-5),
-    "back_locon": ("import locon OUT/locon.safetensors base OUT/back2 --verify", "back2/adapter_config.json", 1e-5),
+    "back": ("import lora a_lora OUT/back --verify base", "back/adapter_config.json", 1e-5),
+    "back_locon": ("import locon a_locon.safetensors base OUT/back2 --verify", "back2/adapter_config.json", 1e-5),
     "back_official": (
         "import official authors.safetensors OUT/back3 --scale 0.4 --save classifier --verify base",
         "back3/adapter_config.json",
