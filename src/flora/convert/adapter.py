@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flora.config import FloraConfig
-from flora.files import WEIGHTS, from_hub, open_tensors, saved_shapes
+from flora.files import WEIGHTS, from_hub, open_tensors
 from flora.kinds import Site
 from flora.ranks import parameter_count
 
@@ -69,26 +69,31 @@ class Adapter:
     @classmethod
     def open(cls, folder: str | Path) -> Adapter:
         folder = adapter_folder(folder)
-        content = read_config(folder, "FLORA")
-        weights = content.get("weights")
-        if not weights:
+        read_config(folder, "FLORA")
+        config = FloraConfig.from_pretrained(str(folder))
+        if not config.weights:
             raise ValueError(
                 f"{folder / 'adapter_config.json'} does not say which kinds of layers it adapts ('weights' is empty): "
                 "load the adapter onto its model with this version of flora and save it again"
             )
         try:
-            sites = [Site(**{"module": name, **facts}) for name, facts in weights.items()]
+            sites = [Site(**{"module": name, **facts}) for name, facts in config.weights.items()]
         except (AttributeError, TypeError) as error:
             path = folder / "adapter_config.json"
             raise ValueError(f"{path}: 'weights' is not as flora writes it: {error}") from None
-        shapes = saved_shapes(folder)
-        if shapes is None:
+        if config.saved_shapes is None:
             raise ValueError(f"{folder} has no {WEIGHTS}")
         for site in sites:
-            _check_shapes(folder / WEIGHTS, site, shapes)
+            _check_shapes(folder / WEIGHTS, site, config.saved_shapes)
         with open_tensors(folder / WEIGHTS) as file:
             rest = [key for key in file.keys() if SPACE not in key]
-        return cls(folder, FloraConfig.from_pretrained(str(folder)), sites, rest)
+        return cls(folder, config, sites, rest)
+
+    def shape(self, site: Site) -> tuple[int, ...]:
+        """The weight's; nothing is read for it."""
+        shapes = self.config.saved_shapes
+        modes = range(len(shapes[f"{site.stem}{SPACE}core"]))
+        return tuple(shapes[f"{site.stem}{SPACE}factor_{n}"][0] for n in modes)
 
     def updates(self) -> Iterator[Update]:
         with open_tensors(self.folder / WEIGHTS) as file:

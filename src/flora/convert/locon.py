@@ -94,7 +94,7 @@ def export_locon(
     if prefix is None:
         prefix = {"unet": "lora_unet", "text_encoder": encoder}.get(component_of(source), "lycoris")
     parts = parts_of(source, prefix, {encoder: text_encoder, "lora_te2": text_encoder_2})
-    with_mid = not folded and any(_has_kernel(update) for part in parts.values() for update in part.updates())
+    with_mid = not folded and any(_has_kernel(part.shape(site)) for part in parts.values() for site in part.sites)
     tensors: dict[str, Tensor] = {}
     for part, source in parts.items():
         reasons = {site: reason for site in source.sites if (reason := obstacle(site))}
@@ -112,14 +112,14 @@ def export_locon(
     return f"{out}: LoCon, {weights} weights, {sum(map(Tensor.numel, tensors.values())) - weights:,} parameters"
 
 
-def _has_kernel(update: Update) -> bool:
-    return any(size != 1 for size in update.shape[2:])
+def _has_kernel(shape: Sequence[int]) -> bool:
+    return any(size != 1 for size in shape[2:])
 
 
 def _tensors(update: Update, with_mid: bool) -> dict[str, Tensor]:
     """``with_mid``: the file has lora_mid in some layer."""
     ranks = update.ranks
-    is_tucker = with_mid and _has_kernel(update)
+    is_tucker = with_mid and _has_kernel(update.shape)
     rank = max(ranks[:2]) if is_tucker else min(ranks[0], math.prod(ranks[1:]))
     alpha = rank if with_mid else 1
     update = replace(update, scale=update.scale * rank / alpha)

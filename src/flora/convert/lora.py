@@ -69,8 +69,9 @@ def export_lora(
         ValueError: with the layers that have no LoRA form; nothing is written then.
     """
     source = Adapter.open(adapter)
-    obstacles = {u.site: reason for u in source.updates() if (reason := obstacle(u.site, u.shape, source.sites))}
-    if merge_rest is None or len(obstacles) == len(source.sites):
+    sites = source.sites
+    obstacles = {site: reason for site in sites if (reason := obstacle(site, source.shape(site), sites))}
+    if merge_rest is None or len(obstacles) == len(sites):
         refuse(source, obstacles, "LoRA form", "--merge-rest BASE saves them whole; `flora merge` merges the model")
     with new_folder(Path(out)) as folder:
         rest = _merged(source, obstacles, merge_rest) if obstacles else {}
@@ -156,15 +157,11 @@ def _targets(config: FloraConfig, layers: list[Site]) -> list[str]:
 def _named(site: Site, pair: Product, sites: Iterable[Site]) -> list[tuple[str, Tensor]]:
     """PEFT's names and layouts of a product's two tensors."""
     left, right = pair
+    stem, names = f"{PREFIX}{site.module}", ("lora_A.weight", "lora_B.weight")
     if site.kind == "Embedding":
-        stem, names = f"{PREFIX}{site.module}", ("lora_embedding_A", "lora_embedding_B")
-    else:
-        if site.kind == "parameter":  # PEFT wraps them in the module's order, which makes the last one the outermost
-            depth = sum(other.module == site.module for other in sites) - 1 - site.depth
-            stem = f"{PREFIX}{site.module}" + ".base_layer" * depth
-        else:
-            stem = f"{PREFIX}{site.module}"
-        names = ("lora_A.weight", "lora_B.weight")
+        names = ("lora_embedding_A", "lora_embedding_B")
+    elif site.kind == "parameter":  # PEFT wraps them in the module's order, which makes the last one the outermost
+        stem += ".base_layer" * (sum(other.module == site.module for other in sites) - 1 - site.depth)
     if left.ndim == 3:  # of a stack: experts slowest in A, fastest in B
         left, right = left.flatten(1), right.transpose(0, 1).flatten(0, 1)
     elif site.kind == "Conv":
