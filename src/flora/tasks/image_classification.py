@@ -1,80 +1,167 @@
-"""Image classification: scikit-learn's handwritten digits, and a small ConvNeXt V2 to tell them apart."""
+"""Image classification: any image classifier of transformers (timm's among them), on images from anywhere."""
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-DIGITS = range(10)
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from flora.tasks.base import HEADS, Task
+from flora.tasks.data import Portions, Table, check_each, need_columns, open_image, read, three
+from flora.tasks.pretrained import Pretrained
+
+DIGITS = "digits"
 
 
 @dataclass
-class Domain:
-    """Which images there are and how they are shown."""
+class Images(Portions):
+    """Which images there are, and how they are shown."""
 
-    classes: list[int] = field(default_factory=lambda: list(DIGITS), metadata={"help": "the digits to tell apart"})
+    path: str = field(default=DIGITS, metadata={"help": "digits (scikit-learn's), a folder, parquet, or a hub name"})
+    image: str = field(default="image", metadata={"help": "column of the pictures"})
+    label: str = field(default="label", metadata={"help": "column of their classes"})
+    classes: list[int] = field(default_factory=list, metadata={"help": "the classes to tell apart, without it all"})
     rotate: int = field(default=0, metadata={"help": "degrees, counter-clockwise", "choices": (0, 90, 180, 270)})
-    invert: bool = field(default=False, metadata={"help": "dark digits on light ground"})
-
-
-@dataclass
-class ImageClassification:
-    name: str = field(default="image_classification", metadata={"help": "the job"})
-    source: Domain = field(default_factory=Domain)
-    target: Domain = field(default_factory=Domain)
-    train_share: float = field(default=0.4, metadata={"help": "share of the images to learn from", "above": 0})
-    validation_share: float = field(default=0.2, metadata={"help": "share to tune on; the rest: test", "above": 0})
-    hidden_sizes: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "channels of each stage"})
-    depths: list[int] = field(default_factory=lambda: [2, 2, 2], metadata={"help": "blocks of each stage"})
-
-    head = ("classifier",)
-    metric = "accuracy"
+    invert: bool = field(default=False, metadata={"help": "dark for light"})
+    size: int | None = field(default=None, metadata={"help": "pixels to scale the shorter side and cut to", "least": 1})
+    augment: bool = field(default=False, metadata={"help": "show train's images cropped at random, and mirrored"})
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "of each channel"})
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "of each channel"})
 
     def __post_init__(self):
-        for domain in ("source", "target"):
-            classes = getattr(self, domain).classes
-            if len(set(classes)) < max(2, len(classes)) or not set(classes) <= set(DIGITS):
-                raise ValueError(f"task.{domain}.classes={classes}: expected two or more different digits from 0 to 9")
-        if self.train_share + self.validation_share >= 1:
+        super().__post_init__()
+        if len(set(self.classes)) < len(self.classes) or len(self.classes) == 1:
+            raise ValueError(f"task.data.classes={self.classes}: expected two or more different classes, or none")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
             raise ValueError(
-                f"task.train_share={self.train_share} and task.validation_share={self.validation_share}: "
-                "their sum must be below 1, the rest is the test split"
-            )
-        if len(self.hidden_sizes) != len(self.depths) or min([*self.hidden_sizes, *self.depths], default=0) < 1:
-            raise ValueError(
-                f"task.hidden_sizes={self.hidden_sizes} and task.depths={self.depths}: "
-                "expected lists of positive integers, of the same length"
+                f"task.data.mean={self.mean} and task.data.std={self.std}: expected one or three numbers each, "
+                "the latter above 0"
             )
 
-    def splits(self, domain: str, seed: int) -> dict[str, list[dict]]:
-        import torch
-        from sklearn.datasets import load_digits
 
-        shown: Domain = getattr(self, domain)
-        digits = load_digits()
-        images = torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[:, None]  # (n, 1, 8, 8) from -1 to 1
-        images = torch.rot90(images, shown.rotate // 90, dims=(2, 3)) * (-1 if shown.invert else 1)
-        examples = [
-            {"pixel_values": image, "labels": shown.classes.index(digit)}
-            for image, digit in zip(images, digits.target.tolist(), strict=True)
-            if digit in shown.classes
-        ]
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        examples = [examples[i] for i in order]
-        first = round(len(examples) * self.train_share)
-        second = first + round(len(examples) * self.validation_share)
-        return {"train": examples[:first], "validation": examples[first:second], "test": examples[second:]}
+@dataclass
+class ImageClassification(Task):
+    name: str = field(default="image_classification", metadata={"help": "the job"})
+    model: Pretrained = field(default_factory=Pretrained)
+    data: Images = field(default_factory=Images)
+    source: Images | None = field(default=None, metadata={"help": "what a base model is first trained on; as data"})
 
-    def model(self, domain: str):
-        from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
+    metric = "accuracy"
 
-        config = ConvNextV2Config(
-            image_size=8,
-            num_channels=1,
-            patch_size=1,  # the images are small enough: no pixel is thrown away
-            num_stages=len(self.depths),
-            depths=self.depths,
-            hidden_sizes=self.hidden_sizes,
-            num_labels=len(getattr(self, domain).classes),
-        )
-        return ConvNextV2ForImageClassification(config)
+    def source_task(self) -> ImageClassification | None:
+        return self.source and replace(self, data=self.source, source=None)
 
-    def metrics(self, prediction) -> dict[str, float]:
+    def splits(self, seed: int) -> dict[str, Pictures]:
+        keys = self.data
+        chosen = {name: _with(table, keys.label, self.classes) for name, table in self._tables.items()}
+        splits = three(chosen, keys, seed, keys.path)
+        known = set(splits["train"].rows[keys.label])
+        for table in splits.values():
+            for index, label in enumerate(table.rows[keys.label]):
+                if label not in known:
+                    raise ValueError(f"{table.name(index)}: class {label} is not in the train split")
+            check_each(table, lambda index, table=table: open_image(table, index, keys.image))
+        return {
+            name: Pictures(table, keys, self.classes, keys.augment and name == "train")
+            for name, table in splits.items()
+        }
+
+    @cached_property
+    def _tables(self) -> dict[str, Table]:
+        keys = self.data
+        tables = _digits() if keys.path == DIGITS else read(keys.path, images=[keys.image])
+        need_columns(tables, keys.image, keys.label)
+        return tables
+
+    @cached_property
+    def classes(self) -> list[int]:
+        """The labels to tell apart; every label of the data must be a class that the data know of."""
+        keys = self.data
+        names = getattr(next(iter(self._tables.values())).rows.features[keys.label], "names", None)
+        present = set()
+        for table in self._tables.values():
+            for index, label in enumerate(table.rows[keys.label]):
+                if not isinstance(label, int) or label < 0 or (names and label >= len(names)):
+                    accepted = f"0 to {len(names) - 1}" if names else "a whole number from 0"
+                    raise ValueError(f"{table.name(index)}: {keys.label}={label!r}; expected {accepted}")
+                present.add(label)
+        if strange := set(keys.classes) - present:
+            raise ValueError(f"task.data.classes={keys.classes}: {keys.path} has no class {min(strange)}")
+        return list(keys.classes) or list(range(len(names) if names else max(present) + 1))
+
+    def build(self) -> Any:
+        return self.model.load("AutoModelForImageClassification", HEADS, num_labels=len(self.classes))
+
+    def head(self, model: Any) -> list[str]:
+        timm = getattr(model, "timm_model", None)
+        return super().head(model) if timm is None else [f"timm_model.{timm.default_cfg['classifier']}"]
+
+    def metrics(self, prediction: Any) -> dict[str, float]:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@dataclass
+class Pictures:
+    """A table's pictures as tensors, and their labels as indices of ``classes``."""
+
+    table: Table
+    keys: Images
+    classes: list[int]
+    augment: bool
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        label = self.table.rows[index][self.keys.label]
+        return {"pixel_values": self.shown(open_image(self.table, index, self.keys.image)), "labels": self._of[label]}
+
+    @cached_property
+    def _of(self) -> dict[int, int]:
+        return {label: index for index, label in enumerate(self.classes)}
+
+    @cached_property
+    def shown(self) -> Callable[[Any], Tensor]:
+        """What turns a Pillow image into the model's input (channels, height, width)."""
+        import torch
+        from PIL import ImageOps
+        from torchvision.transforms import v2
+
+        keys = self.keys
+        mode = "L" if len(keys.mean) == 1 else "RGB"
+        steps = [v2.Lambda(lambda picture: picture.convert(mode))]
+        if keys.rotate:
+            steps.append(v2.Lambda(lambda picture: picture.rotate(keys.rotate, expand=True)))
+        if keys.invert:
+            steps.append(v2.Lambda(ImageOps.invert))
+        if self.augment and keys.size:
+            steps += [v2.RandomResizedCrop(keys.size), v2.RandomHorizontalFlip()]
+        elif keys.size:
+            steps += [v2.Resize(keys.size), v2.CenterCrop(keys.size)]
+        elif self.augment:
+            steps += [v2.Lambda(lambda picture: v2.RandomCrop(picture.size[::-1], padding=4)(picture))]
+            steps += [v2.RandomHorizontalFlip()]
+        steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(keys.mean, keys.std)]
+        return v2.Compose(steps)
+
+
+def _with(table: Table, column: str, classes: list[int]) -> Table:
+    wanted = set(classes)
+    return table.select(index for index, label in enumerate(table.rows[column]) if label in wanted)
+
+
+def _digits() -> dict[str, Table]:
+    """scikit-learn's 1797 handwritten digits of 8 × 8 pixels, as one split."""
+    import datasets
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pictures = [Image.fromarray((image * 255 / 16).round().astype("uint8")) for image in digits.images]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": digits.target.tolist()}, features=features)
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    return {"train": Table(rows, lambda index: f"{DIGITS}, row {index}")}
