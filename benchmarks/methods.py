@@ -22,16 +22,14 @@ from torch import Tensor, nn
 
 import flora
 from flora import FloraConfig
+from flora.baselines.common import LeftOut as LeftOutError
+from flora.baselines.common import copied, on_meta, trainable
 
 Targets = Mapping[str, Any]
 MAX_RANK = 256
 LOKR_FACTORS = (16, 8, 4, 2)
 AUTHORS_SCALE = 0.4
 NOISE = 0.02
-
-
-class LeftOutError(Exception):
-    """The method can't run on the workload; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +59,6 @@ def disturb(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=NOISE)
-
-
-def copied(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t) -> nn.Module:
-    """The model's modules copied, its parameters and buffers each replaced by ``tensor`` of them: shared by default."""
-    return copy.deepcopy(model, {id(t): tensor(t) for t in (*model.parameters(), *model.buffers())})
-
-
-def on_meta(tensor: Tensor) -> Tensor:
-    empty = tensor.detach().to("meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def lora_parameters(model: nn.Module, targets: Targets, rank: int) -> int:

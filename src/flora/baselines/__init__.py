@@ -1,0 +1,1 @@
+"""What a comparison needs and PEFT lacks."""
