@@ -1,0 +1,225 @@
+"""Recorded runs, read and put together: which learning rate counts, means over seeds, the t-test. Plain rows, no torch.
+
+A row is one run, a JSON object; `flora compare` appends it to results.jsonl. A row with "left_out" is a method that
+can't run, and says why.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+RESULTS = "results.jsonl"
+REFERENCE = "flora"  # the method that the others are tested against
+NEEDED = ("task", "metric", "method", "budget", "seed", "learning_rate", "validation", "test")
+SIGNIFICANT = 0.05
+
+Row = dict[str, Any]
+
+
+def read(paths: Iterable[str | Path]) -> list[Row]:
+    """The rows of files, or of every results.jsonl in or below folders. Of a run that is there twice, the last.
+
+    A last line cut short, which a killed run leaves, is dropped with a warning. Raises ValueError naming file and line
+    for any other line that is no row, and where there is nothing to read.
+    """
+    files = [file for path in paths for file in _files(Path(path))]
+    runs: dict[tuple, Row] = {}
+    metrics: dict[str, tuple[str, str]] = {}
+    for file in files:
+        for number, row in _lines(file):
+            where = f"{file}, line {number}"
+            _check(row, where)
+            metric, first = metrics.setdefault(row["task"], (row["metric"], where))
+            if row["metric"] != metric:
+                raise ValueError(
+                    f"{where}: metric={row['metric']!r} of task {row['task']!r}, which has {metric!r} in {first}"
+                )
+            key = tuple(row.get(name) for name in ("task", "method", "budget", "seed", "learning_rate"))
+            runs.pop(key, None)
+            runs[key] = row
+    if not runs:
+        raise ValueError(f"no runs in {', '.join(map(str, files))}")
+    return list(runs.values())
+
+
+def _files(path: Path) -> list[Path]:
+    files = sorted(path.rglob(RESULTS)) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise ValueError(f"{path}: " + (f"no {RESULTS} in or below it" if path.is_dir() else "no such file or folder"))
+    return files
+
+
+def _lines(file: Path) -> Iterable[tuple[int, Row]]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{file}, line {number}: not whole JSON ({error})") from error
+            warnings.warn(f"{file}, line {number}: cut short, left out", stacklevel=4)
+
+
+def _check(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a {type(row).__name__}; a JSON object is needed")
+    needed = ("task", "metric", "method", "budget") if "left_out" in row else NEEDED
+    for key in needed:
+        if key not in row:
+            raise ValueError(f"{where}: no {key!r}")
+    for split in ("validation", "test") if "left_out" not in row else ():
+        if not isinstance(row[split], dict) or row["metric"] not in row[split]:
+            raise ValueError(f"{where}: {split}={row[split]!r}; expected an object with {row['metric']!r}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A method on a task at a budget, at its learning rate: one run a seed."""
+
+    task: str
+    method: str
+    budget: int | None
+    metric: str
+    learning_rate: float
+    rates: tuple[float, ...]  # the grid, ascending
+    runs: list[Row]
+    p: float | None = None  # of the paired t-test against FLoRA
+    gain: float | None = None  # mean difference to FLoRA over their common seeds
+
+    @property
+    def values(self) -> dict[int, float]:
+        """Test metric by seed."""
+        return {run["seed"]: score(run, "test") for run in self.runs}
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values.values())
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds; None for a single one."""
+        return deviation(list(self.values.values()))
+
+    @property
+    def edge(self) -> str | None:
+        """ "lowest" or "highest" where the learning rate is at that end of its grid."""
+        ends = {self.rates[0]: "lowest", self.rates[-1]: "highest"}
+        return ends.get(self.learning_rate) if len(self.rates) > 1 else None
+
+    @property
+    def epoch_seconds(self) -> float | None:
+        """Median over runs: of an epoch's steps alone where that was recorded, else of the whole training."""
+        found = [
+            run.get("epoch_seconds") or run["seconds"] / run["epochs"]
+            for run in self.runs
+            if run.get("epoch_seconds") or (run.get("seconds") and run.get("epochs"))
+        ]
+        return statistics.median(found) if found else None
+
+    @property
+    def memory(self) -> float | None:
+        """Peak bytes, median over runs."""
+        found = [run["memory"] for run in self.runs if run.get("memory")]
+        return statistics.median(found) if found else None
+
+
+def score(row: Row, split: str) -> float:
+    return row[split][row["metric"]]
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def chosen(rows: Iterable[Row]) -> list[Row]:
+    """The runs at the learning rate of each (task, method, budget), see ``results``."""
+    return [run for result in results(rows) for run in result.runs]
+
+
+def results(rows: Iterable[Row]) -> list[Result]:
+    """What is compared: tasks and methods in the order of their first row, budgets ascending after none.
+
+    Learning rate: of the seed that ran the most rates (the first such), the one with the best validation metric, the
+    lower of equals; the test split is not looked at. p: two-sided paired t-test on the test metric over common seeds
+    (paper, section 5) against FLoRA at the same budget, for a method without one at FLoRA's first. None with fewer
+    than two such seeds, or where the differences do not differ.
+    """
+    trials: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if "left_out" not in row:
+            trials.setdefault((row["task"], row["method"], row["budget"]), []).append(row)
+    found = {key: _at_best_rate(runs) for key, runs in trials.items()}
+    tasks = list(dict.fromkeys(task for task, _, _ in found))
+    methods = list(dict.fromkeys(method for _, method, _ in found))
+    order = sorted(found, key=lambda key: (tasks.index(key[0]), key[2] or 0, methods.index(key[1])))
+    ours = {task: [key for key in order if key[:2] == (task, REFERENCE)] for task in tasks}
+    tested = []
+    for task, method, budget in order:
+        result = found[task, method, budget]
+        same = [key for key in ours[task] if budget is None or key[2] == budget]
+        tested.append(_against(result, found[same[0]]) if same and method != REFERENCE else result)
+    return tested
+
+
+def by_task(results: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.task, []).append(result)
+    return found
+
+
+def _at_best_rate(trials: list[Row]) -> Result:
+    seeds: dict[int, list[Row]] = {}
+    for row in trials:
+        seeds.setdefault(row["seed"], []).append(row)
+    tried = max(seeds.values(), key=len)
+    # a run that diverged has NaN: the worst
+    best = max(tried, key=lambda row: (finite(score(row, "validation")), -row["learning_rate"]))
+    runs = [row for row in trials if row["learning_rate"] == best["learning_rate"]]
+    rates = tuple(sorted({row["learning_rate"] for row in tried}))
+    what = [best[key] for key in ("task", "method", "budget", "metric", "learning_rate")]
+    return Result(*what, rates, sorted(runs, key=lambda row: row["seed"]))
+
+
+def finite(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def _against(result: Result, reference: Result) -> Result:
+    seeds = sorted(result.values.keys() & reference.values.keys())
+    if len(seeds) < 2:
+        return result
+    mine, theirs = ([one.values[seed] for seed in seeds] for one in (result, reference))
+    differences = [a - b for a, b in zip(mine, theirs, strict=True)]
+    spread = max(differences) - min(differences)
+    if not spread > 1e-12 * max(map(abs, (*mine, *theirs))):  # or NaN
+        return result
+    from scipy.stats import ttest_rel
+
+    return replace(result, p=float(ttest_rel(mine, theirs).pvalue), gain=statistics.fmean(differences))
+
+
+def left_out(rows: Iterable[Row]) -> list[Row]:
+    """The rows of methods that could not run, one for each reason of a (task, method, budget) that never ran."""
+    rows = list(rows)
+    ran = {(row["task"], row["method"], row["budget"]) for row in rows if "left_out" not in row}
+    found = {}
+    for row in rows:
+        key = (row["task"], row["method"], row["budget"])
+        if "left_out" in row and key not in ran:
+            found.setdefault((*key, row["left_out"]), row)
+    return list(found.values())
