@@ -11,6 +11,7 @@ demo: install
 	$(BIN)/flora train configs/digits.yaml
 
 test: install
+	@command -v chromedriver >/dev/null || { echo "chromedriver not found: the report page is tested in Chromium (Debian: apt-get install chromium chromium-driver)" >&2; exit 1; }
 	$(BIN)/pytest -n 2
 
 install: .venv/.installed

@@ -62,7 +62,7 @@ def assert_refused(result, *named):
         ("=3", "=3"),
         ("seed", "seed: expected key=value"),
         # what only the methods know, and still before anything is trained
-        ("budget=3", "methods.lora: budget=3: LoRA of rank 1 has"),
+        ("budget=3", "methods.lora: LoRA of rank 1 has"),
         ("methods.flora.options.init=magic", "methods.flora: init"),
         ("methods.flora.options.rang=4", "methods.flora: "),
         ("methods.flora.options.r=0", "methods.flora: r"),

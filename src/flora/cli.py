@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
@@ -80,16 +81,62 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     Any key can be set after it: `flora train configs/digits.yaml seed=1 training.epochs=3`, or `--seed 1`. An
     interrupted run goes on when it is started again. For several processes: `accelerate launch -m flora.cli train ...`.
     """
-    from flora.settings import ConfigError, load_config
+    with job_errors():
+        from flora.job import train as run
+        from flora.settings import load_config
 
+        run(load_config(config, as_overrides(overrides)))
+
+
+@main.command(cls=Keys, keys=train_keys, context_settings={"ignore_unknown_options": True})
+@click.argument("config")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+@click.option("--methods", metavar="A,B", help="Some of the job's methods [all].")
+@click.option("--budgets", metavar="N,N", help="comparison.budgets: trainable parameters of an adapter, head aside.")
+@click.option("--seeds", metavar="N,N", help="comparison.seeds")
+@click.option("--engine", type=click.Choice(["local", "ray"]), help="comparison.engine")
+@click.option("--workers", metavar="N", help="comparison.workers: runs at a time.")
+def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys: str | None) -> None:
+    """Compare the methods of the job that CONFIG describes: at equal budgets, over seeds, each at its learning rate.
+
+    Every run appends a row to results.jsonl in the job's folder; started again, with more methods, budgets or seeds if
+    you like, it goes on from there. At its end it writes report.html beside them.
+    """
+    lists = [f"comparison.{key}=[{value}]" for key, value in keys.items() if value and key in ("budgets", "seeds")]
+    single = [f"comparison.{key}={value}" for key, value in keys.items() if value and key in ("engine", "workers")]
+    with job_errors():
+        from flora.compare import compare as run
+        from flora.settings import load_config
+
+        run(load_config(config, [*as_overrides(overrides), *lists, *single]), methods.split(",") if methods else ())
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True)
+@click.option("--out", default=".", show_default=True, help="Folder for report.html, its figures and tables.")
+def analyse(folders: tuple[str, ...], out: str) -> None:
+    """Make one report of the comparisons in FOLDERS: tables and figures, in a page that needs no network."""
+    with job_errors():
+        from flora.analysis import analyse as run
+
+        try:
+            click.echo(str(run(folders, out)))
+        except ValueError as error:  # what is no row
+            raise Refused(str(error)) from error
+
+
+@contextmanager
+def job_errors() -> Iterator[None]:
+    """What a person can mend is one line and exit code 2."""
     try:
-        settings = load_config(config, as_overrides(overrides))
-        from flora.job import run
+        from flora.models import quiet
+        from flora.settings import ConfigError
 
-        _quiet()
-        run(settings)
-    except (ConfigError, OSError) as error:
-        raise Refused(str(error)) from error
+        quiet()
+        try:
+            yield
+        except (ConfigError, OSError) as error:
+            raise Refused(str(error)) from error
     except ModuleNotFoundError as error:
         raise Refused(f"{error.name} is not installed: pip install 'flora-peft[train]'") from error
 
@@ -104,8 +151,9 @@ def plan(model: str, overrides: tuple[str, ...]) -> None:
     the fields of FloraConfig: `flora plan MODEL budget=0.005`.
     """
     import flora
+    from flora.models import quiet
 
-    _quiet()
+    quiet()
     keys = {"target_modules": "all-weights", **_values(as_overrides(overrides))}
     known = {field.name for field in dataclasses.fields(flora.FloraConfig)}
     for key in keys:
@@ -135,8 +183,9 @@ def convert(name: str, sides: tuple[str | None, str, str, str], loading: dict | 
     """Call ``flora.convert.NAME`` and print what it says; then, if there is a model, how far the sides' outputs are
     apart: (model or None, FLoRA side, other side, what that is), and what ``loading`` the other takes."""
     from flora import convert
+    from flora.models import quiet
 
-    _quiet()
+    quiet()
     try:
         click.echo(str(getattr(convert, name)(**arguments, progress=True)))
         if sides[0]:
@@ -260,20 +309,6 @@ def compress(adapter: str, out: str, verify: str | None, budget: str | None, **o
     convert("compress", sides, adapter=adapter, out=out, budget=_number(budget), **options)
 
 
-def _quiet() -> None:
-    """Leave the screen to our own bars, tables and errors."""
-    import warnings
-
-    import huggingface_hub
-    import transformers
-
-    huggingface_hub.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # PEFT 0.21 reads a property that transformers 5 has renamed
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-
-
 def _values(overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -296,9 +331,9 @@ def _number(budget: str | None) -> int | float | None:
 
 
 def _empty(name: str) -> Any:
-    from flora.models import empty_model
+    from flora.models import empty_model, quiet
 
-    _quiet()
+    quiet()
     try:
         return empty_model(name)
     except ValueError as error:

@@ -1,106 +1,131 @@
-"""Train one base model in several ways and compare them: what `flora train` runs, whatever the task.
+"""What `flora train` runs, whatever the task: each method once. And what `flora compare` shares with it: the folder of
+a run, with its keys and versions, and its rows, one appended as each trial ends.
 
-One way: keys -> base model (trained on the source domain, cached) -> each method on the target domain -> table and
-figure. Only the main process writes, first under a temporary name. A method with a result.json is finished; one that
-was interrupted goes on from its last whole checkpoint.
+Only the main process writes, first under a temporary name. A trial with a row is finished; one that was interrupted
+goes on from its last whole checkpoint.
 """
 
-import hashlib
+from __future__ import annotations
+
 import json
-import os
 import platform
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import peft
 import torch
 import yaml
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import default_data_collator, set_seed
 
 import flora
-from flora import report
+from flora.analysis import plots, rows, tables
 from flora.files import replace_file
-from flora.methods import METHODS, adapt
-from flora.settings import Config, ConfigError, one_line
-from flora.tasks import Examples
-from flora.train import arguments, fit, no_accelerator
+from flora.methods import METHODS
+from flora.settings import Config, ConfigError
+from flora.train import no_accelerator
+from flora.trial import Trial, base_file, plan, run
 
 VERSIONS = ("torch", "peft", "transformers", "accelerate", "safetensors", "scikit-learn")
-PLACES = ("output", "cache", "fresh")  # say where a run writes, not what comes out: free to change between two starts
-FILES = ("config.yaml", "versions.json", "results.json", "curves.png")
-FOLDERS = ("pretraining", "logs", *METHODS)
+PLACES = ("output", "cache", "fresh", "comparison.*")  # not what comes out of a trial: free to change between starts
+FILES = ("config.yaml", "versions.json", rows.RESULTS, "curves.png")
+FOLDERS = ("pretraining", "logs", "trials", *METHODS)
 
 
-def run(config: Config) -> list[dict]:
+def train(config: Config) -> list[dict]:
     """Train with every method of `config`, one after the other; a row of results for each."""
-    folder, main = Path(config.output), PartialState(cpu=no_accelerator()).is_main_process
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    _check(config)
-    _open(config, folder, main)
-    weights = _base_weights(config, folder, main)
-    data = config.task.splits("target", config.seed)
-    rows = []
-    for name in config.methods:
-        result = folder / name / "result.json"
-        if not result.exists():
-            row = _run_method(name, config, data, weights, folder / name)
-            if main:
-                _write(result, json.dumps(row, indent=2))
-                shutil.rmtree(folder / name / "checkpoints")
-            PartialState().wait_for_everyone()
-        rows.append(json.loads(result.read_text()))
-    if main:
-        _write(folder / "results.json", json.dumps(rows, indent=2))
-        with replace_file(folder / "curves.png") as file:
-            report.figure(rows, config.task.metric, file)
-        print(f"\n{report.summary(rows)}\n\neverything is in {folder}, the learning curves in {folder / 'curves.png'}")
-    return rows
+    open_job = Job(config)
+    reasons = plan(config, list(config.methods), [config.budget])
+    if all(reasons.values()):
+        name, reason = next((name, reason) for (name, _budget), reason in reasons.items())
+        raise ConfigError(f"methods.{name}: {reason}")
+    open_job.open()
+    file = open_job.base_file()
+    runnable = [pair for pair, reason in reasons.items() if not reason]
+    trials = [Trial(*pair, config.seed, learning_rate(config, pair[0])) for pair in runnable]
+    for trial in trials:
+        if not open_job.row(trial):
+            open_job.add(run(config, trial, file, open_job.folder / trial.method))
+    found = [open_job.row(trial) for trial in trials]
+    if open_job.main:
+        curves = open_job.folder / "curves.png"
+        with replace_file(curves) as path:
+            plots.figure(found, config.task.metric, path)
+        lines = [tables.summary(found), *(f"{name} was left out: {why}" for (name, _), why in reasons.items() if why)]
+        print("\n" + "\n".join(lines) + f"\n\neverything is in {open_job.folder}, the learning curves in {curves}")
+    return found
 
 
-def _check(config: Config) -> None:
-    """Refuse what can be refused before the first hour of training: every method and fit is set up once."""
-    for name, method in config.methods.items():
-        try:
-            adapt(name, config.task.model("target"), config.task.head, config.budget, method.options)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"methods.{name}: {one_line(error)}") from error
-    for name in ("pretraining", "training"):
-        try:
-            arguments(getattr(config, name), config.seed, Path(config.output))
-        except ValueError as error:
-            raise ConfigError(f"{name}: {one_line(error)}") from error
+def learning_rate(config: Config, name: str) -> float:
+    return config.methods[name].learning_rate or config.training.learning_rate
 
 
-def _open(config: Config, folder: Path, main: bool) -> None:
-    """Make `folder` this run's: write its keys and versions, or see that an earlier start had the same keys."""
-    stored, keys = folder / "config.yaml", asdict(config)
-    if stored.exists() and not config.fresh:
-        before, now = (_flat(tree) for tree in (yaml.safe_load(stored.read_text()), keys))
-        for key in before | now:
-            if before.get(key) != now.get(key) and key not in PLACES:
-                raise ConfigError(
-                    f"{folder} holds a run with {key}={before.get(key)}, now {key}={now.get(key)}: "
-                    "choose another folder with output=FOLDER, or start over with fresh=true"
-                )
-    if main:
-        if stored.exists() and config.fresh:
-            for path in (folder / name for name in (*FOLDERS, *FILES)):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-        _write(stored, yaml.safe_dump(keys, sort_keys=False))
-        found = {"flora-peft": flora.__version__, "python": platform.python_version()}
-        found |= {name: version(name) for name in VERSIONS}
-        _write(folder / "versions.json", json.dumps(found, indent=2))
-    PartialState().wait_for_everyone()
+class Job:
+    """The folder of a run, and its rows."""
+
+    def __init__(self, config: Config, free: tuple[str, ...] = ()):
+        """``free``: further keys that may change from one start to the next."""
+        self.config, self.free = config, (*PLACES, *free)
+        self.folder = Path(config.output)
+        self.main = PartialState(cpu=no_accelerator()).is_main_process
+        self.wait: Callable[[], None] = PartialState().wait_for_everyone
+        if config.threads:
+            torch.set_num_threads(config.threads)
+
+    def open(self) -> None:
+        """Make the folder this run's: write its keys and versions, or see that an earlier start had the same keys."""
+        stored, keys = self.folder / "config.yaml", asdict(self.config)
+        if stored.exists() and not self.config.fresh:
+            before, now = (_flat(tree) for tree in (yaml.safe_load(stored.read_text()), keys))
+            for key in before | now:
+                free = any(fnmatch(key, pattern) for pattern in self.free)
+                other = key.startswith("methods.") and not (key in before and key in now)  # more or fewer methods
+                if before.get(key) != now.get(key) and not free and not other:
+                    raise ConfigError(
+                        f"{self.folder} holds a run with {key}={before.get(key)}, now {key}={now.get(key)}: "
+                        "choose another folder with output=FOLDER, or start over with fresh=true"
+                    )
+        if self.main:
+            if stored.exists() and self.config.fresh:
+                for path in (self.folder / name for name in (*FOLDERS, *FILES, *self.config.methods)):
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink(missing_ok=True)
+            _without_half_line(self.folder / rows.RESULTS)
+            _write(stored, yaml.safe_dump(keys, sort_keys=False))
+            found = {"flora-peft": flora.__version__, "python": platform.python_version()}
+            found |= {name: version(name) for name in VERSIONS}
+            _write(self.folder / "versions.json", json.dumps(found, indent=2))
+        self.wait()
+
+    def base_file(self) -> Path | None:
+        return base_file(self.config, self.folder, self.main, self.wait)
+
+    def rows(self) -> list[dict[str, Any]]:
+        file = self.folder / rows.RESULTS
+        return rows.read([file]) if file.exists() and file.stat().st_size else []
+
+    def row(self, trial: Trial) -> dict[str, Any] | None:
+        """What came out of a trial; None before it has ended."""
+        return next((row for row in self.rows() if all(row[key] == asdict(trial)[key] for key in asdict(trial))), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self.main:
+            file = self.folder / rows.RESULTS
+            with open(file, "a") as results:
+                results.write(json.dumps(row) + "\n")
+        self.wait()
+
+
+def _without_half_line(file: Path) -> None:
+    """What a run that was killed while it wrote a row has left."""
+    text = file.read_text() if file.exists() else ""
+    if not text.endswith("\n") and text:
+        _write(file, text[: text.rfind("\n") + 1])
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -109,97 +134,6 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
-
-
-def _base_weights(config: Config, folder: Path, main: bool) -> dict[str, torch.Tensor]:
-    """Weights of the source model. Trained once, and kept under a hash of all the keys that they depend on."""
-    keys = asdict(config)
-    decides = {**keys["task"], "target": None, "pretraining": keys["pretraining"], "seed": config.seed}
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    file = Path(config.cache, f"{config.task.name}-{digest}.safetensors")
-    if not file.exists():
-        set_seed(config.seed)
-        data = config.task.splits("source", config.seed)
-        trainer, _ = fit("base", config.task.model("source"), data, config.pretraining, config, folder / "pretraining")
-        if main:
-            with replace_file(file) as temporary:
-                save_file({name: t.contiguous().cpu() for name, t in trainer.model.state_dict().items()}, temporary)
-            shutil.rmtree(folder / "pretraining")
-        PartialState().wait_for_everyone()
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ConfigError(f"{file} is damaged ({error}): delete it, it will be trained again") from error
-
-
-def _base_model(config: Config, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """The source model with a new head for the target domain, drawn from the seed."""
-    set_seed(config.seed)
-    model = config.task.model("target")
-    heads = tuple(f"{name}." for name in config.task.head)
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(heads)}
-    model.load_state_dict(model.state_dict() | kept)
-    return model
-
-
-def _run_method(name: str, config: Config, data: dict[str, Examples], weights: dict, folder: Path) -> dict:
-    base = _base_model(config, weights)
-    head = sum(p.numel() for module in config.task.head for p in base.get_submodule(module).parameters())
-    model, notes = adapt(name, base, config.task.head, config.budget, config.methods[name].options)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rate = config.methods[name].learning_rate or config.training.learning_rate
-    trainer, seconds = fit(name, model, data, replace(config.training, learning_rate=rate), config, folder)
-    metric, logged = config.task.metric, f"eval_{config.task.metric}"
-    row = {
-        "method": name,
-        "metric": metric,
-        "test": trainer.evaluate(data["test"], metric_key_prefix="test")[f"test_{metric}"],
-        "adapter_parameters": trainable - head,
-        "head_parameters": head,
-        "seconds": seconds,
-        "seed": config.seed,
-        "notes": notes,
-        "curve": [(log["epoch"], log[logged]) for log in trainer.state.log_history if logged in log],
-    }
-    if trainer.is_world_process_zero():
-        trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu()
-        row["bytes"] = _save(trained, folder / "trained")
-        if isinstance(trained, peft.PeftModel):
-            row |= _round_trip(trained, _base_model(config, weights), folder / "trained", data["test"][:64])
-    return row
-
-
-def _save(model: nn.Module, folder: Path) -> int:
-    """What was trained and nothing else, whole or not at all; the size of its weights in bytes."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    if isinstance(model, peft.PeftModel):
-        model.save_pretrained(part)
-    else:
-        part.mkdir(parents=True)
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        kept = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-        save_file({name: tensor.contiguous() for name, tensor in kept.items()}, part / "model.safetensors")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _round_trip(trained: nn.Module, base: nn.Module, folder: Path, examples: Examples) -> dict[str, float]:
-    """Largest differences of an output: loaded into a fresh base against trained, and merged against loaded."""
-    loaded = peft.PeftModel.from_pretrained(base, folder)
-    outputs = [_outputs(trained, examples), _outputs(loaded, examples), _outputs(loaded.merge_and_unload(), examples)]
-    return {
-        "loaded_difference": (outputs[1] - outputs[0]).abs().max().item(),
-        "merged_difference": (outputs[2] - outputs[1]).abs().max().item(),
-    }
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, examples: Examples) -> torch.Tensor:
-    batch = default_data_collator(examples)
-    batch.pop("labels")
-    return model.eval()(**batch)[0].float()
 
 
 def _write(path: Path, text: str) -> None:

@@ -73,6 +73,20 @@ def _diffusers(name: str, weights: bool) -> nn.Module:
         return kind.from_config(kind.load_config(name))
 
 
+def quiet() -> None:
+    """Leave the screen to our own bars, tables and errors."""
+    import warnings
+
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # PEFT 0.21 reads a property that transformers 5 has renamed
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
 def meta_model(path: Path) -> nn.Module | None:
     """The model that a config.json describes, on the meta device; None where transformers knows no such.
 

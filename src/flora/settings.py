@@ -1,8 +1,9 @@
 """The keys of a job: one tree of dataclasses, which is its YAML, its overrides on the command line and their help."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ class Training:
     epochs: int = field(default=20, metadata={"help": "passes over the training split", "least": 1})
     max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps all the same", "least": 1})
     batch_size: int = field(default=32, metadata={"help": "examples a step, in each process", "least": 1})
+    eval_batch_size: int | None = field(default=None, metadata={"help": "in place of batch_size", "least": 1})
+    loaders: int = field(default=0, metadata={"help": "processes that prepare examples", "least": 0})
     learning_rate: float = field(default=1e-3, metadata={"help": "highest of the cosine schedule", "above": 0})
     warmup_steps: int = field(default=0, metadata={"help": "steps up to that rate", "least": 0})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's", "least": 0})
@@ -31,8 +34,28 @@ class Training:
 
 @dataclass
 class Method:
+    method: str | None = field(
+        default=None, metadata={"help": "what it is, where NAME is not: a second flora with other options"}
+    )
     learning_rate: float | None = field(default=None, metadata={"help": "in place of training's", "above": 0})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "fields of its LoraConfig or FloraConfig"})
+
+
+@dataclass
+class Comparison:
+    """What `flora compare` varies. Every method gets the same number of trials."""
+
+    budgets: list[int] = field(default_factory=list, metadata={"help": "in place of budget", "least": 1})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "of head, adapter, order", "least": 0}
+    )
+    rates: list[float] = field(
+        default_factory=lambda: [0.3, 1, 3],
+        metadata={"help": "times a method's learning rate: tried on the first seed, chosen on validation", "above": 0},
+    )
+    engine: str = field(default="local", metadata={"help": "local or ray", "choices": ("local", "ray")})
+    workers: int = field(default=1, metadata={"help": "runs at a time", "least": 1})
+    norms: int = field(default=0, metadata={"help": "how often to measure the updates in a run", "least": 0})
 
 
 @dataclass
@@ -44,13 +67,22 @@ class Config:
     seed: int = field(default=0, metadata={"help": "decides splits, first weights, order of examples", "least": 0})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; without it as torch chooses", "least": 1})
     budget: int = field(default=10_000, metadata={"help": "trainable parameters of an adapter, head aside", "least": 1})
+    target_modules: Any = field(default=None, metadata={"help": "what adapters adapt, in place of the task's choice"})
     pretraining: Training = field(default_factory=Training)
     training: Training = field(default_factory=Training)
+    comparison: Comparison = field(default_factory=Comparison)
     methods: dict[str, Method] = field(default_factory=dict, metadata={"help": f"any of {', '.join(METHODS)}"})
+
+    def way(self, name: str) -> str:
+        """The key in `METHODS` of a method of this job."""
+        return self.methods[name].method or name
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The YAML at `path` with `key=value` overrides on top, checked against the dataclasses."""
+    """The YAML at `path` with `key=value` overrides on top, checked against the dataclasses.
+
+    `${package:NAME}` in it is the folder of an installed package.
+    """
     try:
         given = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -62,6 +94,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             given = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
             raise ConfigError(f"{override}: {one_line(error)}") from error
+    return checked(given)
+
+
+def checked(given: Any) -> Config:
+    """The dataclasses, of a tree of keys."""
+    given = OmegaConf.create(given)
     keys = OmegaConf.structured(Config)
     for key in given:
         try:
@@ -79,9 +117,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValueError as error:  # a task refused its own keys
         raise ConfigError(str(error)) from error
     _check_limits(config)
-    if not config.methods or not set(config.methods) <= set(METHODS):
+    if not config.methods or not {config.way(name) for name in config.methods} <= set(METHODS):
         raise ConfigError(f"methods={', '.join(config.methods) or None}: expected some of {', '.join(METHODS)}")
     return config
+
+
+def _package(name: str) -> str:
+    found = find_spec(name)
+    if found is None or not found.origin:
+        raise ValueError(f"the package {name} is not installed")
+    return str(Path(found.origin).parent)
+
+
+OmegaConf.register_resolver("package", _package, replace=True)
 
 
 def _task(given: Any) -> type:
@@ -98,7 +146,7 @@ def one_line(error: Exception) -> str:
 
 
 def _check_limits(node: Any, prefix: str = "") -> None:
-    """Hold every value against the limits in its field's metadata."""
+    """Hold every value, and each of a list, against the limits in its field's metadata."""
     if is_dataclass(node):
         children = [(f.name, getattr(node, f.name), f.metadata) for f in fields(node)]
     else:
@@ -106,10 +154,17 @@ def _check_limits(node: Any, prefix: str = "") -> None:
     for name, value, limits in children:
         if is_dataclass(value) or isinstance(value, dict):
             _check_limits(value, f"{prefix}{name}.")
-        elif value is not None:
-            if "above" in limits and not limits["above"] < value < math.inf:
-                raise ConfigError(f"{prefix}{name}={value}: expected a number above {limits['above']}")
-            if "least" in limits and not limits["least"] <= value < math.inf:
-                raise ConfigError(f"{prefix}{name}={value}: expected at least {limits['least']}")
-            if "choices" in limits and value not in limits["choices"]:
-                raise ConfigError(f"{prefix}{name}={value}: expected one of {', '.join(map(str, limits['choices']))}")
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and (wrong := _beyond(limits, each)):
+                raise ConfigError(f"{prefix}{name}={value}: {wrong}")
+
+
+def _beyond(limits: Mapping[str, Any], value: Any) -> str | None:
+    if "above" in limits and not limits["above"] < value < math.inf:
+        return f"expected a number above {limits['above']}"
+    if "least" in limits and not limits["least"] <= value < math.inf:
+        return f"expected at least {limits['least']}"
+    if "choices" in limits and value not in limits["choices"]:
+        return f"expected one of {', '.join(map(str, limits['choices']))}"
+    return None

@@ -2,44 +2,79 @@
 mixed precision. What is added: a fit that was interrupted goes on, logs have their place, one bar shows how it goes.
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from flora.files import replace_file
-from flora.settings import Config, Training
-from flora.tasks import Examples
+from flora.settings import Training
+from flora.tasks import Examples, Task
 
 
 def fit(
-    name: str, model: nn.Module, data: dict[str, Examples], keys: Training, config: Config, folder: Path
-) -> tuple[Trainer, float]:
-    """Train on data["train"], or go on where an interrupted fit in `folder` stopped. With the seconds that it took."""
+    name: str,
+    model: nn.Module,
+    task: Task,
+    data: dict[str, Examples],
+    keys: Training,
+    seed: int,
+    folder: Path,
+    logs: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    bar: bool = True,
+) -> Fitted:
+    """Train on data["train"], or go on where an interrupted fit in `folder` stopped."""
     checkpoints = Checkpoints(folder / "checkpoints")
     trainer = Trainer(
         model,
-        arguments(keys, config.seed, folder / "checkpoints"),
+        arguments(keys, seed, folder / "checkpoints"),
         train_dataset=data["train"],
         eval_dataset=data["validation"],
-        data_collator=default_data_collator,
-        compute_metrics=config.task.metrics,
-        callbacks=[checkpoints, Progress(name, config.task.metric)],
+        data_collator=task.collate,
+        compute_metrics=task.metrics,
+        preprocess_logits_for_metrics=task.reduce,
+        callbacks=[
+            *callbacks,
+            checkpoints,
+            Progress(name, task.metric, bar),
+        ],  # a checkpoint is whole when all have written
     )
     trainer.remove_callback(PrinterCallback)  # the bar says it
     if trainer.is_world_process_zero():
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(Path(config.output, "logs", name))))
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
     trainer.train(resume_from_checkpoint=checkpoints.last)
-    return trainer, checkpoints.seconds()
+    return Fitted(trainer, checkpoints.seconds(), median(checkpoints.epochs) if checkpoints.epochs else None)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """``seconds``: of the whole fit, over all its starts. ``epoch_seconds``: of an epoch's steps alone, the median."""
+
+    trainer: Trainer
+    seconds: float
+    epoch_seconds: float | None
+
+    @property
+    def model(self) -> nn.Module:
+        """What was trained, without what several processes or mixed precision put around it."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)
 
 
 def arguments(keys: Training, seed: int, folder: Path) -> TrainingArguments:
@@ -48,7 +83,8 @@ def arguments(keys: Training, seed: int, folder: Path) -> TrainingArguments:
         num_train_epochs=keys.epochs,
         max_steps=keys.max_steps or -1,
         per_device_train_batch_size=keys.batch_size,
-        per_device_eval_batch_size=256,
+        per_device_eval_batch_size=keys.eval_batch_size or keys.batch_size,
+        dataloader_num_workers=keys.loaders,
         learning_rate=keys.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=keys.warmup_steps,
@@ -75,9 +111,12 @@ def no_accelerator() -> bool:
 
 
 class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as whole once every process has written its part, with the seconds of training up to there."""
+    """Marks a checkpoint as whole once every process has written its part, with the seconds of training up to there.
 
-    MARK = "complete.json"
+    Beside it lie the statistics of batch normalisation, which a PEFT checkpoint leaves out though training moves them.
+    """
+
+    MARK, STATISTICS = "complete.json", "statistics.safetensors"
 
     def __init__(self, folder: Path):
         marks = sorted(folder.glob(f"checkpoint-*/{self.MARK}"), key=lambda mark: int(mark.parent.name.split("-")[1]))
@@ -89,23 +128,52 @@ class Checkpoints(TrainerCallback):
                 if not (checkpoint / self.MARK).exists():
                     shutil.rmtree(checkpoint)
         self.started = time.perf_counter() - before
+        self.epochs: list[float] = []
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.last and statistics(model):
+            load_statistics(model, Path(self.last, self.STATISTICS))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epoch_started = time.perf_counter()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.epochs.append(time.perf_counter() - self.epoch_started)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            mark = Path(args.output_dir, f"checkpoint-{state.global_step}", self.MARK)
-            with replace_file(mark) as file:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            if found := statistics(model):
+                save_file(found, folder / self.STATISTICS)
+            with replace_file(folder / self.MARK) as file:
                 file.write_text(json.dumps({"seconds": self.seconds()}))
+
+
+def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Running means and variances: no parameters, but moved by training."""
+    return {
+        f"{name}.{key}": buffer.detach().cpu().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for key, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def load_statistics(model: nn.Module, file: Path) -> None:
+    buffers = dict(model.named_buffers())
+    for name, tensor in load_file(file).items():
+        buffers[name].copy_(tensor)
 
 
 class Progress(TrainerCallback):
     """One bar a fit, with the last validation metric at its end."""
 
-    def __init__(self, name: str, metric: str):
-        self.name, self.metric = name, metric
+    def __init__(self, name: str, metric: str, shown: bool):
+        self.name, self.metric, self.shown = name, metric, shown
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
@@ -114,7 +182,7 @@ class Progress(TrainerCallback):
             total=state.max_steps,
             unit="step",
             mininterval=0.1 if sys.stderr.isatty() else 60,  # a log file needs no moving bar
-            disable=not state.is_world_process_zero,
+            disable=not (self.shown and state.is_world_process_zero),
         )
 
     def on_step_end(self, args, state, control, **kwargs):

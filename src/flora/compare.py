@@ -1,0 +1,137 @@
+"""What `flora compare` runs: methods × budgets × seeds, as the paper compares (section 5.3, Tables 1 to 3).
+
+Each method at each budget is tried with its grid of learning rates on the first seed; the best on the validation split
+runs with the other seeds. Every method gets the same number of trials, and the test split chooses nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from flora import analysis
+from flora.analysis import rows, tables
+from flora.job import Job, learning_rate
+from flora.models import quiet
+from flora.settings import Config, ConfigError, checked
+from flora.trial import Trial, plan, run
+
+FREE = ("budget", "methods.*.learning_rate", "training.learning_rate")  # named by each trial
+
+
+def compare(config: Config, methods: Sequence[str] = ()) -> list[dict]:
+    """Every row of the comparison, old and new. Started again it goes on where it stopped."""
+    keys = config.comparison
+    if unknown := set(methods) - set(config.methods):
+        raise ConfigError(f"--methods {min(unknown)}: the job has {', '.join(config.methods)}")
+    for name in ("seeds", "rates"):
+        values = getattr(keys, name)
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"comparison.{name}={values}: expected one or more different values")
+    job = Job(config, FREE)
+    reasons = plan(config, list(methods or config.methods), keys.budgets or [config.budget])
+    job.open()
+    file = job.base_file()
+    for (name, budget), reason in reasons.items():
+        if reason and not any((row["method"], row["budget"]) == (name, budget) for row in job.rows()):
+            job.add(_left_out(config, name, budget, reason))
+    runnable = [pair for pair, reason in reasons.items() if not reason]
+
+    first, *others = keys.seeds
+    grid = [(pair, learning_rate(config, pair[0]) * rate) for rate in keys.rates for pair in runnable]
+    _run(job, [Trial(*pair, first, rate) for pair, rate in grid], file)
+    best = {pair: _best(job.rows(), pair) for pair in runnable}
+    _run(job, [Trial(*pair, seed, best[pair]) for seed in others for pair in runnable], file)
+    found = job.rows()
+    if job.main:
+        page = analysis.analyse([job.folder], job.folder)
+        said = [analysis.text(rows.results(found)), *tables.remarks(found)]
+        print("\n" + "\n\n".join(said))
+        print(f"\nevery run is a line of {job.folder / rows.RESULTS}; the report: {page}")
+    return found
+
+
+def _left_out(config: Config, name: str, budget: int | None, reason: str) -> dict[str, Any]:
+    known = {"task": Path(config.output).name, "metric": config.task.metric, "method": name, "way": config.way(name)}
+    return {**known, "options": config.methods[name].options, "budget": budget, "left_out": reason}
+
+
+def _best(found: list[dict], pair: tuple[str, int | None]) -> float:
+    """The learning rate that did best on the validation split."""
+    return rows.results(row for row in found if (row["method"], row["budget"]) == pair)[0].learning_rate
+
+
+def _run(job: Job, trials: list[Trial], file: Path | None) -> None:
+    """Those that have not ended yet; a row is kept as each ends."""
+    left = [trial for trial in trials if not job.row(trial)]
+    keys, workers = job.config.comparison, min(job.config.comparison.workers, len(left))
+    with tqdm(total=len(trials), initial=len(trials) - len(left), unit="run", disable=not job.main) as bar:
+        tasks = [(asdict(job.config), trial, file, job.folder / "trials" / trial.name, workers) for trial in left]
+        for row in ENGINES[keys.engine](_work, tasks, workers):
+            job.add(row)
+            metric, value = row["metric"], row["validation"][row["metric"]]
+            bar.update()
+            bar.set_postfix_str(f"{row['method']}, {row['budget'] or ''} {metric} {value:.3f}")
+
+
+def _work(keys: dict, trial: Trial, file: Path | None, folder: Path, workers: int) -> dict[str, Any]:
+    """A trial in a process of its own."""
+    quiet()
+    config = checked(keys)
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // max(1, workers)))
+    return run(config, trial, file, folder, bar=workers < 2)
+
+
+# --------------------------------------------------------------------------------------------------------- engines
+
+
+def local(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterator[Any]:
+    """Processes on this machine, each with a GPU of its own where there are several; one alone runs in this process,
+    where `accelerate launch` may have set up more."""
+    if workers < 2:
+        yield from (work(*task) for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    devices = context.SimpleQueue()
+    for index in range(workers):
+        devices.put(index)
+    pool = ProcessPoolExecutor(workers, context, _take_device, (devices,))
+    try:
+        yield from _results(as_completed([pool.submit(work, *task) for task in tasks]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _results(futures: Iterable[Any]) -> Iterator[Any]:
+    return (future.result() for future in futures)
+
+
+def _take_device(devices: Any) -> None:
+    index, count = devices.get(), torch.cuda.device_count()
+    if count > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % count)
+
+
+def on_ray(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterator[Any]:
+    """Ray's machines, a GPU a run where they have some; `workers` is how many run at a time."""
+    import ray
+
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    remote, waiting, running = ray.remote(work).options(**needs), list(tasks), []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            running.append(remote.remote(*waiting.pop(0)))
+        done, running = ray.wait(running)
+        yield from ray.get(done)
+
+
+ENGINES: dict[str, Callable[..., Iterator[Any]]] = {"local": local, "ray": on_ray}
