@@ -31,7 +31,7 @@ def assert_refused(result, *named):
         ("sed=1", "sed"),
         ("training.epoch=3", "training.epoch"),
         ("methods.lora.rate=3", "methods.lora.rate"),
-        ("task.target.angle=3", "task.target.angle"),
+        ("task.data.angle=3", "task.data.angle"),
         ("training.epochs=many", "training.epochs"),
         ("training.epochs=2.5", "training.epochs"),
         ("training.epochs=null", "training.epochs"),
@@ -47,22 +47,24 @@ def assert_refused(result, *named):
         ("seed=-1", "seed=-1"),
         ("fresh=maybe", "fresh"),
         ("budget=0", "budget=0"),
-        ("methods.prompt.learning_rate=1", "prompt: expected some of full, head, lora, flora"),
+        ("methods.prompt.learning_rate=1", "prompt: expected some of full, head, bitfit, houlsby"),
         ("methods=3", "methods"),
-        ("task.name=ocr", "task.name=ocr: expected one of image_classification"),
+        ("task.name=ocr", "task.name=ocr: expected one of image_classification, glue"),
         ("task=ocr", "task.name=ocr"),
-        ("task.target.rotate=45", "task.target.rotate=45: expected one of 0, 90, 180, 270"),
-        ("task.target.classes=[3,3]", "task.target.classes=[3, 3]"),
-        ("task.target.classes=[3,10]", "task.target.classes=[3, 10]"),
-        ("task.target.classes=[]", "task.target.classes=[]"),
-        ("task.train_share=0.9", "task.train_share=0.9"),
-        ("task.depths=[1]", "task.depths=[1]"),
-        ("task.depths=[1,0,1]", "task.depths=[1, 0, 1]"),
+        ("task.data.rotate=45", "task.data.rotate=45: expected one of 0, 90, 180, 270"),
+        ("task.data.classes=[3,3]", "task.data.classes=[3, 3]"),
+        ("task.data.classes=[3,10]", "task.data.classes=[3, 10]: digits has no class 10"),
+        ("task.data.classes=[3]", "task.data.classes=[3]: expected two or more"),
+        ("task.data.test_share=1", "task.data.test_share=1.0: expected a share"),
+        ("task.model.config.depths=[1]", "convnextv2: "),
+        ("task.data.mean=[0.5,0.5]", "task.data.mean=[0.5, 0.5] and task.data.std=[0.5]: expected one or three"),
+        ("task.data.path=./none", "./none: no such file or folder"),
+        ("task.model.weights=none.safetensors", "none.safetensors is not a whole safetensors file"),
+        ("task.model.name=a", "a model is given by name or config"),
         ("seed=${nothing}", "seed"),
         ("=3", "=3"),
         ("seed", "seed: expected key=value"),
         # what only the methods know, and still before anything is trained
-        ("budget=3", "methods.lora: LoRA of rank 1 has"),
         ("methods.flora.options.init=magic", "methods.flora: init"),
         ("methods.flora.options.rang=4", "methods.flora: "),
         ("methods.flora.options.r=0", "methods.flora: r"),
@@ -113,7 +115,10 @@ def test_overrides_are_written_in_three_ways():
     assert as_overrides(["--seed", "1", "--fresh"]) == ["seed=1", "fresh=true"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["plan", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["compare", "--help"], ["analyse", "--help"], ["plan", "--help"], ["--version"]],
+)
 def test_help(arguments):
     result = flora(*arguments)
     assert result.exit_code == 0 and not result.stderr
@@ -121,7 +126,14 @@ def test_help(arguments):
 
 def test_help_lists_every_key():
     help_text = flora("train", "--help").output
-    for key in ("seed", "training.learning_rate", "methods.NAME.options", "task.target.rotate"):
+    for key in (
+        "seed",
+        "training.learning_rate",
+        "methods.NAME.options",
+        "task.data.rotate",
+        "comparison.seeds",
+        "task.subset",
+    ):
         assert f"  {key} " in help_text
     assert "  kernel_rank " in flora("plan", "--help").output
 

@@ -158,7 +158,7 @@ def test_weights_of_a_file_all_but_the_heads(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({}, "task.model: give name or config"),
+        ({}, "a model is given by name or config"),
         ({"config": {"depth": 8}}, "expected a model_type"),
         ({"name": "a/b", "weights": "w.safetensors"}, "brings its own"),
         ({"config": {"model_type": "cifar_resnet", "depth": 9}}, "depth=9: expected 6 n"),

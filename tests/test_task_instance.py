@@ -14,11 +14,6 @@ from flora.tasks.instance_segmentation import CocoImages, InstanceSegmentation
 from flora.tasks.mask_rcnn import Detector
 from flora.tasks.pretrained import Pretrained
 
-# pycocotools 2.0.11 decodes masks in a way that numpy 2 will give up
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
-
 BODY = {"model_type": "cifar_resnet", "depth": 8, "widths": [4, 8, 8]}
 SMALL = {
     "channels": 8, "hidden": 8, "anchors": [8, 16, 32], "size": [32], "longest": 64, "proposals": 20, "samples": 16,
@@ -303,7 +298,6 @@ def test_bad_data_is_named_before_training(data, part, row, key, value, message)
         task(data).splits(0)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # open_image leaves the file open
 def test_a_corrupt_image_is_named(data):
     file = data / "train" / "2.png"
     file.write_bytes(file.read_bytes()[:60])

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 
@@ -44,9 +44,10 @@ def plan_keys() -> Iterator[tuple[str, str]]:
 
 
 def _describe(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    types = get_type_hints(kind)
     for key in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(key.type):
-            yield from _describe(key.type, f"{prefix}{key.name}.")
+        if dataclasses.is_dataclass(types[key.name]):
+            yield from _describe(types[key.name], f"{prefix}{key.name}.")
         elif "help" in key.metadata:
             default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
             yield prefix + key.name, f"{key.metadata['help']} [{default}]"

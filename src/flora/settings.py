@@ -31,6 +31,10 @@ class Training:
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's", "least": 0})
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16", "choices": ("no", "bf16", "fp16")})
 
+    def __post_init__(self):
+        if self.mixed_precision == "False":  # what YAML makes of a bare no
+            self.mixed_precision = "no"
+
 
 @dataclass
 class Method:

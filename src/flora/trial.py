@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -214,7 +215,9 @@ def _numbers(evaluated: Mapping[str, float]) -> dict[str, float]:
     """{"test_accuracy": 0.9, "test_runtime": 3.1, ...} -> {"accuracy": 0.9, ...}"""
     named = {name.split("_", 1)[1]: value for name, value in evaluated.items() if "_" in name}
     times = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-    return {name: float(value) for name, value in named.items() if name not in times}
+    loss = named.pop("loss", None)  # not every task has one in evaluation
+    found = named if loss is None or not math.isfinite(loss) else {"loss": loss, **named}
+    return {name: float(value) for name, value in found.items() if name not in times}
 
 
 def _save(model: nn.Module, folder: Path) -> int:

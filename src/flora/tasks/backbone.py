@@ -22,7 +22,7 @@ def load_backbone(keys: Pretrained) -> nn.Module:
 
     from flora.tasks import cifar_resnet
 
-    keys._check()
+    keys.check()
     cifar_resnet.register()
     try:
         if keys.name and keys.name.startswith(TIMM):

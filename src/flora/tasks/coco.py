@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora.tasks.data import _known
+from flora.tasks.data import split_name
 
 SLACK = 1  # pixels that a box may stick out of its image: annotation tools round
 
@@ -92,7 +92,7 @@ def _files(folder: Path) -> list[tuple[str, Path, Path]]:
     for file in sorted([*folder.glob("*.json"), *folder.glob("annotations/instances_*.json")]):
         name = file.stem.removeprefix("instances_")
         if (folder / name).is_dir():
-            found.append((_known(re.sub(r"[\d_.-]+$", "", name)), file, folder / name))
+            found.append((split_name(re.sub(r"[\d_.-]+$", "", name)), file, folder / name))
     splits = [split for split, _, _ in found]
     if "train" not in splits or len(set(splits)) < len(splits):
         raise ValueError(

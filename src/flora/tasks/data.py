@@ -36,6 +36,22 @@ class Portions:
 
 
 @dataclass
+class Pictures(Portions):
+    """Portions of a source of pictures, and how their channels are normalised: ImageNet's by default."""
+
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "of each channel"})
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "of each channel"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
+            raise ValueError(
+                f"task.data.mean={self.mean} and task.data.std={self.std}: expected one or three numbers each, "
+                "the latter above 0"
+            )
+
+
+@dataclass
 class Table:
     """A ``datasets.Dataset``, and how to name one of its rows to a person."""
 
@@ -82,7 +98,7 @@ def read(path: str, images: Iterable[str] = ()) -> dict[str, Table]:
             if not isinstance(table.rows.features[column], datasets.Image):
                 raise ValueError(f"{path}: column {column!r} holds {table.rows.features[column]}, no images")
             table.rows = table.rows.cast_column(column, datasets.Image(decode=False))
-    return {_known(name): table for name, table in tables.items()}
+    return {split_name(name): table for name, table in tables.items()}
 
 
 def _parquet(files: list[Path]) -> dict[str, Table]:
@@ -115,7 +131,8 @@ def _namer(path: str, split: str) -> Callable[[int], str]:
     return lambda index: f"{path}, {split}, row {index}"
 
 
-def _known(name: str) -> str:
+def split_name(name: str) -> str:
+    """One of `SPLITS` for what sources call it; another name as it is."""
     return next((split for split, names in SPLITS.items() if name.lower() in names), name)
 
 
@@ -141,7 +158,7 @@ def open_image(table: Table, index: int, column: str) -> Any:
 
     found = table.rows[index][column] or {}
     try:
-        picture = Image.open(io.BytesIO(found["bytes"]) if found.get("bytes") else found.get("path") or "")
+        picture = Image.open(io.BytesIO(found.get("bytes") or Path(found.get("path") or "").read_bytes()))
         picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         where = f" ({found['path']})" if found.get("path") else ""

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from flora.tasks.base import HEADS, Task
-from flora.tasks.data import Portions, Table, check_each, need_columns, open_image, read, three
+from flora.tasks.data import Pictures, Table, check_each, need_columns, open_image, read, three
 from flora.tasks.pretrained import Pretrained
 
 DIGITS = "digits"
 
 
 @dataclass
-class Images(Portions):
+class Images(Pictures):
     """Which images there are, and how they are shown."""
 
     path: str = field(default=DIGITS, metadata={"help": "digits (scikit-learn's), a folder, parquet, or a hub name"})
@@ -28,18 +28,11 @@ class Images(Portions):
     invert: bool = field(default=False, metadata={"help": "dark for light"})
     size: int | None = field(default=None, metadata={"help": "pixels to scale the shorter side and cut to", "least": 1})
     augment: bool = field(default=False, metadata={"help": "show train's images cropped at random, and mirrored"})
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "of each channel"})
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "of each channel"})
 
     def __post_init__(self):
         super().__post_init__()
         if len(set(self.classes)) < len(self.classes) or len(self.classes) == 1:
             raise ValueError(f"task.data.classes={self.classes}: expected two or more different classes, or none")
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
-            raise ValueError(
-                f"task.data.mean={self.mean} and task.data.std={self.std}: expected one or three numbers each, "
-                "the latter above 0"
-            )
 
 
 @dataclass
@@ -54,7 +47,7 @@ class ImageClassification(Task):
     def source_task(self) -> ImageClassification | None:
         return self.source and replace(self, data=self.source, source=None)
 
-    def splits(self, seed: int) -> dict[str, Pictures]:
+    def splits(self, seed: int) -> dict[str, LabelledImages]:
         keys = self.data
         chosen = {name: _with(table, keys.label, self.classes) for name, table in self._tables.items()}
         splits = three(chosen, keys, seed, keys.path)
@@ -65,7 +58,7 @@ class ImageClassification(Task):
                     raise ValueError(f"{table.name(index)}: class {label} is not in the train split")
             check_each(table, lambda index, table=table: open_image(table, index, keys.image))
         return {
-            name: Pictures(table, keys, self.classes, keys.augment and name == "train")
+            name: LabelledImages(table, keys, self.classes, keys.augment and name == "train")
             for name, table in splits.items()
         }
 
@@ -104,7 +97,7 @@ class ImageClassification(Task):
 
 
 @dataclass
-class Pictures:
+class LabelledImages:
     """A table's pictures as tensors, and their labels as indices of ``classes``."""
 
     table: Table

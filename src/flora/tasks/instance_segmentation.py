@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from flora.tasks import coco
 from flora.tasks.backbone import load_backbone, map_norms
 from flora.tasks.base import Task
-from flora.tasks.data import Portions, Table, check_each, open_image, three
+from flora.tasks.data import Pictures, Table, check_each, open_image, three
 from flora.tasks.mask_rcnn import Detector, MaskRCNN
 from flora.tasks.pretrained import Pretrained
 
 
 @dataclass
-class CocoImages(Portions):
+class CocoImages(Pictures):
     """Which images there are. Crowds are no objects to train on, and regions where COCO's evaluation counts nothing."""
 
     path: str = field(
@@ -29,15 +29,11 @@ class CocoImages(Portions):
     )
     drop_empty: bool = field(default=False, metadata={"help": "leave boxes without area out; else they are refused"})
     augment: bool = field(default=False, metadata={"help": "mirror train's at random"})
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "of each channel"})
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "of each channel"})
 
     def __post_init__(self):
         super().__post_init__()
-        if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
-            raise ValueError(
-                f"task.data.mean={self.mean} and task.data.std={self.std}: expected three numbers each, std above 0"
-            )
+        if len(self.mean) != 3:
+            raise ValueError(f"task.data.mean={self.mean}: expected three numbers")
 
 
 @dataclass

@@ -28,7 +28,7 @@ class Pretrained:
 
         from flora.tasks import cifar_resnet
 
-        self._check()
+        self.check()
         cifar_resnet.register()
         auto = getattr(transformers, kind)
         try:
@@ -38,19 +38,20 @@ class Pretrained:
                 return model
             keys = {**self.config, **overrides}
             model = auto.from_config(transformers.AutoConfig.for_model(keys.pop("model_type"), **keys))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a model's own code may raise anything
             raise ValueError(f"{self.name or self.config['model_type']}: {' '.join(str(error).split())}") from error
         if self.weights:
             load_weights(model, self.weights, head)
         return model
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError where the keys do not say one model."""
         if (self.name is None) == (not self.config):
-            raise ValueError(f"task.model: give name or config, got name={self.name} and config={self.config}")
+            raise ValueError(f"a model is given by name or config, got name={self.name} and config={self.config}")
         if self.config and "model_type" not in self.config:
-            raise ValueError(f"task.model.config={self.config}: expected a model_type, such as convnextv2")
+            raise ValueError(f"config={self.config}: expected a model_type, such as convnextv2")
         if self.name and self.weights:
-            raise ValueError(f"task.model.weights={self.weights}: a named model ({self.name}) brings its own")
+            raise ValueError(f"weights={self.weights}: a named model ({self.name}) brings its own")
 
 
 def redraw(model: nn.Module, head: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flora.tasks.backbone import load_backbone, map_norms
 from flora.tasks.base import Task
-from flora.tasks.data import Portions, Table, _known, check_each, need_columns, open_image, read, three
+from flora.tasks.data import Pictures, Table, check_each, need_columns, open_image, read, split_name, three
 from flora.tasks.pretrained import Pretrained
 
 HEADS = ("decode_head", "auxiliary_head", "segmentation_head", "classifier", "head")
@@ -21,7 +21,7 @@ IGNORED = 255  # the label that transformers' segmentation losses leave out
 
 
 @dataclass
-class Scenes(Portions):
+class Scenes(Pictures):
     """Which pictures there are, with a picture of labels each, and how they are shown."""
 
     path: str = field(
@@ -40,8 +40,6 @@ class Scenes(Portions):
     augment: bool = field(
         default=False, metadata={"help": "show train's at half to twice that scale, cropped at random, and mirrored"}
     )
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "of each channel"})
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "of each channel"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,11 +53,6 @@ class Scenes(Portions):
             raise ValueError(f"task.data.classes={self.classes}: expected 2 to {IGNORED}")
         if strange := [label for label in self.ignore if not 0 <= label <= IGNORED]:
             raise ValueError(f"task.data.ignore={self.ignore}: {strange[0]} is no label, expected 0 to {IGNORED}")
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
-            raise ValueError(
-                f"task.data.mean={self.mean} and task.data.std={self.std}: expected one or three numbers each, "
-                "the latter above 0"
-            )
 
 
 @dataclass
@@ -259,7 +252,7 @@ def _pairs(folder: Path, keys: Scenes) -> dict[str, Table]:
             raise ValueError(f"{found[one][stem]}: there is no {folder / other / stem}")
     splits: dict[str, list[Path]] = {}
     for stem in found["images"]:
-        splits.setdefault(_known(stem.parts[0]) if len(stem.parts) > 1 else "train", []).append(stem)
+        splits.setdefault(split_name(stem.parts[0]) if len(stem.parts) > 1 else "train", []).append(stem)
     picture = datasets.Image(decode=False)
     features = datasets.Features({keys.image: picture, keys.annotation: picture})
     tables = {}
