@@ -137,7 +137,6 @@ def test_a_variant_of_a_method_is_one_of_its_own(tmp_path):
     assert all(row["norms"] and row["spectra"]["delta"] for row in rows.values())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_engines_run_every_task(engine):
+def test_ray_runs_every_task():  # the local engine has two workers above
     tasks = [("folder", str(number)) for number in range(5)]
-    assert sorted(ENGINES[engine](posixpath.join, tasks, 2)) == [posixpath.join(*task) for task in tasks]
+    assert sorted(ENGINES["ray"](posixpath.join, tasks, 2)) == [posixpath.join(*task) for task in tasks]

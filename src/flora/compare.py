@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -94,30 +94,36 @@ def _work(keys: dict, trial: Trial, file: Path | None, folder: Path, workers: in
 
 
 def local(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterator[Any]:
-    """Processes on this machine, each with a GPU of its own where there are several; one alone runs in this process,
-    where `accelerate launch` may have set up more."""
+    """Processes on this machine, a new one for each run, with a GPU of its own where there are several; one at a time
+    runs in this process, where `accelerate launch` may have set up more."""
     if workers < 2:
         yield from (work(*task) for task in tasks)
         return
     context = multiprocessing.get_context("spawn")
-    devices = context.SimpleQueue()
+    free = context.SimpleQueue()
     for index in range(workers):
-        devices.put(index)
-    pool = ProcessPoolExecutor(workers, context, _take_device, (devices,))
+        free.put(index)
+    pool = ProcessPoolExecutor(workers, context, _share, (free,), max_tasks_per_child=1)
     try:
-        yield from _results(as_completed([pool.submit(work, *task) for task in tasks]))
+        yield from (future.result() for future in as_completed([pool.submit(_on_device, work, *t) for t in tasks]))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _results(futures: Iterable[Any]) -> Iterator[Any]:
-    return (future.result() for future in futures)
+def _share(free: Any) -> None:
+    global _free
+    _free = free
 
 
-def _take_device(devices: Any) -> None:
-    index, count = devices.get(), torch.cuda.device_count()
+def _on_device(work: Callable[..., Any], *task: Any) -> Any:
+    """Before this process has touched a GPU: it sees the one that it takes, and gives it back."""
+    index, count = _free.get(), torch.cuda.device_count()
     if count > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(index % count)
+    try:
+        return work(*task)
+    finally:
+        _free.put(index)
 
 
 def on_ray(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterator[Any]:
