@@ -2,7 +2,11 @@
 
 import json
 import posixpath
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -92,6 +96,19 @@ def test_two_workers_find_what_one_does(tmp_path):
         result = flora_compare(*job, *places(folder), *one_seed)
         assert result.exit_code == 0, result.output
     assert plain(tmp_path / "1") == plain(tmp_path / "2")
+
+
+def test_a_killed_comparison_takes_its_workers_with_it(tmp_path):
+    arguments = [*with_methods(tmp_path, "head", "flora"), *GRID, "--workers=2", "training.epochs=1000"]
+    command = [sys.executable, "-m", "flora.cli", "compare", *map(str, arguments)]
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "run" / "trials").glob("*/checkpoints/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = process.children(recursive=True)
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def test_what_cannot_run_is_said_and_left_out(tmp_path):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +109,22 @@ def local(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterato
     pool = ProcessPoolExecutor(workers, context, _share, (free,), max_tasks_per_child=1)
     try:
         yield from (future.result() for future in as_completed([pool.submit(_on_device, work, *t) for t in tasks]))
+    except BrokenProcessPool as error:
+        raise ConfigError("a run was ended from outside, for want of memory perhaps: start again to go on") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _share(free: Any) -> None:
+    """What a new process begins with: the free devices, and an eye on the process that started it."""
     global _free
     _free = free
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)  # or a killed comparison's runs would go on beside those of its next start
 
 
 def _on_device(work: Callable[..., Any], *task: Any) -> Any:

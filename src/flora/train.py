@@ -60,6 +60,7 @@ def fit(
     if trainer.is_world_process_zero():
         trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
     trainer.train(resume_from_checkpoint=checkpoints.last)
+    trainer.remove_callback(TensorBoardCallback)  # it would begin a second log with what is evaluated later
     return Fitted(trainer, checkpoints.seconds(), median(checkpoints.epochs) if checkpoints.epochs else None)
 
 

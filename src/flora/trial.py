@@ -32,7 +32,7 @@ from flora.methods import METHODS, Adapted, LeftOut, adapt, head_parameters, tra
 from flora.settings import Config, ConfigError, one_line
 from flora.tasks import Examples, Task
 from flora.tasks.pretrained import load_weights
-from flora.train import arguments, fit, load_statistics, statistics
+from flora.train import arguments, fit, load_statistics, no_accelerator, statistics
 
 GRADIENT_BATCHES = 8
 WEIGHTS, STATISTICS = "model.safetensors", "statistics.safetensors"
@@ -60,13 +60,14 @@ def plan(config: Config, methods: list[str], budgets: list[int]) -> dict[tuple[s
     Raises ConfigError naming the method and its option, or the file and row of the data.
     """
     try:
-        for task in filter(None, [config.task, config.task.source_task()]):
-            task.splits(config.seed)
+        steps = _steps(config, config.task.splits(config.seed))
+        if source := config.task.source_task():
+            source.splits(config.seed)
         reasons: dict[tuple[str, int | None], str | None] = {}
         for name in methods:
             size = METHODS[config.way(name)].size
             for budget in budgets if size and size not in config.methods[name].options else [None]:
-                reasons[name, budget] = _reason(config, name, budget)
+                reasons[name, budget] = _reason(config, name, budget, steps)
         for keys in ("pretraining", "training"):
             try:
                 arguments(getattr(config, keys), config.seed, Path(config.output))
@@ -77,10 +78,10 @@ def plan(config: Config, methods: list[str], budgets: list[int]) -> dict[tuple[s
     return reasons
 
 
-def _reason(config: Config, name: str, budget: int | None) -> str | None:
+def _reason(config: Config, name: str, budget: int | None, steps: int) -> str | None:
     model = config.task.build()
     try:
-        _adapt(config, name, budget, model, steps=1000)
+        _adapt(config, name, budget, model, steps)
     except LeftOut as error:
         return str(error)
     except (TypeError, ValueError) as error:
@@ -92,6 +93,13 @@ def _adapt(config: Config, name: str, budget: int | None, model: nn.Module, step
     targets = config.target_modules or config.task.targets
     options = dict(config.methods[name].options)
     return adapt(config.way(name), model, config.task.head(model), budget or 0, options, targets=targets, steps=steps)
+
+
+def _steps(config: Config, data: dict[str, Examples]) -> int:
+    """Optimizer steps of a whole training."""
+    keys = config.training
+    batch = keys.batch_size * PartialState(cpu=no_accelerator()).num_processes
+    return keys.max_steps or keys.epochs * -(-len(data["train"]) // batch)
 
 
 # ------------------------------------------------------------------------------------------------------ base model
@@ -139,9 +147,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
     base = base_model(task, file, trial.seed)
     head, size = head_parameters(base, task.head(base)), sum(p.numel() for p in base.parameters())
     keys = replace(config.training, learning_rate=trial.learning_rate)
-    batch = keys.batch_size * PartialState().num_processes
-    steps = keys.max_steps or keys.epochs * -(-len(data["train"]) // batch)
-    adapted = _adapt(config, trial.method, trial.budget, base, steps)
+    adapted = _adapt(config, trial.method, trial.budget, base, _steps(config, data))
     if adapted.start:
         adapted.start(_batches(task, data["train"], keys.batch_size, trial.seed))
     before = _weights(base, task.head(base)) if config.way(trial.method) == "full" else None
