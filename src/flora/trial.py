@@ -117,6 +117,7 @@ def base_file(config: Config, folder: Path, main: bool, wait: Any) -> Path | Non
         set_seed(config.seed)
         data, place = task.splits(config.seed), folder / "pretraining"
         fitted = fit("base", task.build(), task, data, config.pretraining, config.seed, place, folder / "logs" / "base")
+        wait()  # the others may still be looking at their checkpoints
         if main:
             with replace_file(file) as temporary:
                 save_file({name: t.contiguous().cpu() for name, t in fitted.model.state_dict().items()}, temporary)
