@@ -120,6 +120,17 @@ def test_what_cannot_run_is_said_and_left_out(tmp_path):
     assert left["left_out"] in result.output and len(rows) == 4
 
 
+def test_what_was_left_out_runs_once_it_can(tmp_path):
+    job = [*with_methods(tmp_path, "lora"), *SHORT, "comparison.seeds=[0]", "comparison.rates=[1]"]
+    assert flora_compare(*job).exit_code == 0
+    (row,) = map(json.loads, lines(tmp_path))
+    reason = {key: row[key] for key in ("task", "metric", "method", "way", "options", "budget")} | {"left_out": "no"}
+    (tmp_path / "run" / "results.jsonl").write_text(json.dumps(reason) + "\n")
+    result = flora_compare(*job)
+    assert result.exit_code == 0 and "left out" not in result.output.replace("left out, Conv2d", "")
+    assert [json.loads(line).get("seed") for line in lines(tmp_path)] == [None, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

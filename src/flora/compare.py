@@ -25,7 +25,7 @@ from flora.analysis import rows, tables
 from flora.job import Job, learning_rate
 from flora.models import quiet
 from flora.settings import Config, ConfigError, checked
-from flora.trial import Trial, plan, run
+from flora.trial import Trial, plan, run, subject
 
 FREE = ("budget", "methods.*.learning_rate", "training.learning_rate")  # named by each trial
 
@@ -45,7 +45,7 @@ def compare(config: Config, methods: Sequence[str] = ()) -> list[dict]:
     file = job.base_file()
     for (name, budget), reason in reasons.items():
         if reason and not any((row["method"], row["budget"]) == (name, budget) for row in job.rows()):
-            job.add(_left_out(config, name, budget, reason))
+            job.add({**subject(config, name, budget), "left_out": reason})
     runnable = [pair for pair, reason in reasons.items() if not reason]
 
     first, *others = keys.seeds
@@ -62,11 +62,6 @@ def compare(config: Config, methods: Sequence[str] = ()) -> list[dict]:
     return found
 
 
-def _left_out(config: Config, name: str, budget: int | None, reason: str) -> dict[str, Any]:
-    known = {"task": Path(config.output).name, "metric": config.task.metric, "method": name, "way": config.way(name)}
-    return {**known, "options": config.methods[name].options, "budget": budget, "left_out": reason}
-
-
 def _best(found: list[dict], pair: tuple[str, int | None]) -> float:
     """The learning rate that did best on the validation split."""
     return rows.results(row for row in found if (row["method"], row["budget"]) == pair)[0].learning_rate
@@ -74,7 +69,7 @@ def _best(found: list[dict], pair: tuple[str, int | None]) -> float:
 
 def _run(job: Job, trials: list[Trial], file: Path | None) -> None:
     """Those that have not ended yet; a row is kept as each ends."""
-    left = [trial for trial in trials if not job.row(trial)]
+    left = job.left(trials)
     keys, workers = job.config.comparison, min(job.config.comparison.workers, len(left))
     with tqdm(total=len(trials), initial=len(trials) - len(left), unit="run", disable=not job.main) as bar:
         tasks = [(asdict(job.config), trial, file, job.folder / "trials" / trial.name, workers) for trial in left]

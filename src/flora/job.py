@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -37,25 +37,24 @@ FOLDERS = ("pretraining", "logs", "trials", *METHODS)
 
 def train(config: Config) -> list[dict]:
     """Train with every method of `config`, one after the other; a row of results for each."""
-    open_job = Job(config)
+    job = Job(config)
     reasons = plan(config, list(config.methods), [config.budget])
     if all(reasons.values()):
         name, reason = next((name, reason) for (name, _budget), reason in reasons.items())
         raise ConfigError(f"methods.{name}: {reason}")
-    open_job.open()
-    file = open_job.base_file()
+    job.open()
+    file = job.base_file()
     runnable = [pair for pair, reason in reasons.items() if not reason]
     trials = [Trial(*pair, config.seed, learning_rate(config, pair[0])) for pair in runnable]
-    for trial in trials:
-        if not open_job.row(trial):
-            open_job.add(run(config, trial, file, open_job.folder / trial.method))
-    found = [open_job.row(trial) for trial in trials]
-    if open_job.main:
-        curves = open_job.folder / "curves.png"
+    for trial in job.left(trials):
+        job.add(run(config, trial, file, job.folder / trial.method))
+    found = job.rows_of(trials)
+    if job.main:
+        curves = job.folder / "curves.png"
         with replace_file(curves) as path:
             plots.figure(found, config.task.metric, path)
         lines = [tables.summary(found), *(f"{name} was left out: {why}" for (name, _), why in reasons.items() if why)]
-        print("\n" + "\n".join(lines) + f"\n\neverything is in {open_job.folder}, the learning curves in {curves}")
+        print("\n" + "\n".join(lines) + f"\n\neverything is in {job.folder}, the learning curves in {curves}")
     return found
 
 
@@ -109,9 +108,19 @@ class Job:
         file = self.folder / rows.RESULTS
         return rows.read([file]) if file.exists() and file.stat().st_size else []
 
-    def row(self, trial: Trial) -> dict[str, Any] | None:
-        """What came out of a trial; None before it has ended."""
-        return next((row for row in self.rows() if all(row[key] == asdict(trial)[key] for key in asdict(trial))), None)
+    def rows_of(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """What came out of the trials that have ended, in their order."""
+        ended = self._ended()
+        return [ended[trial] for trial in trials if trial in ended]
+
+    def left(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The trials that have not ended yet."""
+        ended = self._ended()
+        return [trial for trial in trials if trial not in ended]
+
+    def _ended(self) -> dict[Trial, dict[str, Any]]:
+        ran = [row for row in self.rows() if "left_out" not in row]
+        return {Trial(**{field.name: row[field.name] for field in fields(Trial)}): row for row in ran}
 
     def add(self, row: dict[str, Any]) -> None:
         if self.main:

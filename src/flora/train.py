@@ -50,11 +50,8 @@ def fit(
         data_collator=task.collate,
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce,
-        callbacks=[
-            *callbacks,
-            checkpoints,
-            Progress(name, task.metric, bar),
-        ],  # a checkpoint is whole when all have written
+        # the method's first: a checkpoint is whole when they have written theirs
+        callbacks=[*callbacks, checkpoints, Progress(name, task.metric, bar)],
     )
     trainer.remove_callback(PrinterCallback)  # the bar says it
     if trainer.is_world_process_zero():

@@ -151,8 +151,9 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
     adapted = _adapt(config, trial.method, trial.budget, base, _steps(config, data))
     if adapted.start:
         adapted.start(_batches(task, data["train"], keys.batch_size, trial.seed))
-    before = _weights(base, task.head(base)) if config.way(trial.method) == "full" else None
-    norms = Norms(config.comparison.norms, before) if config.comparison.norms else None
+    measured = config.comparison.norms
+    before = _weights(base, task.head(base)) if measured and config.way(trial.method) == "full" else None
+    norms = Norms(measured, before) if measured else None
     _forget_peak()
     fitted = fit(
         trial.method,
@@ -170,12 +171,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
     found = trainable(adapted.model) - head if adapted.parameters is None else adapted.parameters
     logged = f"eval_{task.metric}"
     row = {
-        "task": Path(config.output).name,
-        "metric": task.metric,
-        "method": trial.method,
-        "way": config.way(trial.method),
-        "options": config.methods[trial.method].options,
-        "budget": trial.budget,
+        **subject(config, trial.method, trial.budget),
         "seed": trial.seed,
         "learning_rate": trial.learning_rate,
         "validation": _numbers(fitted.trainer.evaluate(data["validation"], metric_key_prefix="validation")),
@@ -198,12 +194,24 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*LoRA tensor.* have invalid shape")  # AdaLoRA's that were cut to rank 0
             row["bytes"] = _save(trained, folder / "trained")
-        if config.comparison.norms:
+        if measured:
             row["spectra"] = spectra(trained, before)
         if isinstance(trained, peft.PeftModel):
             row |= _round_trip(task, trained, base_model(task, file, trial.seed), folder / "trained", data["test"])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return row
+
+
+def subject(config: Config, method: str, budget: int | None) -> dict[str, Any]:
+    """What a row is of, whether it ran or was left out."""
+    return {
+        "task": Path(config.output).name,
+        "metric": config.task.metric,
+        "method": method,
+        "way": config.way(method),
+        "options": config.methods[method].options,
+        "budget": budget,
+    }
 
 
 def _weights(model: nn.Module, head: list[str]) -> dict[str, torch.Tensor]:

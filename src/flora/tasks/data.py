@@ -173,6 +173,15 @@ def check_each(table: Table, check: Callable[[int], Any]) -> None:
             pass
 
 
+def need_known(splits: dict[str, Table], column: str, spelled: Callable[[int], str]) -> None:
+    """Every class of a split must be in train: what is never shown is not learned. Raises ValueError naming the row."""
+    known = set(splits["train"].rows[column][:])
+    for table in splits.values():
+        for index, label in enumerate(table.rows[column][:]):
+            if label not in known:
+                raise ValueError(f"{table.name(index)}: {spelled(label)} is not in the train split")
+
+
 # -------------------------------------------------------------------------------------------------------- splitting
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from flora.tasks.base import Task
-from flora.tasks.data import Portions, Table, need_columns, three
+from flora.tasks.data import Portions, Table, need_columns, need_known, three
 from flora.tasks.pretrained import Pretrained
 
 OUTPUTS = ("classifier", "score", "classification_head", "logits_proj")  # what transformers calls an output layer
@@ -105,12 +105,7 @@ class Glue(Task):
     def splits(self, seed: int) -> dict[str, Table]:
         splits = three(self._tables, self.data, seed, self.data.path)
         if self._subset.classes:
-            known = set(splits["train"].rows["labels"][:])
-            for table in splits.values():
-                for index, label in enumerate(table.rows["labels"][:]):
-                    if label not in known:
-                        label = self._subset.classes[label]
-                        raise ValueError(f"{table.name(index)}: label {label!r} is not in the train split")
+            need_known(splits, "labels", lambda label: f"label {self._subset.classes[label]!r}")
         return splits
 
     @cached_property

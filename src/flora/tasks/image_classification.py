@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flora.tasks.base import HEADS, Task
-from flora.tasks.data import Pictures, Table, check_each, need_columns, open_image, read, three
+from flora.tasks.data import Pictures, Table, check_each, need_columns, need_known, open_image, read, three
 from flora.tasks.pretrained import Pretrained
 
 DIGITS = "digits"
@@ -51,11 +51,8 @@ class ImageClassification(Task):
         keys = self.data
         chosen = {name: _with(table, keys.label, self.classes) for name, table in self._tables.items()}
         splits = three(chosen, keys, seed, keys.path)
-        known = set(splits["train"].rows[keys.label])
+        need_known(splits, keys.label, lambda label: f"class {label}")
         for table in splits.values():
-            for index, label in enumerate(table.rows[keys.label]):
-                if label not in known:
-                    raise ValueError(f"{table.name(index)}: class {label} is not in the train split")
             check_each(table, lambda index, table=table: open_image(table, index, keys.image))
         return {
             name: LabelledImages(table, keys, self.classes, keys.augment and name == "train")
