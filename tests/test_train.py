@@ -167,6 +167,7 @@ def test_other_keys_need_another_folder_or_a_fresh_start(tmp_path):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
     keys = [*with_methods(tmp_path, "head", "flora"), "pretraining.max_steps=2", "training.epochs=12"]
+    keys.append("comparison.norms=4")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert flora_train(*keys, *places(whole)).exit_code == 0
 

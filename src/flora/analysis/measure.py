@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from flora.core_space import CoreSpace
 from flora.tucker import project, unfold
@@ -131,12 +132,12 @@ def _range(matrix: Tensor) -> Tensor | None:
     return matrix @ (vectors[:, kept] / squares[kept].sqrt())
 
 
-class Norms(TrainerCallback):
+class Norms(TrainerCallback, ExportableState):
     """Records how updates grow (paper, Fig. 4): ``rows`` of [step, mean ‖ΔW‖_F, mean amplification] over all updates.
 
     About ``points`` times in a training, the first steps more often (step k² of n²), and at its end. The mean of the
     amplification leaves out what is not finite. ``base`` is for full fine-tuning, see ``deltas``. ``seconds`` is the
-    time that measuring took, to be taken off the training's.
+    time that measuring took, to be taken off the training's. Both lie in the Trainer's checkpoints, and go on from one.
     """
 
     def __init__(self, points: int = 20, base: Weights | None = None) -> None:
@@ -147,7 +148,12 @@ class Norms(TrainerCallback):
         self.rows: list[list[float]] = []
         self.seconds = 0.0
 
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"rows": self.rows, "seconds": self.seconds}}
+
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step and (found := state.stateful_callbacks.get("Norms")):  # of a checkpoint
+            self.rows, self.seconds = found["attributes"]["rows"], found["attributes"]["seconds"]
         self._steps = {1, *(-(-state.max_steps * k**2 // self.points**2) for k in range(1, self.points + 1))}
 
     def on_step_end(self, args, state, control, model, **kwargs):
