@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from flora.baselines import adapters, common
-from flora.methods import METHODS, LeftOut, adapt, head_parameters, trainable
+from flora.baselines.common import LeftOut, head_parameters, trainable
+from flora.methods import METHODS, adapt
 from flora.tasks.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks for it

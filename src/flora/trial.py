@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from flora.analysis.measure import Norms, spectra
+from flora.baselines.common import Adapted, LeftOut, head_parameters, trainable
 from flora.files import replace_file
-from flora.methods import METHODS, Adapted, LeftOut, adapt, head_parameters, trainable
+from flora.methods import METHODS, adapt
 from flora.settings import Config, ConfigError, one_line
 from flora.tasks import Examples, Task
 from flora.tasks.pretrained import load_weights

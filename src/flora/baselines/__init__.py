@@ -1,1 +1,1 @@
-"""What a comparison needs and PEFT lacks."""
+"""What a comparison sets FLoRA against: rivals as installed packages, and what no package has, written from papers."""

@@ -6,17 +6,49 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
+from flora.baselines.common import Adapted, Asked, LeftOut, Limits, count, fitting, where, wrap
 from flora.files import replace_file
 
+LIMITS = Limits((nn.Linear, Conv1D, nn.Conv2d), ("groups", "padding_mode"))
 STATE = "adalora.safetensors"
 STATISTICS = ("exp_avg_ipt", "exp_avg_unc")
+
+
+def adalora(
+    asked: Asked, target_modules: Any = None, target_r: int | None = None, init_r: int | None = None, **options: Any
+) -> Adapted:
+    """The budget is for the ranks at the end; it starts with half as much again."""
+    if "r" in options:
+        raise ValueError("r: AdaLoRA has target_r in its place")
+    if asked.steps < 2:
+        raise LeftOut(f"AdaLoRA needs two steps at least, the training has {asked.steps}")
+    layers, notes = asked.layers(LIMITS, target_modules)
+    transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
+
+    def config(target: int, first: int) -> peft.AdaLoraConfig:
+        fields = {"lora_alpha": 2 * first, "fan_in_fan_out": transposed, **schedule(asked.steps)}
+        return peft.AdaLoraConfig(target_r=target, init_r=first, **fields | options, **where(asked, layers))
+
+    def parameters(rank: int) -> int:
+        return count(asked, config(rank, rank))
+
+    target = target_r or fitting(parameters, asked.budget, "AdaLoRA of rank")
+    size = parameters(target)
+    first = init_r or -(-3 * target // 2)
+    if first <= target:
+        raise ValueError(f"init_r={first}: expected more than target_r={target}, which it is cut to")
+    model = wrap(asked, asked.model, config(target, first), RegularisedModel)
+    notes = [f"rank {first}, cut to {target} on average, on {len(layers)} layers", *notes]
+    return Adapted(model, notes, [Allocation()], parameters=size)
 
 
 def schedule(steps: int) -> dict[str, int]:

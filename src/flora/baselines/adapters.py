@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from flora.baselines.common import Adapted, Asked, LeftOut, fitting
+
 # In a block: the layer that ends the attention, the one that ends the feed-forward network, the LayerNorm behind it
 BLOCKS = (
     ("attention.output.dense", "output.dense", "output.LayerNorm"),  # BERT, RoBERTa, ELECTRA, DeBERTa
@@ -28,6 +30,29 @@ BLOCKS = (
 )
 HOULSBY, PFEIFFER = "houlsby", "pfeiffer"
 FIRST_STD = 0.01  # Houlsby et al., section 2.1: Gaussian, cut at two standard deviations
+
+
+def houlsby(asked: Asked, width: int | None = None, activation: str = "gelu") -> Adapted:
+    return _with_adapters(asked, HOULSBY, width, activation)
+
+
+def pfeiffer(asked: Asked, width: int | None = None, activation: str = "relu") -> Adapted:
+    return _with_adapters(asked, PFEIFFER, width, activation)
+
+
+def _with_adapters(asked: Asked, kind: str, width: int | None, activation: str) -> Adapted:
+    """Bottleneck adapters, as wide as the budget says."""
+    names = places(asked.model, kind)
+    if not names:
+        raise LeftOut("there are no transformer blocks of a known kind to put adapters in")
+    sizes = [size_at(asked.model, name) for name in names]
+    if width is None:
+        width = fitting(
+            lambda width: sum((2 * size + 1) * width + size for size in sizes), asked.budget, "an adapter of width"
+        )
+    asked.train_head_only()
+    insert(asked.model, names, width, activation)
+    return Adapted(asked.model, [f"width {width} in {len(names)} places"])
 
 
 class Bottleneck(nn.Module):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import peft
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -114,6 +117,29 @@ def copied(model: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t) -
 def on_meta(tensor: Tensor) -> Tensor:
     empty = tensor.detach().to("meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def where(asked: Asked, layers: Iterable[str]) -> dict[str, Any]:
+    """The fields of a PEFT config that name exactly these layers, and the head."""
+    return {"target_modules": "|".join(map(re.escape, layers)), "modules_to_save": asked.head or None}
+
+
+def count(asked: Asked, config: peft.PeftConfig) -> int:
+    """Trainable parameters of the adapter, the head's aside."""
+    with torch.device("meta"):
+        return trainable(wrap(asked, copied(asked.model, on_meta), config)) - head_parameters(asked.model, asked.head)
+
+
+def wrap(
+    asked: Asked, model: nn.Module, config: peft.PeftConfig, kind: type[peft.PeftModel] = peft.PeftModel
+) -> peft.PeftModel:
+    heads = tuple(asked.head)
+    for name, _ in asked.model.named_modules():
+        if heads and name.endswith(heads) and name not in heads:
+            raise ValueError(
+                f"head {', '.join(heads)}: PEFT would train {name!r} too, which ends alike; make it a part of the head"
+            )
+    return kind(model, config)
 
 
 def fitting(count: Callable[[int], int], budget: int, what: str, most: int | None = None) -> int:
