@@ -116,8 +116,9 @@ def broken(tmp_path, how):
 )
 def test_bad_data_is_named_before_training(how, named, tmp_path):
     broken(tmp_path, how)
+    task = job(tmp_path)
     with pytest.raises(ValueError) as error:
-        job(tmp_path).splits(0)
+        task.check(task.splits(0))
     assert named in str(error.value) and "\n" not in str(error.value)
 
 

@@ -294,15 +294,17 @@ def test_bad_data_is_named_before_training(data, part, row, key, value, message)
                 annotation["segmentation"] = [[1, 1, 9, 1, 9, 9]]
         (data / "train.json").write_text(json.dumps(changed))
     spoiled(data, part, row, key, value)
+    job = task(data)
     with pytest.raises(ValueError, match=message):
-        task(data).splits(0)
+        job.check(job.splits(0))
 
 
 def test_a_corrupt_image_is_named(data):
     file = data / "train" / "2.png"
     file.write_bytes(file.read_bytes()[:60])
+    job = task(data)
     with pytest.raises(ValueError, match=r"train\.json, image 3 \(.*2\.png\): .* is no readable image"):
-        task(data).splits(0)
+        job.check(job.splits(0))
 
 
 def test_boxes_without_area_can_be_left_out(data):

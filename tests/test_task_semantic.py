@@ -231,7 +231,7 @@ BREAKS = [value for name, value in list(globals().items()) if name.startswith("b
 def test_bad_data_is_named_before_training(spoil, data):
     job, message = spoil(data)
     with pytest.raises(ValueError, match=message):
-        job.splits(0)
+        job.check(job.splits(0))
 
 
 @pytest.mark.parametrize(

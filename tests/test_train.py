@@ -19,6 +19,7 @@ import test_task_instance
 import test_task_semantic
 from flora.cli import main
 from flora.settings import load_config
+from flora.tasks.image_classification import ImageClassification
 from flora.trial import plan
 from test_task_images import parquet
 
@@ -150,6 +151,14 @@ def test_a_finished_run_is_read_and_not_repeated(finished):
     again = flora_train(DIGITS, *TINY, *SHORT, *places(folder))
     assert again.exit_code == 0 and again.stdout == first.stdout
     assert (folder / "run" / "results.jsonl").read_bytes() == before
+
+
+def test_the_data_are_looked_through_once(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(ImageClassification, "check", lambda task, splits: looked.append(task.data))
+    assert flora_train(*with_methods(tmp_path, "head", "full"), *SHORT).exit_code == 0
+    job = load_config(tmp_path / "run" / "config.yaml").task
+    assert looked == [job.source, job.data]
 
 
 def test_other_keys_need_another_folder_or_a_fresh_start(tmp_path):

@@ -61,9 +61,10 @@ def plan(config: Config, methods: list[str], budgets: list[int]) -> dict[tuple[s
     Raises ConfigError naming the method and its option, or the file and row of the data.
     """
     try:
-        steps = _steps(config, config.task.splits(config.seed))
-        if source := config.task.source_task():
-            source.splits(config.seed)
+        for task in filter(None, [config.task.source_task(), config.task]):
+            splits = task.splits(config.seed)
+            task.check(splits)
+        steps = _steps(config, splits)
         reasons: dict[tuple[str, int | None], str | None] = {}
         for name in methods:
             size = METHODS[config.way(name)].size

@@ -32,11 +32,14 @@ class Task:
         return None
 
     def splits(self, seed: int) -> dict[str, Examples]:
-        """ "train", "validation" and "test", every one looked through for what could stop a training later.
+        """ "train", "validation" and "test". Raises ValueError naming what is wrong with their columns or labels."""
+        raise NotImplementedError
+
+    def check(self, splits: dict[str, Examples]) -> None:
+        """Open what ``splits`` does not, every picture: whatever could stop a training later is found before, once.
 
         Raises ValueError naming file and row.
         """
-        raise NotImplementedError
 
     def build(self) -> nn.Module:
         """With what is new in it drawn from torch's generator. Its forward takes an example's keywords, batched, and

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +167,12 @@ def open_image(table: Table, index: int, column: str) -> Any:
     return picture
 
 
-def check_each(table: Table, check: Callable[[int], Any]) -> None:
-    """``check`` every row, several at a time; the first one's ValueError is raised."""
+def check_each(tables: Iterable[Table], check: Callable[[Table, int], Any]) -> None:
+    """``check`` every row of every table, several at a time; the first one's ValueError is raised."""
     with ThreadPoolExecutor(8) as threads:
-        for _ in threads.map(check, range(len(table))):
-            pass
+        for table in tables:
+            for _ in threads.map(partial(check, table), range(len(table))):
+                pass
 
 
 def need_known(splits: dict[str, Table], column: str, spelled: Callable[[int], str]) -> None:

@@ -52,12 +52,14 @@ class ImageClassification(Task):
         chosen = {name: _with(table, keys.label, self.classes) for name, table in self._tables.items()}
         splits = three(chosen, keys, seed, keys.path)
         need_known(splits, keys.label, lambda label: f"class {label}")
-        for table in splits.values():
-            check_each(table, lambda index, table=table: open_image(table, index, keys.image))
         return {
             name: LabelledImages(table, keys, self.classes, keys.augment and name == "train")
             for name, table in splits.items()
         }
+
+    def check(self, splits: dict[str, LabelledImages]) -> None:
+        tables = (examples.table for examples in splits.values())
+        check_each(tables, lambda table, index: open_image(table, index, self.data.image))
 
     @cached_property
     def _tables(self) -> dict[str, Table]:

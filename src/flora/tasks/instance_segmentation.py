@@ -49,9 +49,10 @@ class InstanceSegmentation(Task):
         images = self.source.images
         tables = {split: _table(images, places) for split, places in self.source.splits.items()}
         splits = three(tables, self.data, seed, self.data.path)
-        for table in splits.values():
-            check_each(table, lambda index, table=table: self._check(table, index))
         return {name: CocoExamples(table, images, name == "train", self.data.augment) for name, table in splits.items()}
+
+    def check(self, splits: dict[str, CocoExamples]) -> None:
+        check_each((examples.table for examples in splits.values()), self._check)
 
     def _check(self, table: Table, index: int) -> None:
         told, found = self.source.images[table.rows[index]["place"]], open_image(table, index, "image")

@@ -67,14 +67,16 @@ class SemanticSegmentation(Task):
     metric = "mIoU"
 
     def splits(self, seed: int) -> dict[str, LabelledScenes]:
-        splits, classes = three(self._tables, self.data, seed, self.data.path), self.classes
-        shape = None if self.data.size else open_image(splits["train"], 0, self.data.image).size
-        for table in splits.values():
-            check_each(table, lambda index, table=table: self._check(table, index, classes, shape))
+        splits = three(self._tables, self.data, seed, self.data.path)
         return {
             name: LabelledScenes(table, self.data, self.data.augment and name == "train")
             for name, table in splits.items()
         }
+
+    def check(self, splits: dict[str, LabelledScenes]) -> None:
+        tables, classes = [examples.table for examples in splits.values()], self.classes
+        shape = None if self.data.size else open_image(splits["train"].table, 0, self.data.image).size
+        check_each(tables, lambda table, index: self._check(table, index, classes, shape))
 
     def _check(self, table: Table, index: int, classes: int, shape: tuple[int, int] | None) -> None:
         keys, labels = self.data, _labels(table, index, self.data)
@@ -109,8 +111,7 @@ class SemanticSegmentation(Task):
             labels = _labels(table, index, self.data)
             found.append(int(labels[labels != IGNORED].max(initial=0)))
 
-        for table in self._tables.values():
-            check_each(table, lambda index, table=table: look(table, index))
+        check_each(self._tables.values(), look)
         return max([*found, 1]) + 1
 
     def build(self) -> nn.Module:
