@@ -380,7 +380,8 @@ def test_a_figure_is_made_of_what_was_recorded():
     assert names(scales) == ["scales"]
     assert names(grid(curve=[], norms=[[1, 0.5, 0.0], [2, 1.0, 3.0]])) == ["norms"]
     assert names(grid(curve=[], spectra={"delta": [1.0, 0.1, 0.0]})) == ["spectra"]
-    assert names([r for task in "abc" for r in grid(task=task, curve=[])]) == ["gains"]
+    three = [r for task in "abc" for way in ("lora", "flora") for r in grid(way, task=task, curve=[])]
+    assert names(three) == ["methods"] * 3 + ["gains"] == names(three + grid("flora", task="d", curve=[]))
     assert names([row(value=math.nan), row("flora", value=math.nan)]) == []
 
 

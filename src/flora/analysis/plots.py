@@ -215,8 +215,8 @@ def spectra(results: Sequence[Result]) -> Picture | None:
 
 
 def radar(results: Sequence[Result]) -> Picture | None:
-    """Normalised gain over three or more tasks (paper, Fig. 2)."""
-    tasks = by_task(results)
+    """Normalised gain over three or more tasks that compare methods (paper, Fig. 2)."""
+    tasks = {task: of for task, of in by_task(results).items() if len({result.method for result in of}) > 1}
     gains: dict[str, list[float]] = {}
     for of in tasks.values():
         of, _ = _at_main_budget(of)
