@@ -26,7 +26,7 @@ from flora.analysis.drawing import (
     plain_ticks,
     size,
 )
-from flora.analysis.rows import Result, Row, by_task
+from flora.analysis.rows import Result, Row, by_task, main_budget
 from flora.analysis.style import OURS, label, look, order
 from flora.analysis.tables import factor, metric_name, ordered
 
@@ -288,8 +288,7 @@ def _by_method(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 def _at_main_budget(results: Sequence[Result]) -> tuple[list[Result], str]:
     """A task's results at the budget that most methods ran, the lowest of equals, with those that have no budget."""
-    budgets = sorted({result.budget for result in results if result.budget is not None})
-    main = max(budgets, key=lambda budget: sum(r.budget == budget for r in results), default=None)
+    main = main_budget(result.budget for result in results)
     kept = [result for result in ordered(results) if result.budget in (None, main)]
     return kept, "methods without a budget" if main is None else f"at a budget of {main:,} parameters"
 

@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,8 +156,8 @@ def results(rows: Iterable[Row]) -> list[Result]:
 
     Learning rate: of the seed that ran the most rates (the first such), the one with the best validation metric, the
     lower of equals; the test split is not looked at. p: two-sided paired t-test on the test metric over common seeds
-    (paper, section 5) against FLoRA at the same budget, for a method without one at FLoRA's first. None with fewer
-    than two such seeds, or where the differences do not differ.
+    (paper, section 5) against FLoRA at the same budget, for a method without one at the ``main_budget``. None with
+    fewer than two such seeds, or where the differences do not differ.
     """
     trials: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -170,9 +171,16 @@ def results(rows: Iterable[Row]) -> list[Result]:
     tested = []
     for task, method, budget in order:
         result = found[task, method, budget]
-        same = [key for key in ours[task] if budget is None or key[2] == budget]
+        wanted = main_budget(at for of, _, at in found if of == task) if budget is None else budget
+        same = [key for key in ours[task] if key[2] == wanted] or ours[task] * (budget is None)
         tested.append(_against(result, found[same[0]]) if same and method != REFERENCE else result)
     return tested
+
+
+def main_budget(budgets: Iterable[int | None]) -> int | None:
+    """The most frequent one, the lowest of equals; None where there is none."""
+    counts = Counter(budget for budget in budgets if budget is not None)
+    return min(counts, key=lambda budget: (-counts[budget], budget), default=None)
 
 
 def by_task(results: Iterable[Result]) -> dict[str, list[Result]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from flora.analysis.rows import SIGNIFICANT, Result, Row, finite, left_out
+from flora.analysis.rows import SIGNIFICANT, Result, Row, finite, left_out, main_budget
 from flora.analysis.style import label, order
 
 NONE = "–"
@@ -105,6 +105,7 @@ def comparison(results: Sequence[Result]) -> Table:
     cost = ["adapter + head", "learning rate", "runs", "s / epoch", "peak memory"]
     results = ordered(results)
     best = {r.budget: max((o.mean for o in results if o.budget == r.budget), key=finite) for r in results}
+    main = main_budget(result.budget for result in results)
     lines, bold = [], set()
     for n, result in enumerate(results):
         if result.budget is not None and result.mean == best[result.budget]:
@@ -124,7 +125,8 @@ def comparison(results: Sequence[Result]) -> Table:
         )
     notes = ["Mean ± standard deviation over seeds; in bold the best at its budget."]
     if any(result.p is not None for result in results):
-        notes.append(f"p: paired t-test, ▲ above and ▼ below FLoRA at p < {SIGNIFICANT:g}.")
+        at = f" of the same budget (or of {main:,}, without one)" if len(best.keys() - {None}) > 1 else ""
+        notes.append(f"p: paired t-test, ▲ above and ▼ below FLoRA{at} at p < {SIGNIFICANT:g}.")
     if any(result.edge for result in results):
         notes.append("↓ ↑: the lowest or highest learning rate of its grid, so a wider one may do better.")
     columns = ["method", "budget", f"test {metric_name(results)}", "p vs FLoRA", *cost]
