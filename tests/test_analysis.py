@@ -374,6 +374,7 @@ def names(rows) -> list[str]:
 def test_a_figure_is_made_of_what_was_recorded():
     assert names([row(curve=[])]) == []
     assert names(grid()) == ["curves"]
+    assert names(grid(curve=[[1, 0.5]])) == []
     assert names(grid() + grid("full", None)) == ["methods", "curves"]
     assert names(grid(budget=10, curve=[]) + grid(budget=20, curve=[])) == ["methods", "budgets"]
     scales = [r for s in (0.4, 4) for r in grid(f"flora-{s}", curve=[], options={"scale": s})]

@@ -155,10 +155,11 @@ def curves(results: Sequence[Result]) -> Picture | None:
     of, at = _at_main_budget(results)
     times = factor(of)
     lines = _mean_curves(of, lambda run: [(epoch, times * value) for epoch, value in run.get("curve") or ()])
-    if not lines:
+    if max(map(len, lines.values()), default=0) < 2:
         return None
     chart, axes = canvas()
     draw(axes, lines)
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="epoch", ylabel=f"validation {metric_name(of)}")
     return Picture(results[0].task, "curves", "Learning curves", f"Means over seeds, {at}.", chart)
 
@@ -229,7 +230,7 @@ def radar(results: Sequence[Result]) -> Picture | None:
     gains = {m: gains[m] for m in sorted(gains, key=order) if len(gains[m]) == len(tasks) and m not in ENDS}
     if len(tasks) < 3 or not gains:
         return None
-    chart, axes = canvas(polar=True, height=6.0)
+    chart, axes = canvas(polar=True, height=5.2)
     angles = [2 * math.pi * n / len(tasks) for n in range(len(tasks) + 1)]
     for method, values in gains.items():
         axes.plot(angles, [*values, values[0]], **pen(method), label=label(method))
