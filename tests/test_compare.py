@@ -1,10 +1,12 @@
 """`flora compare`: which trials run, what chooses a learning rate, and that it goes on where it stopped."""
 
 import json
+import os
 import posixpath
 import subprocess
 import sys
 import time
+from queue import SimpleQueue
 
 import psutil
 import pytest
@@ -12,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from flora.cli import main
-from flora.compare import ENGINES
+from flora.compare import ENGINES, _on_device
 from test_train import SHORT, places, with_methods
 
 GRID = ["comparison.seeds=[0,1]", "comparison.rates=[1,3]"]
@@ -142,6 +144,10 @@ def test_what_was_left_out_runs_once_it_can(tmp_path):
         (["comparison.rates=[]"], "comparison.rates=[]"),
         (["comparison.rates=[1,0]"], "comparison.rates=[1.0, 0.0]: expected a number above 0"),
         (["--engine", "slurm"], "slurm"),
+        (["--seeds", "99999999999"], "comparison.seeds=[99999999999]: expected at most 4294967295"),
+        (["--budgets", "1", "--methods", "lora"], "methods.lora: "),
+        (["methods.-evil.method=flora"], "methods.-evil: expected a name of letters, digits"),
+        (["methods.logs.method=flora"], "methods.logs: a run's folder has another use for that name"),
         (["methods.lora.method=loro"], "expected some of"),
     ],
 )
@@ -165,6 +171,50 @@ def test_a_variant_of_a_method_is_one_of_its_own(tmp_path):
     assert all(row["norms"] and row["spectra"]["delta"] for row in rows.values())
 
 
-def test_ray_runs_every_task():  # the local engine has two workers above
-    tasks = [("folder", str(number)) for number in range(5)]
-    assert sorted(ENGINES["ray"](posixpath.join, tasks, 2)) == [posixpath.join(*task) for task in tasks]
+def test_one_diverged_run_does_not_stop_the_others(tmp_path):
+    keys = [*SHORT, "training.max_steps=5", "comparison.seeds=[0]", "comparison.rates=[1,1e18]"]
+    result = flora_compare(*with_methods(tmp_path, "head", "flora"), *keys)
+    assert result.exit_code == 0, result.output
+    runs = [json.loads(line) for line in lines(tmp_path)]
+    assert len(runs) == 4 and sum("merged_difference" in row for row in runs) == 1
+
+
+def test_a_method_with_other_options_is_another_one(finished):
+    _folder, job, _result = finished
+    for overrides in (["methods.flora.options.init=core"], ["methods.lora.options.lora_alpha=1", "--methods", "lora"]):
+        result = flora_compare(*job, *SHORT, *GRID, *overrides, "--seeds", "0,1,2")
+        assert result.exit_code == 2 and "choose another folder" in result.stderr
+
+
+def test_rows_tell_runs_of_other_settings_apart(finished, tmp_path):
+    (settings,) = {row["settings"] for row in plain(finished[0])}
+    job = with_methods(tmp_path, "head")
+    assert flora_compare(*job, "training.max_steps=1", "pretraining.max_steps=2", "--seeds", "0").exit_code == 0
+    assert settings not in {row["settings"] for row in plain(tmp_path)}
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_every_task_runs_and_an_error_costs_no_other_result(engine):
+    found, failed = [], 0
+    for result in ENGINES[engine](posixpath.join, [("folder", part) for part in ("1", "2", None, "3")], 2):
+        try:
+            found.append(result())
+        except TypeError:
+            failed += 1
+    assert sorted(found) == ["folder/1", "folder/2", "folder/3"] and failed == 1
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "0,1"), ("2,3", "2,3"), ("GPU-a,GPU-b", "GPU-a,GPU-b")])
+def test_every_worker_sees_one_of_the_gpus_that_were_given(given, seen, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    found = []
+    for index in (0, 1, 2):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if given:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        free = SimpleQueue()
+        free.put(index)
+        monkeypatch.setattr("flora.compare._free", free, raising=False)
+        found.append(_on_device(os.environ.get, "CUDA_VISIBLE_DEVICES"))
+    first, second = seen.split(",")
+    assert found == [first, second, first]

@@ -12,15 +12,18 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import test_task_glue
 import test_task_instance
 import test_task_semantic
 from flora.cli import main
-from flora.settings import load_config
+from flora.settings import Training, load_config
 from flora.tasks.image_classification import ImageClassification
-from flora.trial import plan
+from flora.train import _Trainer, arguments
+from flora.trial import _save, plan
 from test_task_images import parquet
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -172,6 +175,58 @@ def test_other_keys_need_another_folder_or_a_fresh_start(tmp_path):
     assert load_config(tmp_path / "run" / "config.yaml").training.max_steps == 3
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    for name in ("config.yaml", "logs/mine.txt"):
+        (run / name).write_text("# mine")
+    for more in ([], ["fresh=true"]):
+        result = flora_train(*with_methods(tmp_path, "head"), *SHORT, *more)
+        assert result.exit_code == 2 and "none of flora's" in result.stderr and "fresh" not in result.stderr
+    assert {path.name for path in run.rglob("*")} == {"config.yaml", "logs", "mine.txt"}
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    job = [*with_methods(tmp_path, "head"), *SHORT]
+    assert flora_train(*job).exit_code == 0
+    file = tmp_path / "run" / "results.jsonl"
+    file.write_text("{broken\n" + file.read_text())
+    result = flora_train(*job)
+    assert result.exit_code == 2 and "results.jsonl, line 1" in result.stderr
+
+
+@pytest.mark.parametrize(("more", "steps"), [([], 4), (["training.max_steps=3"], 3), (["training.max_steps=9"], 4)])
+def test_a_number_of_steps_ends_a_training_and_does_not_lengthen_it(more, steps, tmp_path):
+    job = with_methods(tmp_path, "head")
+    result = flora_train(*job, "pretraining.max_steps=2", "training.epochs=2", "training.batch_size=18", *more)
+    assert result.exit_code == 0, result.output
+    (row,) = rows_of(tmp_path)
+    assert row["steps"] == steps
+
+
+def test_what_does_not_pass_through_the_model_is_said_before_any_training(tmp_path):
+    result = flora_train(*with_methods(tmp_path, "head"), "task.model.config.num_channels=4")
+    assert result.exit_code == 2 and "does not pass through the model" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_takes_one_gpu_and_no_frozen_weight_decays(tmp_path, monkeypatch):
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"], use_dora=True))
+    trainer = _Trainer(model, arguments(Training(), 0, tmp_path), eval_dataset=[])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decayed = trained & set(trainer.get_decay_parameter_names(model))
+    assert [name.split(".")[-3] for name in sorted(decayed)] == ["lora_A", "lora_B"] and len(trained) == 3
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    assert arguments(Training(), 0, tmp_path)._n_gpu == 1
+
+
+def test_tied_weights_are_saved_once(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    _save(model, tmp_path / "trained")
+    assert set(load_file(tmp_path / "trained" / "model.safetensors")) == {"0.weight", "0.bias", "1.bias"}
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):

@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from flora import analysis
 from flora.analysis import rows, tables
-from flora.job import Job, learning_rate
+from flora.job import Job, learning_rate, need_one
 from flora.models import quiet
 from flora.settings import Config, ConfigError, checked
 from flora.trial import Trial, plan, run, subject
@@ -40,7 +42,10 @@ def compare(config: Config, methods: Sequence[str] = ()) -> list[dict]:
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"comparison.{name}={values}: expected one or more different values")
     job = Job(config, FREE)
+    if PartialState().num_processes > 1 and (keys.workers > 1 or keys.engine != "local"):
+        raise ConfigError("several processes share each run here: comparison.workers=1, comparison.engine=local")
     reasons = plan(config, list(methods or config.methods), keys.budgets or [config.budget])
+    need_one(reasons)
     job.open()
     file = job.base_file()
     for (name, budget), reason in reasons.items():
@@ -73,11 +78,22 @@ def _run(job: Job, trials: list[Trial], file: Path | None) -> None:
     keys, workers = job.config.comparison, min(job.config.comparison.workers, len(left))
     with tqdm(total=len(trials), initial=len(trials) - len(left), unit="run", disable=not job.main) as bar:
         tasks = [(asdict(job.config), trial, file, job.folder / "trials" / trial.name, workers) for trial in left]
-        for row in ENGINES[keys.engine](_work, tasks, workers):
+        failed = []
+        for result in ENGINES[keys.engine](_work, tasks, workers):
+            try:
+                row = result()
+            except BrokenProcessPool as error:
+                said = "a run was ended from outside, for want of memory perhaps: start again to go on"
+                raise ConfigError(said) from error
+            except Exception as error:  # the others' rows are kept first
+                failed.append(error)
+                continue
             job.add(row)
             metric, value = row["metric"], row["validation"][row["metric"]]
             bar.update()
             bar.set_postfix_str(f"{row['method']}, {row['budget'] or ''} {metric} {value:.3f}")
+    if failed:
+        raise failed[0]
 
 
 def _work(keys: dict, trial: Trial, file: Path | None, folder: Path, workers: int) -> dict[str, Any]:
@@ -85,17 +101,24 @@ def _work(keys: dict, trial: Trial, file: Path | None, folder: Path, workers: in
     quiet()
     config = checked(keys)
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // max(1, workers)))
-    return run(config, trial, file, folder, bar=workers < 2)
+    try:
+        return run(config, trial, file, folder, bar=workers < 2)
+    except Exception as error:
+        error.add_note(f"in the run {trial.name}")
+        raise
 
 
 # --------------------------------------------------------------------------------------------------------- engines
+# Each yields, as a task ends, a function that returns what came of it, or raises.
 
 
-def local(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterator[Any]:
+def local(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterator[Callable[[], Any]]:
     """Processes on this machine, a new one for each run, with a GPU of its own where there are several; one at a time
     runs in this process, where `accelerate launch` may have set up more."""
     if workers < 2:
-        yield from (work(*task) for task in tasks)
+        for task in tasks:
+            found = work(*task)  # an error ends it all, as everywhere in one process
+            yield lambda: found  # noqa: B023
         return
     context = multiprocessing.get_context("spawn")
     free = context.SimpleQueue()
@@ -103,9 +126,7 @@ def local(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterato
         free.put(index)
     pool = ProcessPoolExecutor(workers, context, _share, (free,), max_tasks_per_child=1)
     try:
-        yield from (future.result() for future in as_completed([pool.submit(_on_device, work, *t) for t in tasks]))
-    except BrokenProcessPool as error:
-        raise ConfigError("a run was ended from outside, for want of memory perhaps: start again to go on") from error
+        yield from (future.result for future in as_completed([pool.submit(_on_device, work, *t) for t in tasks]))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -126,14 +147,15 @@ def _on_device(work: Callable[..., Any], *task: Any) -> Any:
     """Before this process has touched a GPU: it sees the one that it takes, and gives it back."""
     index, count = _free.get(), torch.cuda.device_count()
     if count > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % count)
+        given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[index % count]
     try:
         return work(*task)
     finally:
         _free.put(index)
 
 
-def on_ray(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterator[Any]:
+def on_ray(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterator[Callable[[], Any]]:
     """Ray's machines, a GPU a run where they have some; `workers` is how many run at a time."""
     import ray
 
@@ -144,7 +166,7 @@ def on_ray(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterat
         while waiting and len(running) < workers:
             running.append(remote.remote(*waiting.pop(0)))
         done, running = ray.wait(running)
-        yield from ray.get(done)
+        yield from (partial(ray.get, one) for one in done)
 
 
-ENGINES: dict[str, Callable[..., Iterator[Any]]] = {"local": local, "ray": on_ray}
+ENGINES: dict[str, Callable[..., Iterator[Callable[[], Any]]]] = {"local": local, "ray": on_ray}

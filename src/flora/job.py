@@ -31,17 +31,15 @@ from flora.trial import Trial, base_file, plan, run
 
 VERSIONS = ("torch", "peft", "transformers", "accelerate", "safetensors", "scikit-learn")
 PLACES = ("output", "cache", "fresh", "comparison.*")  # not what comes out of a trial: free to change between starts
-FILES = ("config.yaml", "versions.json", rows.RESULTS, "curves.png")
-FOLDERS = ("pretraining", "logs", "trials", *METHODS)
+FILES = (KEYS := "config.yaml", MARK := "versions.json", rows.RESULTS, "curves.png")
+FOLDERS = ("pretraining", "logs", "trials")
 
 
 def train(config: Config) -> list[dict]:
     """Train with every method of `config`, one after the other; a row of results for each."""
     job = Job(config)
     reasons = plan(config, list(config.methods), [config.budget])
-    if all(reasons.values()):
-        name, reason = next((name, reason) for (name, _budget), reason in reasons.items())
-        raise ConfigError(f"methods.{name}: {reason}")
+    need_one(reasons)
     job.open()
     file = job.base_file()
     runnable = [pair for pair, reason in reasons.items() if not reason]
@@ -58,6 +56,13 @@ def train(config: Config) -> list[dict]:
     return found
 
 
+def need_one(reasons: dict[tuple[str, int | None], str | None]) -> None:
+    """Raises ConfigError with the first of the reasons where no method can run."""
+    if all(reasons.values()):
+        (name, _budget), reason = next(iter(reasons.items()))
+        raise ConfigError(f"methods.{name}: {reason}")
+
+
 def learning_rate(config: Config, name: str) -> float:
     return config.methods[name].learning_rate or config.training.learning_rate
 
@@ -69,6 +74,8 @@ class Job:
         """``free``: further keys that may change from one start to the next."""
         self.config, self.free = config, (*PLACES, *free)
         self.folder = Path(config.output)
+        if taken := {*FILES, *FOLDERS} & set(config.methods):
+            raise ConfigError(f"methods.{min(taken)}: a run's folder has another use for that name")
         self.main = PartialState(cpu=no_accelerator()).is_main_process
         self.wait: Callable[[], None] = PartialState().wait_for_everyone
         if config.threads:
@@ -76,37 +83,68 @@ class Job:
 
     def open(self) -> None:
         """Make the folder this run's: write its keys and versions, or see that an earlier start had the same keys."""
-        stored, keys = self.folder / "config.yaml", asdict(self.config)
-        if stored.exists() and not self.config.fresh:
-            before, now = (_flat(tree) for tree in (yaml.safe_load(stored.read_text()), keys))
-            for key in before | now:
-                free = any(fnmatch(key, pattern) for pattern in self.free)
-                other = key.startswith("methods.") and not (key in before and key in now)  # more or fewer methods
-                if before.get(key) != now.get(key) and not free and not other:
-                    raise ConfigError(
-                        f"{self.folder} holds a run with {key}={before.get(key)}, now {key}={now.get(key)}: "
-                        "choose another folder with output=FOLDER, or start over with fresh=true"
-                    )
+        keys, before = asdict(self.config), self._begun()
+        if self.main and before:
+            _without_half_line(self.folder / rows.RESULTS)
+        self.wait()
+        if before and not self.config.fresh:
+            self._compare(before, keys)
         if self.main:
-            if stored.exists() and self.config.fresh:
-                for path in (self.folder / name for name in (*FOLDERS, *FILES, *self.config.methods)):
+            if before and self.config.fresh:
+                for path in (self.folder / name for name in (*FOLDERS, *FILES, *METHODS, *self.config.methods)):
                     if path.is_dir():
                         shutil.rmtree(path)
                     else:
                         path.unlink(missing_ok=True)
-            _without_half_line(self.folder / rows.RESULTS)
-            _write(stored, yaml.safe_dump(keys, sort_keys=False))
             found = {"flora-peft": flora.__version__, "python": platform.python_version()}
             found |= {name: version(name) for name in VERSIONS}
-            _write(self.folder / "versions.json", json.dumps(found, indent=2))
+            _write(self.folder / MARK, json.dumps(found, indent=2))
+            _write(self.folder / KEYS, yaml.safe_dump(keys, sort_keys=False))
+            if self.config.task.source_task():  # hours of training will end in a file there
+                Path(self.config.cache).mkdir(parents=True, exist_ok=True)
         self.wait()
+
+    def _begun(self) -> dict | None:
+        """The keys of an earlier start. Somebody else's file of that name is nothing to write over."""
+        file, mark = self.folder / KEYS, self.folder / MARK
+        if not file.exists():
+            return None
+        try:
+            if "flora-peft" in mark.read_text() and isinstance(keys := yaml.safe_load(file.read_text()), dict):
+                return keys
+        except (OSError, yaml.YAMLError):
+            pass
+        raise ConfigError(f"{file} is none of flora's, or damaged: choose another folder with output=FOLDER")
+
+    def _compare(self, before: dict, now: dict) -> None:
+        """Raise where a start asks for something else than what the folder's rows came of. Methods may come and go."""
+        before, now = _flat(before), _flat(now)
+        differing = [
+            (key, before.get(key), now.get(key))
+            for key in before | now
+            if before.get(key) != now.get(key)
+            and not any(fnmatch(key, pattern) for pattern in self.free)
+            and not (key.startswith("methods.") and not (key in before and key in now))
+        ]
+        for row in self.rows():  # of a method that had gone, too
+            if method := self.config.methods.get(row["method"]):
+                ran, asked = [row["way"], row["options"]], [self.config.way(row["method"]), method.options]
+                differing += [(f"methods.{row['method']}", ran, asked)] if ran != json.loads(json.dumps(asked)) else []
+        for key, old, new in differing:
+            raise ConfigError(
+                f"{self.folder} holds a run with {key}={old}, now {key}={new}: "
+                "choose another folder with output=FOLDER, or start over with fresh=true"
+            )
 
     def base_file(self) -> Path | None:
         return base_file(self.config, self.folder, self.main, self.wait)
 
     def rows(self) -> list[dict[str, Any]]:
         file = self.folder / rows.RESULTS
-        return rows.read([file]) if file.exists() and file.stat().st_size else []
+        try:
+            return rows.read([file]) if file.exists() and file.stat().st_size else []
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def rows_of(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
         """What came out of the trials that have ended, in their order."""
@@ -138,10 +176,11 @@ def _without_half_line(file: Path) -> None:
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    """{"a": {"b": 1}} -> {"a.b": 1}; a method's options are one value."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        deeper = isinstance(value, dict) and value and key != "options"
+        flat |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
     return flat
 
 

@@ -1,6 +1,7 @@
 """The keys of a job: one tree of dataclasses, which is its YAML, its overrides on the command line and their help."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from flora.methods import METHODS
 from flora.tasks import TASKS
 
+SEEDS = 2**32 - 1  # the largest that numpy takes
+
 
 class ConfigError(ValueError):
     """What a person asked for and can mend, said in one line."""
@@ -22,7 +25,7 @@ class ConfigError(ValueError):
 @dataclass
 class Training:
     epochs: int = field(default=20, metadata={"help": "passes over the training split", "least": 1})
-    max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps all the same", "least": 1})
+    max_steps: int | None = field(default=None, metadata={"help": "stop there, if epochs have more steps", "least": 1})
     batch_size: int = field(default=32, metadata={"help": "examples a step, in each process", "least": 1})
     eval_batch_size: int | None = field(default=None, metadata={"help": "in place of batch_size", "least": 1})
     loaders: int = field(default=0, metadata={"help": "processes that prepare examples", "least": 0})
@@ -51,7 +54,7 @@ class Comparison:
 
     budgets: list[int] = field(default_factory=list, metadata={"help": "in place of budget", "least": 1})
     seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "of head, adapter, order", "least": 0}
+        default_factory=lambda: [0, 1, 2], metadata={"help": "of head, adapter, order", "least": 0, "most": SEEDS}
     )
     rates: list[float] = field(
         default_factory=lambda: [0.3, 1, 3],
@@ -68,7 +71,9 @@ class Config:
     output: str = field(default="runs/default", metadata={"help": "folder for all that this run writes"})
     cache: str = field(default="runs/cache", metadata={"help": "folder of base models, shared by runs"})
     fresh: bool = field(default=False, metadata={"help": "start over, delete this run's earlier results"})
-    seed: int = field(default=0, metadata={"help": "decides splits, first weights, order of examples", "least": 0})
+    seed: int = field(
+        default=0, metadata={"help": "decides splits, first weights, order of examples", "least": 0, "most": SEEDS}
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads; without it as torch chooses", "least": 1})
     budget: int = field(default=10_000, metadata={"help": "trainable parameters of an adapter, head aside", "least": 1})
     target_modules: Any = field(default=None, metadata={"help": "what adapters adapt, in place of the task's choice"})
@@ -121,6 +126,9 @@ def checked(given: Any) -> Config:
     except ValueError as error:  # a task refused its own keys
         raise ConfigError(str(error)) from error
     _check_limits(config)
+    for name in config.methods:
+        if not re.fullmatch(r"\w[\w.+-]*", name):  # it names a folder
+            raise ConfigError(f"methods.{name}: expected a name of letters, digits and _ . + -")
     if not config.methods or not {config.way(name) for name in config.methods} <= set(METHODS):
         raise ConfigError(f"methods={', '.join(config.methods) or None}: expected some of {', '.join(METHODS)}")
     return config
@@ -169,6 +177,8 @@ def _beyond(limits: Mapping[str, Any], value: Any) -> str | None:
         return f"expected a number above {limits['above']}"
     if "least" in limits and not limits["least"] <= value < math.inf:
         return f"expected at least {limits['least']}"
+    if "most" in limits and value > limits["most"]:
+        return f"expected at most {limits['most']}"
     if "choices" in limits and value not in limits["choices"]:
         return f"expected one of {', '.join(map(str, limits['choices']))}"
     return None

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -42,7 +42,8 @@ def fit(
 ) -> Fitted:
     """Train on data["train"], or go on where an interrupted fit in `folder` stopped."""
     checkpoints = Checkpoints(folder / "checkpoints")
-    trainer = Trainer(
+    keys = replace(keys, max_steps=steps(keys, data["train"]))  # Trainer's would lengthen a training, too
+    trainer = _Trainer(
         model,
         arguments(keys, seed, folder / "checkpoints"),
         train_dataset=data["train"],
@@ -75,8 +76,21 @@ class Fitted:
         return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)
 
 
+class _Trainer(Trainer):
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Not DoRA's magnitudes: with them the frozen weight itself would decay, where others' updates do."""
+        return [name for name in super().get_decay_parameter_names(model) if "magnitude_vector" not in name]
+
+
+def steps(keys: Training, examples: Examples) -> int:
+    """Optimizer steps of a whole training."""
+    batch = keys.batch_size * PartialState(cpu=no_accelerator()).num_processes
+    epochs = keys.epochs * -(-len(examples) // batch)
+    return min(epochs, keys.max_steps or epochs)
+
+
 def arguments(keys: Training, seed: int, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=keys.epochs,
         max_steps=keys.max_steps or -1,
@@ -101,6 +115,9 @@ def arguments(keys: Training, seed: int, folder: Path) -> TrainingArguments:
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    # Trainer would take all GPUs into one process, and multiply the batch; several processes are accelerate's
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def no_accelerator() -> bool:

@@ -20,7 +20,6 @@ from typing import Any
 
 import peft
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -30,10 +29,10 @@ from flora.analysis.measure import Norms, spectra
 from flora.baselines.common import Adapted, LeftOut, head_parameters, trainable
 from flora.files import replace_file
 from flora.methods import METHODS, adapt
-from flora.settings import Config, ConfigError, one_line
+from flora.settings import Config, ConfigError, Training, one_line
 from flora.tasks import Examples, Task
 from flora.tasks.pretrained import load_weights
-from flora.train import arguments, fit, load_statistics, no_accelerator, statistics
+from flora.train import arguments, fit, load_statistics, statistics, steps
 
 GRADIENT_BATCHES = 8
 WEIGHTS, STATISTICS = "model.safetensors", "statistics.safetensors"
@@ -46,11 +45,14 @@ class Trial:
     method: str
     budget: int | None
     seed: int
-    learning_rate: float
+    learning_rate: float  # to six digits: 0.1 · 3 and 0.3 · 1 are one
+
+    def __post_init__(self):
+        object.__setattr__(self, "learning_rate", float(f"{self.learning_rate:.6g}"))
 
     @property
     def name(self) -> str:
-        parts = [self.method, f"{self.budget}" if self.budget else "", f"s{self.seed}", f"lr{self.learning_rate:.3g}"]
+        parts = [self.method, f"{self.budget}" if self.budget else "", f"s{self.seed}", f"lr{self.learning_rate:g}"]
         return "-".join(part for part in parts if part)
 
 
@@ -64,12 +66,13 @@ def plan(config: Config, methods: list[str], budgets: list[int]) -> dict[tuple[s
         for task in filter(None, [config.task.source_task(), config.task]):
             splits = task.splits(config.seed)
             task.check(splits)
-        steps = _steps(config, splits)
+            _try(task, splits["train"], config.training if task is config.task else config.pretraining)
+        whole = steps(config.training, splits["train"])
         reasons: dict[tuple[str, int | None], str | None] = {}
         for name in methods:
             size = METHODS[config.way(name)].size
             for budget in budgets if size and size not in config.methods[name].options else [None]:
-                reasons[name, budget] = _reason(config, name, budget, steps)
+                reasons[name, budget] = _reason(config, name, budget, whole)
         for keys in ("pretraining", "training"):
             try:
                 arguments(getattr(config, keys), config.seed, Path(config.output))
@@ -97,11 +100,16 @@ def _adapt(config: Config, name: str, budget: int | None, model: nn.Module, step
     return adapt(config.way(name), model, config.task.head(model), budget or 0, options, targets=targets, steps=steps)
 
 
-def _steps(config: Config, data: dict[str, Examples]) -> int:
-    """Optimizer steps of a whole training."""
-    keys = config.training
-    batch = keys.batch_size * PartialState(cpu=no_accelerator()).num_processes
-    return keys.max_steps or keys.epochs * -(-len(data["train"]) // batch)
+def _try(task: Task, examples: Examples, keys: Training) -> None:
+    """Put model and data together once, with as few examples as a batch will have."""
+    least = len(examples) % keys.batch_size or keys.batch_size
+    batch = [examples[index] for index in range(min(least, 2))]
+    try:
+        with torch.no_grad():
+            task.build().train()(**task.collate(batch))
+    except Exception as error:  # a model's own code may raise anything
+        said = f"a batch of {len(batch)} does not pass through the model: {one_line(error)}"
+        raise ConfigError(f"{said} (the last batch of {len(examples)} examples has {least})") from error
 
 
 # ------------------------------------------------------------------------------------------------------ base model
@@ -113,8 +121,7 @@ def base_file(config: Config, folder: Path, main: bool, wait: Any) -> Path | Non
     if task is None:
         return None
     keys = {"task": asdict(task), "pretraining": asdict(config.pretraining), "seed": config.seed}
-    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
-    file = Path(config.cache, f"{task.name}-{digest}.safetensors")
+    file = Path(config.cache, f"{task.name}-{_digest(keys)}.safetensors")
     if not file.exists():
         set_seed(config.seed)
         data, place = task.splits(config.seed), folder / "pretraining"
@@ -122,7 +129,8 @@ def base_file(config: Config, folder: Path, main: bool, wait: Any) -> Path | Non
         wait()  # the others may still be looking at their checkpoints
         if main:
             with replace_file(file) as temporary:
-                save_file({name: t.contiguous().cpu() for name, t in fitted.model.state_dict().items()}, temporary)
+                tensors = fitted.model.state_dict()  # a copy of each, since safetensors refuses tied ones
+                save_file({name: t.contiguous().clone().cpu() for name, t in tensors.items()}, temporary)
             shutil.rmtree(place)
         wait()
     return file
@@ -150,7 +158,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
     base = base_model(task, file, trial.seed)
     head, size = head_parameters(base, task.head(base)), sum(p.numel() for p in base.parameters())
     keys = replace(config.training, learning_rate=trial.learning_rate)
-    adapted = _adapt(config, trial.method, trial.budget, base, _steps(config, data))
+    adapted = _adapt(config, trial.method, trial.budget, base, steps(keys, data["train"]))
     if adapted.start:
         adapted.start(_batches(task, data["train"], keys.batch_size, trial.seed))
     measured = config.comparison.norms
@@ -198,7 +206,8 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
             row["bytes"] = _save(trained, folder / "trained")
         if measured:
             row["spectra"] = spectra(trained, before)
-        if isinstance(trained, peft.PeftModel):
+        diverged = not all(parameter.isfinite().all() for parameter in trained.parameters())
+        if isinstance(trained, peft.PeftModel) and not diverged:
             row |= _round_trip(task, trained, base_model(task, file, trial.seed), folder / "trained", data["test"])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return row
@@ -207,13 +216,26 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
 def subject(config: Config, method: str, budget: int | None) -> dict[str, Any]:
     """What a row is of, whether it ran or was left out."""
     return {
-        "task": Path(config.output).name,
+        "task": Path(config.output).resolve().name,
+        "settings": _settings(config),
         "metric": config.task.metric,
         "method": method,
         "way": config.way(method),
         "options": config.methods[method].options,
         "budget": budget,
     }
+
+
+def _settings(config: Config) -> str:
+    """The same for all rows that may be compared: a digest of the data, the model, and how it is trained."""
+    source = config.pretraining if config.task.source_task() else None
+    keys = [config.task, replace(config.training, learning_rate=1.0), source]
+    found = [key and asdict(key) for key in keys] + [config.target_modules, config.seed]
+    return _digest(found)
+
+
+def _digest(keys: Any) -> str:
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _weights(model: nn.Module, head: list[str]) -> dict[str, torch.Tensor]:
@@ -247,9 +269,10 @@ def _save(model: nn.Module, folder: Path) -> int:
             save_file(found, part / STATISTICS)
     else:
         part.mkdir(parents=True)
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        kept = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-        save_file({name: tensor.contiguous() for name, tensor in kept.items()}, part / WEIGHTS)
+        names = {name for name, _parameter in model.named_parameters(remove_duplicate=False)}
+        kept = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}  # ties once
+        kept |= {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+        save_file({name: tensor.detach().contiguous() for name, tensor in kept.items()}, part / WEIGHTS)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -258,17 +281,23 @@ def _save(model: nn.Module, folder: Path) -> int:
 @torch.no_grad()
 def _round_trip(task: Task, trained: nn.Module, base: nn.Module, folder: Path, examples: Examples) -> dict[str, float]:
     """Largest differences of an output: loaded into a fresh base against trained, and merged against loaded."""
-    few = [examples[index] for index in range(min(32, len(examples)))]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)  # AdaLoRA's are others
         loaded = peft.PeftModel.from_pretrained(base, folder)
     if (folder / STATISTICS).exists():
         load_statistics(loaded, folder / STATISTICS)
-    models = (lambda: trained, lambda: loaded, loaded.merge_and_unload)
-    outputs = [task.outputs(model().eval(), few).float() for model in models]
+    few = [[examples[index]] for index in range(min(8, len(examples)))]  # one at a time: outputs may be large
+
+    def outputs(model: nn.Module) -> list[torch.Tensor]:
+        return [task.outputs(model.eval(), one).float() for one in few]
+
+    def apart(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+        return max((one - other).abs().max().item() for one, other in zip(some, others, strict=True))
+
+    found = outputs(loaded)
     return {
-        "loaded_difference": (outputs[1] - outputs[0]).abs().max().item(),
-        "merged_difference": (outputs[2] - outputs[1]).abs().max().item(),
+        "loaded_difference": apart(outputs(trained), found),
+        "merged_difference": apart(outputs(loaded.merge_and_unload()), found),
     }
 
 
