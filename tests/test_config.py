@@ -60,6 +60,17 @@ def saved(tmp_path):
         ({"bias": "lora_only"}, "bias must be one of none, all, flora_only"),
         ({"target_modules": "all-weights", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
         ({"layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
+        ({"target_modules": "("}, r"target_modules must be a list of names or a regex, got '\(': .* at position 0"),
+        ({"target_modules": "conv[0"}, r"got 'conv\[0': .* at position 4"),
+        ({"target_modules": 3}, "target_modules must be a list of names or a regex, got 3$"),
+        ({"target_modules": ["conv", 3]}, r"target_modules must be a list of names or a regex, got \['conv', 3\]$"),
+        ({"target_modules": [["conv"]]}, r"got \[\['conv'\]\]"),
+        ({"exclude_modules": "*"}, r"exclude_modules must be .* got '\*': nothing to repeat at position 0"),
+        ({"exclude_modules": {"a": 1}}, "exclude_modules must be a list of names or a regex, got {'a': 1}"),
+        ({"target_parameters": "a.weight"}, "target_parameters must be a list of names, got 'a.weight'"),
+        ({"rank_pattern": {"a)": 2}}, r"rank_pattern must have names or regexes as keys, got 'a\)': .* position 1"),
+        ({"rank_pattern": [2]}, r"rank_pattern must have names or regexes as keys, got \[2\]$"),
+        ({"scale_pattern": {3: 2.0}}, "scale_pattern must have names or regexes as keys, got 3$"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(options, message):

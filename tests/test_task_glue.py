@@ -14,6 +14,10 @@ from transformers import (
     BertTokenizerFast,
     DebertaV2Config,
     DebertaV2Model,
+    GPT2Config,
+    GPT2Model,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from flora.tasks.glue import SUBSETS, Glue, Sentences
@@ -125,10 +129,13 @@ def test_a_batch_is_padded_to_its_longest(tmp_path):
     assert batch["labels"].dtype == torch.float32
 
 
-def test_sst2_without_a_header_and_files_with_windows_line_ends(tmp_path):
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("blank", [0, 1, 2])
+def test_sst2_without_a_header_and_files_with_windows_line_ends_and_blank_last_lines(end, blank, tmp_path):
     task = task_of(tmp_path, "sst2")
     for name in ("train", "dev"):
-        (tmp_path / "data" / f"{name}.tsv").write_bytes(b"cats chase\t1\r\ndogs sleep\t0\r\n" * 8)
+        lines = [b"cats chase\t1", b"dogs sleep\t0"] * 8 + [b""] * blank
+        (tmp_path / "data" / f"{name}.tsv").write_bytes(end.join([*lines, b""]))
     test = task.splits(0)["test"]
     assert len(test) == 16 and [test[i]["labels"] for i in (0, 1)] == [1, 0]
 
@@ -160,9 +167,12 @@ BAD = {
     "columns": (
         "rte",
         "index\tpremise\n",
-        r"train.tsv, line 1: expected the columns sentence1, sentence2, label, found",
+        r"train.tsv, line 1: expected the columns sentence1, sentence2, label; found 'index', 'premise'",
     ),
-    "no header": ("cola", "cats\t1\n", r"train.tsv, line 1: expected the columns sentence, label, found cats, 1"),
+    "no header": ("cola", "cats\t1\n", r"train.tsv, line 1: expected the columns sentence, label; found 'cats', '1'"),
+    "old line ends": ("sst2", "sentence\tlabel\rcats\t1\rdogs\t0\r", r"line 1: expected .*; found .*'label.rcats'"),
+    "only line ends": ("cola", "\r\n\n", r"train.tsv is empty"),
+    "a blank line between": ("cola", "a\t1\t\tcats\n\nb\t0\t\tdogs\n", r"train.tsv, line 2: 1 fields, expected 4"),
     "few fields": ("cola", "a\t1\t\tcats\nb\t0\n", r"train.tsv, line 2: 2 fields, expected 4 .*skip_broken"),
     "many fields": ("sst2", "sentence\tlabel\ncats\tdogs\t1\n", r"train.tsv, line 2: 3 fields, expected 2"),
     "no file content": ("cola", "", r"train.tsv is empty"),
@@ -234,6 +244,62 @@ def test_an_unknown_subset_is_refused():
         Glue(subset="wnli")
 
 
+# --------------------------------------------------------------------------------------------- text against the model
+
+
+def family(name, positions=16, words=14):
+    """A tiny model of a family of its own way with positions."""
+    sizes = {**TINY, "max_position_embeddings": positions, "vocab_size": words}
+    relative = {"relative_attention": True, "position_biased_input": False, "max_relative_positions": 4}
+    return {
+        "bert": lambda: BertModel(BertConfig(**sizes)),
+        "roberta": lambda: RobertaModel(RobertaConfig(**sizes, pad_token_id=0)),  # its first position is 1
+        "deberta-v3": lambda: DebertaV2Model(DebertaV2Config(**sizes, **relative)),
+        "deberta-v2": lambda: DebertaV2Model(DebertaV2Config(**sizes)),
+        "gpt2": lambda: GPT2Model(
+            GPT2Config(n_positions=positions, vocab_size=words, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
+        ),
+    }[name]()
+
+
+def of_length(folder, model, tokens):
+    """A job whose longest text, with [CLS] and [SEP], is of so many tokens."""
+    job = Glue(subset="sst2", model=Pretrained(name=str(tiny_model(folder / "model", model))))
+    job.data = Sentences(path=str(folder), max_length=tokens)
+    for name, longest in (("train", 2), ("dev", tokens - 2)):
+        lines = [f"{'cats ' * longest}\t{i % 2}\n" for i in range(12)]
+        (folder / f"{name}.tsv").write_text("".join(["dogs\t1\n", *lines]))
+    return job
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"), [("bert", 16), ("roberta", 15), ("deberta-v3", 40), ("deberta-v2", 16), ("gpt2", 16)]
+)
+def test_a_text_with_more_tokens_than_the_model_has_positions(name, positions, tmp_path):
+    for tokens in (positions, positions + 1):
+        place = tmp_path / str(tokens)
+        place.mkdir()
+        job = of_length(place, family(name), tokens)
+        splits = job.splits(0)
+        if tokens == positions or name == "deberta-v3":
+            job.check(splits)
+            job.build()(**job.collate([splits["test"][1]]))
+        else:
+            said = rf"dev.tsv, line 2: .* {tokens} tokens .*max_position_embeddings is 16.*max_length={tokens}"
+            with pytest.raises(ValueError, match=said):
+                job.check(splits)
+
+
+def test_a_token_that_the_model_has_no_embedding_of(tmp_path):
+    job = task_of(tmp_path, "cola")
+    (tmp_path / "small").mkdir()
+    small = family("bert", words=len(WORDS) - 1).save_pretrained
+    small(tmp_path / "model")
+    job.check(of_length(tmp_path / "small", family("bert", words=len(WORDS) - 1), 8).splits(0))  # it uses none of those
+    with pytest.raises(ValueError, match=r"line \d+: has token 13 of the tokenizer's 14; .*model has 13 only"):
+        job.check(job.splits(0))
+
+
 # ------------------------------------------------------------------------------------------------------------ model
 
 
@@ -275,6 +341,11 @@ def test_the_loss_is_the_tasks(subset, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 
+def test_of_a_model_with_further_outputs_the_logits_are_judged():
+    logits, labels = torch.randn(4, 2), torch.zeros(4)
+    assert Glue.reduce((logits, torch.randn(4, 9, 8)), labels) is Glue.reduce(logits, labels) is logits
+
+
 def measured(subset, predictions, labels):
     return Glue(subset=subset).metrics(SimpleNamespace(predictions=np.array(predictions), label_ids=np.array(labels)))
 
@@ -303,5 +374,11 @@ def test_metrics_are_those_of_the_paper():
 def test_a_model_that_always_says_the_same_has_no_correlation():
     assert measured("cola", [[0.0, 1.0]] * 4, [0, 1, 1, 0]) == {"matthews": 0}
     assert measured("mrpc", [[1.0, 0.0]] * 4, [0, 1, 1, 0]) == {"accuracy": 0.5, "f1": 0}
-    for same in (2.0, math.nan):
-        assert measured("stsb", [[same]] * 4, [0.0, 1.0, 2.0, 3.0]) == {"pearson": 0, "spearman": 0}
+    assert measured("stsb", [[2.0]] * 4, [0.0, 1.0, 2.0, 3.0]) == {"pearson": 0, "spearman": 0}
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_model_that_diverged_has_no_metric(lost):
+    found = [measured(subset, [[1.0, 0.0]] * 3 + [[lost, 0.0]], [0, 1, 1, 0]) for subset in ("cola", "mrpc", "rte")]
+    found.append(measured("stsb", [[1.0], [2.0], [lost]], [0.0, 1.0, 2.0]))
+    assert all(math.isnan(value) for one in found for value in one.values())

@@ -1,6 +1,8 @@
 """Image classification: where images come from, how they are shown, and what is wrong with them, by file and row."""
 
+import inspect
 import io
+import math
 
 import datasets
 import numpy as np
@@ -8,24 +10,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import EvalPrediction
 
 from flora.tasks.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from flora.tasks.data import Table
 from flora.tasks.image_classification import ImageClassification, Images
+from flora.tasks.pictures import open_image
 from flora.tasks.pretrained import Pretrained
 
 RESNET = Pretrained(config={"model_type": "cifar_resnet", "depth": 8})
 
 
-def jpeg(seed=0, size=(12, 10)):
+def encoded(array, kind="PNG"):
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(file, "JPEG")
+    Image.fromarray(array).save(file, kind)
     return file.getvalue()
+
+
+def jpeg(seed=0, size=(12, 10)):
+    return encoded(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8), "JPEG")
 
 
 def parquet(path, labels, names=("cat", "dog", "eel"), images=None, column="image"):
     label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
     features = datasets.Features({column: datasets.Image(), "label": label})
-    pictures = [image and {"bytes": image, "path": "a.jpg"} for image in images or map(jpeg, range(len(labels)))]
+    pictures = [
+        None if image is None else {"bytes": image, "path": "a.jpg"}
+        for image in images or map(jpeg, range(len(labels)))
+    ]
     datasets.Dataset.from_dict({column: pictures, "label": labels}, features=features).to_parquet(path)
 
 
@@ -67,15 +79,76 @@ def test_parquet_files_and_folders_of_images(tmp_path):
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
     task.build()(**batch).loss.backward()
 
-    folder = tmp_path / "folder"
-    for split, count in (("train", 6), ("val", 2)):
-        for name in ("cat", "dog"):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                (folder / split / name / f"{i}.jpg").write_bytes(jpeg(i))
-    splits = job(folder, test_examples=3).splits(0)
+
+def fill(folder, names):
+    """A picture at each of some paths below it."""
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(seed))
+
+
+def test_folders_of_images(tmp_path):
+    counts = {"train": 6, "Val": 2}
+    fill(tmp_path, [f"{split}/{c}/{i}.jpg" for split in counts for c in ("cat", "dog") for i in range(counts[split])])
+    splits = job(tmp_path, test_examples=3).splits(0)
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [11, 1, 3]
     assert splits["train"][0]["pixel_values"].shape == (3, 10, 12)
+
+
+def test_what_a_picture_is_called_tells_nothing(tmp_path):
+    names = [f"{c}/{name}.JPG" for c in ("a-1", "a") for name in ("train-0", "eye_test", "dev", "[x] 犬", *range(6))]
+    fill(tmp_path, [*names, "a/Thumbs.db", "a/.hidden.jpg"])
+    splits = job(tmp_path).splits(0)
+    tables = [split.table for split in splits.values()]
+    found = {table[i]["image"]["path"]: table[i]["label"] for table in tables for i in range(len(table))}
+    assert found == {str(tmp_path / name): int(name.startswith("a-1")) for name in names}
+    table = job(tmp_path)._tables["train"]
+    assert [table.name(i) for i in range(20)] == sorted(str(tmp_path / name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["train/a/0.jpg", "train/b/0.jpg", "val/a/0.jpg", "test/.keep"], "the test split is empty"),
+        (["a/0.jpg", "b/more/0.jpg"], "b/more/0.jpg is not where a picture is expected, CLASS/NAME"),
+        (["a/0.jpg", "0.jpg"], "0.jpg is not where a picture is expected, CLASS/NAME"),
+        (["train/0.jpg"], "train/0.jpg is not where a picture is expected, SPLIT/CLASS/NAME, with SPLIT one of train"),
+        (["train/a/0.jpg", "more/a/0.jpg"], "more/a/0.jpg is not where a picture is expected, SPLIT/CLASS/NAME"),
+        (["a/0.jpg", "a/1.jpg"], "has one class only"),
+        (["train/a/0.jpg", "val/a/0.jpg", "Valid/a/0.jpg"], "both Valid and val are a validation split"),
+        (["val/a/0.jpg", "val/b/0.jpg"], "has no train split, but validation"),
+        (["readme.txt"], "neither pictures in it nor parquet files"),
+    ],
+)
+def test_a_folder_that_is_none_of_images_is_named(names, named, tmp_path):
+    fill(tmp_path, names)
+    with pytest.raises(ValueError) as error:
+        job(tmp_path).splits(0)
+    assert str(error.value).startswith(str(tmp_path)) and named in str(error.value)
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    fill(tmp_path, [f"{c}/{i}.jpg" for c in "ab" for i in range(9)])
+    (tmp_path / "a" / "9.jpg").symlink_to("nowhere.jpg")
+    task = job(tmp_path)
+    with pytest.raises(ValueError, match=r"a.9\.jpg: column 'image' is no readable image: missing$"):
+        task.check(task.splits(0))
+
+
+@pytest.mark.parametrize(
+    ("files", "lengths"),
+    [
+        ({"[1]/train.parquet": [0, 1, 2] * 10, "[1]/test.parquet": [0, 1]}, [27, 3, 2]),
+        ({"default/train/0000.parquet": [0, 1, 2] * 10, "default/test/0000.parquet": [0, 1]}, [27, 3, 2]),
+        ({"train.parquet": [0, 1, 2] * 10, "dev.parquet": [0, 1], "test.parquet": [-1] * 9}, [27, 3, 2]),
+        ({"train.parquet": [0, 1, 2] * 10, "dev.parquet": [0, 1], "test.parquet": [None] * 9}, [27, 3, 2]),
+    ],
+)
+def test_what_is_taken_for_a_split(files, lengths, tmp_path):
+    for name, labels in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet(tmp_path / name, labels)
+    assert [len(split) for split in job(tmp_path).splits(0).values()] == lengths
 
 
 def broken(tmp_path, how):
@@ -90,15 +163,30 @@ def broken(tmp_path, how):
         parquet(train, [0, 1, -5, 2], names=())
     elif how == "classes":
         parquet(train, [0, 1] * 5)
-    elif how == "jpeg":
-        parquet(test, [0, 1, 2], images=[jpeg(), jpeg()[:200], jpeg()])
-    elif how == "missing":
-        parquet(test, [0, 1, 2], images=[jpeg(), None, jpeg()])
     elif how == "parquet":
         test.write_bytes(test.read_bytes()[:-40])
     elif how == "no train":
         train.unlink()
         parquet(tmp_path / "validation.parquet", [0, 1])
+    elif how == "two":
+        parquet(tmp_path / "val.parquet", [0, 1, 2])
+        parquet(tmp_path / "dev.parquet", [0, 1, 2])
+    elif how in NAMES:
+        parquet(test, [0, 1], names=NAMES[how])
+    elif how in IMAGES:
+        parquet(test, [0, 1, 2], images=[jpeg(), IMAGES[how], jpeg()])
+
+
+NAMES = {"order": ("cat", "eel", "dog"), "fewer": ("cat", "dog")}
+IMAGES = {
+    "jpeg": jpeg()[:200],
+    "missing": None,
+    "empty file": b"",
+    "text": b"hello",
+    "size": jpeg(size=(10, 12)),
+    "long": encoded(np.ones((10, 12), dtype="int32"), "TIFF"),
+    "float": encoded(np.ones((10, 12), dtype="float32"), "TIFF"),
+}
 
 
 @pytest.mark.parametrize(
@@ -107,9 +195,17 @@ def broken(tmp_path, how):
         ("column", "test.parquet has no column 'image', but picture, label"),
         ("empty", "test.parquet is empty"),
         ("label", "train.parquet, row 2: label=-5; expected 0 to 2"),
-        ("classes", "test.parquet, row 2: class 2 is not in the train split"),
+        ("classes", "test.parquet, row 2: class 'eel' is not in the train split"),
+        ("order", "train.parquet: class 1 is 'dog', but 'eel' in "),
+        ("fewer", "train.parquet: class 2 is 'eel', but None in "),
+        ("two", "both dev and val are a validation split"),
         ("jpeg", "test.parquet, row 1 (a.jpg): column 'image' is no readable image"),
-        ("missing", "test.parquet, row 1: column 'image' is no readable image"),
+        ("missing", "test.parquet, row 1: column 'image' is no readable image: missing"),
+        ("empty file", "row 1 (a.jpg): column 'image' is no readable image: not a picture"),
+        ("text", "row 1 (a.jpg): column 'image' is no readable image: not a picture"),
+        ("size", "test.parquet, row 1 is 10 × 12, and "),
+        ("long", "row 1 (a.jpg): column 'image' is no readable image: of mode I, whose range is unknown"),
+        ("float", "row 1 (a.jpg): column 'image' is no readable image: of mode F, whose range is unknown"),
         ("parquet", "test.parquet"),
         ("no train", "has no train split, but test, validation"),
     ],
@@ -120,6 +216,32 @@ def test_bad_data_is_named_before_training(how, named, tmp_path):
     with pytest.raises(ValueError) as error:
         task.check(task.splits(0))
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["PNG", "PPM", "TIFF"])
+def test_greys_of_16_bits_are_scaled_to_8(kind, channels):
+    grey = np.arange(256).reshape(16, 16)
+    deep, flat = encoded((257 * grey).astype("uint16"), kind), encoded(grey.astype("uint8"))
+    table = Table(datasets.Dataset.from_dict({"image": [{"bytes": one, "path": None} for one in (deep, flat)]}), str)
+    opened = [np.asarray(open_image(table, row, "image", channels)) for row in range(2)]
+    assert opened[0].shape == (16, 16, 3)[: 1 + channels] and np.array_equal(*opened)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"mean": [math.nan, 0, 0]}, {"std": [math.inf, 1, 1]}, {"std": [math.nan, 1, 1]}, {"std": [0, 1, 1]}]
+)
+def test_pictures_are_normalised_by_numbers(keys):
+    with pytest.raises(ValueError, match="expected one or three numbers each, the latter above 0"):
+        Images(**keys)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_classifier_that_diverged_has_no_accuracy(value):
+    scores, labels = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 1])
+    assert digits().metrics(EvalPrediction(scores, labels)) == {"accuracy": 0.5}
+    scores[1, 0] = value
+    assert math.isnan(digits().metrics(EvalPrediction(scores, labels))["accuracy"])
 
 
 def test_a_missing_source_is_named(tmp_path):
@@ -172,8 +294,34 @@ def test_a_bad_model_is_named(keys, named):
     assert named in str(error.value)
 
 
-def test_timm_models_have_their_head_trained():
+def test_timm_models_have_a_new_head_and_it_is_trained(tmp_path):
     sizes = {"architecture": "convnextv2_atto", "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}}
     task = ImageClassification(model=Pretrained(config={"model_type": "timm_wrapper", **sizes}))
     model = task.build()
     assert task.head(model) == ["timm_model.head.fc"] and model.get_submodule("timm_model.head.fc").out_features == 10
+    model.save_pretrained(tmp_path)
+    named = ImageClassification(model=Pretrained(name=str(tmp_path))).build()
+    differing = {n for n, tensor in named.state_dict().items() if not torch.equal(tensor, model.state_dict()[n])}
+    assert differing == {"timm_model.head.fc.weight", "timm_model.head.fc.bias"}
+
+
+SMALL = {"image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [
+        ({"model_type": "deit", "architectures": ["DeiTForImageClassificationWithTeacher"], **SMALL}, ["classifier"]),
+        ({"model_type": "swiftformer", "depths": [1] * 4, "embed_dims": [8] * 4}, ["head", "dist_head"]),
+        ({"model_type": "textnet", "hidden_sizes": [8] * 5, "stem_out_channels": 8}, ["fc"]),
+    ],
+)
+def test_every_output_layer_is_trained(config, head):
+    task = ImageClassification(model=Pretrained(config=config))
+    model = task.build()
+    assert task.head(model) == head and "labels" in inspect.signature(model.forward).parameters
+
+
+def test_a_model_without_a_known_output_layer_is_named():
+    with pytest.raises(ValueError, match="Sequential has none of the output layers classifier, score"):
+        digits().head(torch.nn.Sequential())

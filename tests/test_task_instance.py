@@ -10,6 +10,7 @@ from pycocotools import mask
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from flora.tasks import coco
+from flora.tasks.coco_check import run_lengths
 from flora.tasks.instance_segmentation import CocoImages, InstanceSegmentation
 from flora.tasks.mask_rcnn import Detector
 from flora.tasks.pretrained import Pretrained
@@ -248,55 +249,143 @@ def test_a_missing_part_or_key_is_named(data):
     with pytest.raises(ValueError, match=r"train\.json, annotations, row 3: no 'bbox'"):
         task(data).splits(0)
     for text, message in (
-        ("[]", "expected a list of images"),
-        ("{", "no JSON"),
-        ('{"images": []}', "a list of images"),
+        ("[]", r": \[\], expected an object of images, annotations, categories"),
+        ("{", ": no JSON"),
+        ("{}", ": no 'images'"),
+        ('{"images": []}', r": images=\[\], expected a list of one or more"),
+        ('{"images": [1], "annotations": [1], "categories": [1]}', r", images, row 0: 1, expected an object of id, "),
     ):
         (data / "train.json").write_text(text)
-        with pytest.raises(ValueError, match=rf"train\.json: .*{message}"):
+        with pytest.raises(ValueError, match=rf"train\.json{message}"):
             task(data).splits(0)
 
 
-@pytest.mark.parametrize(
-    ("part", "row", "key", "value", "message"),
-    [
-        ("annotations", 2, "image_id", 99, r"train\.json, annotations, row 2: there is no image 99"),
-        ("annotations", 2, "category_id", 5, "row 2: there is no category 5, but 3, 7"),
-        ("annotations", 2, "bbox", [38, 4, 10, 12], r"row 2: box \[38, 4, 10, 12\] is outside of its image of 40 × 32"),
-        (
-            "annotations",
-            2,
-            "bbox",
-            [2, 4, 0, 12],
-            "row 2: box .* has no area; task.data.drop_empty=true leaves such out",
-        ),
-        ("annotations", 2, "bbox", [2, 4, None, 12], "row 2: box .*expected left, top, width and height"),
-        ("annotations", 2, "segmentation", {"size": [40, 32], "counts": "x"}, "row 2: mask of height and width"),
-        (
-            "annotations",
-            2,
-            "segmentation",
-            {"size": [32, 40], "counts": [3, 4]},
-            "row 2: the mask's counts do not add up",
-        ),
-        ("annotations", 2, "segmentation", [[1, 2, 3, 4]], "row 2: expected a mask of run lengths, or polygons"),
-        ("annotations", 2, "segmentation", [], "row 2: expected a mask of run lengths, or polygons"),
-        ("images", 1, "id", 1, "two images have the id 1"),
-        ("images", 1, "width", 50, r"image 2 \(.*1\.png\): the image is 40 × 32, not 50 × 32"),
-        ("images", 1, "file_name", "gone.png", r"train\.json, image 2 \(.*gone\.png\): .* is no readable image"),
-        ("categories", 0, "name", "other", r"val\.json: categories differ from the other splits' in \(7, 'low'\)"),
+NAN, WHOLE, RLE = float("nan"), "expected a whole number", {"size": [32, 40]}
+BAD = {
+    "images": [
+        (0, "id", [1], r"train\.json, images, row 0: id=\[1\], expected a whole number or text"),
+        (1, "id", 1, r"train\.json: two images have the id 1"),
+        (0, "width", None, f"row 0: width=None, {WHOLE} from 1"),
+        (0, "width", "40", f"row 0: width='40', {WHOLE} from 1"),
+        (0, "width", -40, f"row 0: width=-40, {WHOLE} from 1"),
+        (0, "height", 32.0, rf"row 0: height=32\.0, {WHOLE} from 1"),
+        (1, "width", 50, r"image 2 \(.*1\.png\): the image is 40 × 32, not 50 × 32"),
+        (0, "file_name", None, "row 0: file_name=None, expected text"),
+        (0, "file_name", 5, "row 0: file_name=5, expected text"),
+        (0, "file_name", "", "row 0: file_name='', expected text"),
+        (1, "file_name", "gone.png", r"train\.json, image 2: there is no file .*gone\.png"),
+        (1, "file_name", ".", r"train\.json, image 2: there is no file .*train"),
     ],
-)
+    "categories": [
+        (0, "id", "7", f"categories, row 0: id='7', {WHOLE}$"),
+        (0, "id", 3, r"train\.json: two categories have the id 3"),
+        (0, "name", 5, "categories, row 0: name=5, expected text"),
+        (0, "name", "other", r"val\.json: categories differ from the other splits' in \(7, 'low'\)"),
+    ],
+    "annotations": [
+        (2, "image_id", [1], r"annotations, row 2: image_id=\[1\], expected a whole number or text"),
+        (2, "image_id", 99, r"train\.json, annotations, row 2: image_id=99, there is no such image"),
+        (2, "image_id", "1", "row 2: image_id='1', there is no such image"),
+        (2, "category_id", [3], rf"row 2: category_id=\[3\], {WHOLE}$"),
+        (2, "category_id", True, rf"row 2: category_id=True, {WHOLE}$"),
+        (2, "category_id", 5, "row 2: category_id=5, expected one of 3, 7"),
+        (2, "area", "big", "row 2: area='big', expected a number from 0"),
+        (2, "area", NAN, "row 2: area=nan, expected a number from 0"),
+        (2, "iscrowd", "0", "row 2: iscrowd='0', expected 0 or 1"),
+        (2, "bbox", [2, 4, None, 12], r"row 2: bbox=\[.*\], expected left, top, width and height"),
+        (2, "bbox", [2, 4, NAN, 12], r"row 2: bbox=\[.*\], expected left, top, width and height"),
+        (2, "bbox", [10**400, 4, 1.5, 12], r"row 2: bbox=\[.*\], expected left, top, width and height"),
+        (2, "bbox", [2, 4, 12], r"row 2: bbox=\[2, 4, 12\], expected left, top, width and height"),
+        (2, "bbox", [38, 4, 10, 12], r"row 2: bbox=\[38, 4, 10, 12\] is outside of its image of 40 × 32"),
+        (2, "bbox", [2, 4, 0, 12], r"row 2: bbox=\[.*\] has no area in .*; task.data.drop_empty=true leaves such out"),
+        (2, "bbox", [40, 4, 1, 5], r"row 2: bbox=\[40, 4, 1, 5\] has no area in its image of 40 × 32"),
+        (2, "bbox", [-1, 4, 1, 5], r"row 2: bbox=\[-1, 4, 1, 5\] has no area"),
+        (2, "bbox", [20, 4, 1e-9, 5], r"row 2: bbox=\[20, 4, 1e-09, 5\] has no area"),
+        (2, "segmentation", [], "row 2: segmentation=.*, expected polygons of three or more points, or run lengths"),
+        (2, "segmentation", [[1, 2, 3, 4]], "row 2: segmentation=.*, expected polygons of three or more points"),
+        (2, "segmentation", [[None] * 6], "row 2: segmentation=.*, expected polygons of three or more points"),
+        (2, "segmentation", [["1"] * 6], "row 2: segmentation=.*, expected polygons of three or more points"),
+        (2, "segmentation", [[NAN] * 6], "row 2: segmentation=.*, expected polygons of three or more points"),
+        (2, "segmentation", [[1e30, 0, 0, 1e30, 5, 5]], "row 2: segmentation=.* is outside of its image of 40 × 32"),
+        (2, "segmentation", [[50, 1, 59, 1, 59, 9]], "row 2: segmentation=.* is outside of its image of 40 × 32"),
+        (2, "segmentation", [[1, 1, 9, 1, 9, 34]], "row 2: segmentation=.* is outside of its image of 40 × 32"),
+        (2, "segmentation", {"size": [40, 32], "counts": "x"}, r"row 2: segmentation\.size=\[40, 32\], .*, \[32, 40\]"),
+        (2, "segmentation", {**RLE, "counts": ["a"]}, "row 2: segmentation=.*, expected polygons .*, or run lengths"),
+        (2, "segmentation", {**RLE, "counts": [0.5, 1279.5]}, "row 2: segmentation=.*, expected polygons"),
+        (2, "segmentation", {"counts": [5, 1275]}, r"row 2: segmentation\.size=None, .*, \[32, 40\]"),
+        (2, "segmentation", {**RLE, "counts": [1280]}, "row 2: segmentation=.* has no area"),
+        *(
+            (2, "segmentation", {**RLE, "counts": counts}, "row 2: .*counts=.*, expected lengths .* 40 × 32 pixels")
+            for counts in ([3, 4], [100, -50, 1230], [], "1", "11", "", "zzzz", "é", "o", "0\ud800")
+        ),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "row", "key", "value", "message"), [(p, *one) for p in BAD for one in BAD[p]])
 def test_bad_data_is_named_before_training(data, part, row, key, value, message):
-    if part == "images" and key == "width":
+    if (key, value) == ("width", 50):
         for annotation in (changed := told(data))["annotations"]:
             if annotation["image_id"] == 2:
                 annotation["segmentation"] = [[1, 1, 9, 1, 9, 9]]
         (data / "train.json").write_text(json.dumps(changed))
     spoiled(data, part, row, key, value)
     job = task(data)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         job.check(job.splits(0))
+    assert len(str(raised.value).replace(str(data), "")) < 200
+
+
+@pytest.mark.parametrize("value", [None, 0.5])
+def test_area_and_iscrowd_may_be_left_out(data, value):
+    changed = told(data)
+    changed["annotations"][0] |= {"area": value, "iscrowd": None}
+    del changed["annotations"][1]["area"], changed["annotations"][1]["iscrowd"]
+    (data / "train.json").write_text(json.dumps(changed))
+    image = task(data).source.images[0]
+    assert image.areas == [value, None] and image.crowds == [False, False]
+
+
+def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
+    for seed, share in enumerate([0, 0.01, 0.1, 0.5, 0.9, 1] * 3):
+        there = np.random.default_rng(seed).random((70, 90)) < share
+        flat = np.concatenate([[False], there.T.ravel(), [not there[-1, -1]]])
+        ends = np.flatnonzero(np.diff(flat))
+        packed = mask.encode(np.asfortranarray(there.astype("uint8")))
+        assert run_lengths(packed["counts"].decode()) == np.diff([0, *ends]).tolist()
+
+
+def changed_objects(path, change, split):
+    content = told(path, split)
+    content["annotations"] = [one for one in content["annotations"] if change(one) is not False]
+    (path / f"{split}.json").write_text(json.dumps(content))
+
+
+def test_a_split_of_crowds_has_no_object(data):
+    changed_objects(data, lambda one: one.update(iscrowd=1), "val")
+    with pytest.raises(ValueError, match=r"val\.json: the test split has no object to judge"):
+        task(data).splits(0)
+    changed_objects(data, lambda one: one.update(iscrowd=1), "train")
+    with pytest.raises(ValueError, match=r"train\.json: the train split has no object to learn from"):
+        task(data).splits(0)
+
+
+def test_a_drawn_validation_split_without_objects(data):
+    (place,) = task(data).splits(0)["validation"].table.rows["place"]
+    changed_objects(data, lambda one: one["image_id"] != place + 1, "train")
+    with pytest.raises(ValueError, match=r"train\.json: the validation split has no object to judge"):
+        task(data).splits(0)
+
+
+def test_a_class_of_test_alone(data):
+    def to(**keys):
+        return lambda one: one["category_id"] != 7 or one.update(keys)
+
+    changed_objects(data, to(iscrowd=1), "train")
+    with pytest.raises(ValueError, match=r"\.json, annotations, row 1: category_id=7 is not in the train split"):
+        task(data).splits(0)
+    changed_objects(data, to(iscrowd=1), "val")
+    assert len(task(data).splits(0)["test"]) == 3
 
 
 def test_a_corrupt_image_is_named(data):
@@ -307,8 +396,11 @@ def test_a_corrupt_image_is_named(data):
         job.check(job.splits(0))
 
 
-def test_boxes_without_area_can_be_left_out(data):
-    spoiled(data, "annotations", 2, "bbox", [2, 4, 0, 12])
+@pytest.mark.parametrize(
+    ("key", "value"), [("bbox", [2, 4, 0, 12]), ("bbox", [40, 4, 1, 5]), ("segmentation", {**RLE, "counts": [1280]})]
+)
+def test_objects_without_area_can_be_left_out(data, key, value):
+    spoiled(data, "annotations", 2, key, value)
     assert [len(image.boxes) for image in task(data, drop_empty=True).source.images[:3]] == [2, 1, 2]
 
 

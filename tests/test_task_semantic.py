@@ -1,6 +1,9 @@
 """Semantic segmentation: what is read and refused, what is shown, how it is judged, and that it trains."""
 
 import io
+import math
+import re
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -11,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, EvalPrediction, Trainer, TrainingArguments
 
-from flora.tasks.pretrained import Pretrained
+from flora.tasks.pretrained import Pretrained, make_config
 from flora.tasks.semantic_segmentation import IGNORED, Scenes, SemanticSegmentation
 
 TINY = {"model_type": "convnextv2", "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "patch_size": 2}
@@ -34,7 +37,7 @@ def encoded(array, kind="PNG"):
 
 def parquet(folder, scenes, split="train"):
     feature = datasets.Image()
-    rows = [(one if isinstance(one, bytes) else encoded(one), encoded(two)) for one, two in scenes]
+    rows = [tuple(one if isinstance(one, bytes) else encoded(one) for one in pair) for pair in scenes]
     columns = {"image": [{"bytes": one} for one, _ in rows], "annotation": [{"bytes": two} for _, two in rows]}
     table = datasets.Dataset.from_dict(columns, datasets.Features(image=feature, annotation=feature))
     table.to_parquet(folder / f"{split}.parquet")
@@ -105,7 +108,8 @@ def test_metrics_are_those_of_a_loop_over_pixels():
     for truth, guess in zip(labels.flatten().tolist(), large.argmax(1).flatten().tolist(), strict=True):
         if truth != IGNORED:
             confusion[truth, guess] += 1
-    ious = [confusion[c, c] / (confusion[c].sum() + confusion[:, c].sum() - confusion[c, c]) for c in range(3)]
+    ious = [confusion[c, c] / (confusion[c].sum() + confusion[:, c].sum() - confusion[c, c]) for c in range(4)]
+    assert ious[3] == 0  # it is predicted, so it counts
     right = [confusion[c, c] / confusion[c].sum() for c in range(3)]
 
     batches = [
@@ -119,11 +123,33 @@ def test_metrics_are_those_of_a_loop_over_pixels():
     assert found["accuracy"] == pytest.approx(np.trace(confusion) / confusion.sum())
 
 
+def judged(predicted, labels, classes):
+    """The metrics of the classes that are predicted for each pixel."""
+    logits = torch.nn.functional.one_hot(predicted, classes).movedim(-1, 1).float()
+    counts = SemanticSegmentation.reduce(logits, labels)
+    return task("").metrics(EvalPrediction(counts.numpy(), labels.numpy()))
+
+
 def test_a_perfect_prediction_has_only_ones():
     labels = torch.randint(0, 5, (2, 6, 6))
-    counts = SemanticSegmentation.reduce(torch.nn.functional.one_hot(labels, 5).permute(0, 3, 1, 2).float(), labels)
+    assert judged(labels, labels, 6) == {"mIoU": 1, "mAcc": 1, "accuracy": 1}  # class 5 is nowhere
+
+
+def test_a_class_that_is_only_predicted_has_an_iou_of_0_and_no_accuracy():
+    labels, predicted = torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0, 2, 1, 1]]])
+    third = pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert judged(predicted, labels, 4) == {"mIoU": third, "mAcc": 3 / 4, "accuracy": 3 / 4}
+    predicted[0, 0, 1], labels[0, 0, 1] = 2, IGNORED  # where nothing is labelled it is not predicted either
+    assert judged(predicted, labels, 4) == {"mIoU": 1, "mAcc": 1, "accuracy": 1}
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_a_model_that_diverged_has_no_metric(lost):
+    logits, labels = torch.randn(3, 4, 5, 7), torch.randint(0, 3, (3, 10, 14))
+    logits[1, 2, 3, 4] = lost
+    counts = SemanticSegmentation.reduce(logits, labels)
     found = task("").metrics(EvalPrediction(counts.numpy(), labels.numpy()))
-    assert found == {"mIoU": 1, "mAcc": 1, "accuracy": 1}
+    assert set(found) == {"mIoU", "mAcc", "accuracy"} and all(map(math.isnan, found.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -211,13 +237,66 @@ def break_shapes(path):
 
 def break_colour(path):
     parquet(path, [*(scene(n) for n in range(7)), (scene(7)[0], scene(7)[0])])
-    return task(path, ignore=[11]), "row 7: 'annotation' is of mode RGB, expected one channel of labels"
+    return task(path, ignore=[11]), "row 7: 'annotation' is of mode RGB, expected one channel of whole numbers"
+
+
+def break_numbers(path):
+    parquet(path, [(encoded(scene(n)[0]), encoded(scene(n)[1] + np.float32(0.7), "TIFF")) for n in range(8)])
+    return task(path, classes=3), "row 0: 'annotation' is of mode F, expected one channel of whole numbers"
+
+
+def break_negative(path):
+    parquet(path, [(encoded(scene(n)[0]), encoded(scene(n)[1].astype("int32") - 1, "TIFF")) for n in range(8)])
+    return task(path, classes=3), "row 0: 'annotation' has label -1, expected 0 to 255"
+
+
+def break_ignored(path):
+    return task(path, ignore=[0, 1, 2, 11], classes=3), r"the train split has no labelled pixel, with .*ignore=\[0, 1"
+
+
+def break_ignored_test(path):
+    parquet(path, [(picture, np.full_like(labels, IGNORED)) for picture, labels in map(scene, range(2))], "validation")
+    return task(path, ignore=[11], classes=3), "the test split has no labelled pixel"
+
+
+def break_unknown(path):
+    parquet(path, [(scene(1)[0], scene(1)[1]), (scene(8)[0], scene(8)[1] + 1)], "validation")
+    return task(path, ignore=[11], classes=4), r"validation\.parquet, row 1: label 3 is not in the train split.*ignore"
+
+
+def break_unknown_reduced(path):
+    parquet(path, [scene(n) for n in range(8)])
+    parquet(path, [(scene(8)[0], scene(8)[1] + 1)], "validation")
+    return task(path, reduce_labels=True), r"validation\.parquet, row 0: label 3 is not in the train split"
 
 
 def break_missing(path):
     folder_of(path / "pairs")
     (path / "pairs" / "annotations" / "training" / "1.png").unlink()
     return task(path / "pairs"), r"images.training.1\.jpg: there is no .*annotations.training.1"
+
+
+def break_twice(path):
+    shutil.copy(folder_of(path / "pairs") / "images/training/1.jpg", path / "pairs/images/training/1.png")
+    return task(path / "pairs"), r"training.1\.jpg and .*training.1\.png are two of one name"
+
+
+def break_twice_labelled(path):
+    shutil.copy(folder_of(path / "pairs") / "annotations/training/1.png", path / "pairs/annotations/training/1.tif")
+    return task(path / "pairs"), r"training.1\.png and .*training.1\.tif are two of one name"
+
+
+def break_empty_split(path):
+    for kind in ("images", "annotations"):
+        (folder_of(path / "pairs") / kind / "testing").mkdir()
+    (path / "pairs/images/testing/.hidden").touch()
+    return task(path / "pairs"), "images.testing is empty"
+
+
+def break_empty_folder(path):
+    for kind in ("images", "annotations"):
+        (path / "pairs" / kind).mkdir(parents=True)
+    return task(path / "pairs"), "pairs.images is empty"
 
 
 def break_path(path):
@@ -232,6 +311,12 @@ def test_bad_data_is_named_before_training(spoil, data):
     job, message = spoil(data)
     with pytest.raises(ValueError, match=message):
         job.check(job.splits(0))
+
+
+def test_of_a_few_pictures_train_may_lack_a_class(data):
+    parquet(data, [(scene(8)[0], scene(8)[1] + 1)], "validation")
+    job = task(data, ignore=[11], classes=4, train_examples=4)
+    job.check(job.splits(0))
 
 
 @pytest.mark.parametrize(
@@ -317,8 +402,41 @@ def test_any_segmentation_model_of_transformers(data):
     assert job.head(model) == ["decode_head"] and job.reduce(output.logits, batch["labels"]).shape == (2, 3, 3)
 
 
-def test_models_that_cannot_be():
+def test_a_named_model_brings_its_backbone():
     with pytest.raises(ValueError, match="task.backbone: a named model"):
         replace(task("", classes=3), model=Pretrained(name="some/upernet")).build()
-    with pytest.raises(ValueError, match="bert"):
-        task("", backbone={"model_type": "bert"}, classes=3).build()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "bert"}, "bert: .*"),
+        ({"model_type": "convnextv3"}, "convnextv3: transformers has no such model_type; nearest: convnextv2, .*"),
+        ({"model_type": 3}, "3: transformers has no such model_type"),
+        ({"model_type": "cifar_resnet", "dept": 8}, "cifar_resnet: CifarResNetConfig has no 'dept'; nearest: depth"),
+        ({**TINY, "depth": [1] * 4}, "convnextv2: ConvNextV2Config has no 'depth'; nearest: depths.*"),
+        ({"model_type": "cifar_resnet", "depth": 9}, "cifar_resnet: depth=9: expected 6 n .*"),
+        ({**TINY, "depths": "deep"}, "convnextv2: .*depths.*"),
+    ],
+)
+@pytest.mark.parametrize("place", ["model", "backbone"])
+def test_a_config_that_cannot_be(place, keys, message):
+    job = task("", classes=3, **({"model": keys, "backbone": None} if place == "model" else {"backbone": keys}))
+    with pytest.raises(ValueError) as refused:
+        job.build()
+    assert re.fullmatch(message, str(refused.value)) and len(str(refused.value)) < 450
+
+
+def test_keys_that_every_config_takes_and_names_that_stand_for_others():
+    given = {
+        "out_features": ["stage2", "stage4"],
+        "num_labels": 2,
+        "id2label": {0: "cat", 1: "dog"},
+        "dtype": "float32",
+    }
+    given |= {"num_hidden_layers": 4, "attn_implementation": "eager", "output_hidden_states": False}
+    config = make_config(TINY | given, num_labels=2)
+    assert config.num_stages == 4 and config.out_features == ["stage2", "stage4"] and config.id2label[1] == "dog"
+    assert (
+        make_config({"model_type": "llama", "rope_theta": 1.0}).rope_parameters["rope_theta"] == 1.0
+    )  # as it was once

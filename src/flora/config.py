@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -120,10 +121,9 @@ class FloraConfig(PeftConfig):
         self.peft_type = FLORA
         for name in ("target_modules", "exclude_modules", "target_parameters"):
             value = getattr(self, name)
+            check_names(name, value, regex=name != "target_parameters")
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        self.rank_pattern = self.rank_pattern or {}
-        self.scale_pattern = self.scale_pattern or {}
         if self.r is None and self.budget is None:
             self.r = 8
         elif self.r is not None and self.budget is not None:
@@ -132,11 +132,10 @@ class FloraConfig(PeftConfig):
             check_rank("r", self.r)
         check_rank("kernel_rank", self.kernel_rank, none=True, many=False)
         check_budget(self.budget)
-        for pattern, rank in self.rank_pattern.items():
-            check_rank(f"rank_pattern[{pattern!r}]", rank)
         check_scale("scale", self.scale)
-        for pattern, scale in self.scale_pattern.items():
-            check_scale(f"scale_pattern[{pattern!r}]", scale)
+        for name, check in (("rank_pattern", check_rank), ("scale_pattern", check_scale)):
+            setattr(self, name, getattr(self, name) or {})
+            check_patterns(name, getattr(self, name), check)
         check_choice("init", self.init, INITS)
         check_choice("execution", self.execution, EXECUTIONS)
         check_choice("bias", self.bias, BIASES)
@@ -198,6 +197,33 @@ def is_number(value: Any) -> bool:
 
 def is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_names(name: str, value: Any, regex: bool) -> None:
+    accepted = f"{name} must be a list of names{' or a regex' if regex else ''}"
+    if regex and isinstance(value, str):
+        check_regex(accepted, value)
+    elif value is not None:
+        if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{accepted}, got {value!r}")
+
+
+def check_patterns(name: str, patterns: Any, check: Callable[[str, Any], None]) -> None:
+    accepted = f"{name} must have names or regexes as keys"
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{accepted}, got {patterns!r}")
+    for pattern, value in patterns.items():
+        check_regex(accepted, pattern)
+        check(f"{name}[{pattern!r}]", value)
+
+
+def check_regex(accepted: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{accepted}, got {value!r}")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{accepted}, got {value!r}: {error}") from error
 
 
 def check_rank(name: str, value: Any, none: bool = False, many: bool = True) -> None:

@@ -102,11 +102,12 @@ def _adapt(config: Config, name: str, budget: int | None, model: nn.Module, step
 
 def _try(task: Task, examples: Examples, keys: Training) -> None:
     """Put model and data together once, with as few examples as a batch will have."""
+    model = task.build().train()
     least = len(examples) % keys.batch_size or keys.batch_size
     batch = [examples[index] for index in range(min(least, 2))]
     try:
         with torch.no_grad():
-            task.build().train()(**task.collate(batch))
+            model(**task.collate(batch))
     except Exception as error:  # a model's own code may raise anything
         said = f"a batch of {len(batch)} does not pass through the model: {one_line(error)}"
         raise ConfigError(f"{said} (the last batch of {len(examples)} examples has {least})") from error

@@ -1,6 +1,6 @@
 """The jobs, one file each: what data there is, what model, how a prediction is judged (``base.Task``).
 
-`data` reads, splits and checks examples for them, `pretrained` their models.
+`data` splits and checks examples for them, `pictures` reads those that are pictures, `pretrained` their models.
 """
 
 from flora.tasks.base import Examples, Task

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from flora.tasks.base import HEADS
-from flora.tasks.pretrained import Pretrained, load_weights
+from flora.tasks.pretrained import Pretrained, brief, load_weights, make_config
 
 TIMM = "timm/"
 
@@ -35,13 +35,12 @@ def load_backbone(keys: Pretrained) -> nn.Module:
             config.out_indices = stages(config)
             # not AutoBackbone.from_pretrained, which asks the hub even for a folder
             return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(keys.name, config=config)
-        fields = dict(keys.config)
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        if not {"out_features", "out_indices"} & fields.keys():
+        config = make_config(keys.config)
+        if not {"out_features", "out_indices"} & keys.config.keys():
             config.out_indices = stages(config)
         model = AutoBackbone.from_config(config)
-    except (OSError, ValueError, RuntimeError) as error:  # timm raises the last one for an unknown name
-        raise ValueError(f"{keys.name or keys.config['model_type']}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # a model's own code may raise anything
+        raise ValueError(f"{keys.name or keys.config['model_type']}: {brief(error)}") from error
     if keys.weights:
         load_weights(model, keys.weights, HEADS)
     return model

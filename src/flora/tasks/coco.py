@@ -1,11 +1,10 @@
-"""COCO's format: images and objects read and looked through, and predictions judged by pycocotools."""
+"""COCO's format: images and objects read, and predictions judged by pycocotools."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,24 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flora.tasks.coco_check import box_is_empty, check_fields, mask_is_empty, short
 from flora.tasks.data import split_name
-
-SLACK = 1  # pixels that a box may stick out of its image: annotation tools round
 
 
 @dataclass
 class Annotated:
-    """An image's objects: ``boxes`` of left, top, width, height; ``classes`` from 1; ``masks`` as in the file."""
+    """An image's objects, of ``rows`` in the JSON ``listing``: ``boxes`` of left, top, width, height; ``classes`` from
+    1; ``masks`` as in the JSON."""
 
-    name: str
+    listing: Path
+    id: int | str
     file: str
     height: int
     width: int
+    rows: list[int] = field(default_factory=list)
     boxes: list[list[float]] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
     masks: list[Any] = field(default_factory=list)
     areas: list[float | None] = field(default_factory=list)
     crowds: list[bool] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.listing}, image {self.id}"
+
+    @property
+    def counted(self) -> list[int]:
+        """Places of the objects that are no crowds."""
+        return [index for index, crowd in enumerate(self.crowds) if not crowd]
 
     def rle(self, index: int) -> dict[str, Any]:
         """pycocotools' compressed run lengths of a mask."""
@@ -46,7 +56,7 @@ class Annotated:
         """To train on: boxes (n, 4) of left, top, right, bottom, cut to the image; classes (n,); masks (n, h, w)."""
         from pycocotools import mask
 
-        kept = [index for index, crowd in enumerate(self.crowds) if not crowd]
+        kept = self.counted
         boxes = torch.tensor([self.boxes[index] for index in kept], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, self.width)
@@ -71,11 +81,11 @@ class Source:
 
 def read(folder: Path, drop_empty: bool) -> Source:
     """NAME.json, or annotations/instances_NAME.json, with images in the folder NAME. Raises ValueError naming file and
-    row; boxes without area are refused, or left out if ``drop_empty``."""
+    row; objects without area are refused, or left out if ``drop_empty``."""
     source = Source([], {}, [])
     for split, file, images in _files(folder):
         content = _load(file)
-        own = sorted(content["categories"], key=lambda category: category["id"])
+        own = [category for _, category in sorted(_by_id(file, content, "categories").items())]
         source.categories = source.categories or own
         before, now = ({one["id"]: one["name"] for one in some} for some in (source.categories, own))
         if differ := before.items() ^ now.items():
@@ -104,48 +114,44 @@ def _files(folder: Path) -> list[tuple[str, Path, Path]]:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: no JSON: {error}") from error
-    needed = {
-        "images": ("id", "file_name", "height", "width"),
-        "annotations": ("image_id", "category_id", "bbox", "segmentation"),
-        "categories": ("id", "name"),
-    }
-    for part, keys in needed.items():
-        rows = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not rows:
-            raise ValueError(f"{file}: expected a list of {part}")
-        for row, entry in enumerate(rows):
-            for key in keys:
-                if not isinstance(entry, dict) or key not in entry:
-                    raise ValueError(f"{file}, {part}, row {row}: no {key!r}")
+    check_fields(str(file), content)
     return content
 
 
+def _by_id(file: Path, content: dict[str, Any], part: str) -> dict[Any, dict[str, Any]]:
+    found: dict[Any, dict[str, Any]] = {}
+    for entry in content[part]:
+        if entry["id"] in found:
+            raise ValueError(f"{file}: two {part} have the id {entry['id']}")
+        found[entry["id"]] = entry
+    return found
+
+
 def _annotated(file: Path, folder: Path, content: dict, categories: list[int], drop_empty: bool) -> list[Annotated]:
-    images: dict[int, Annotated] = {}
-    for entry in content["images"]:
-        if entry["id"] in images:
-            raise ValueError(f"{file}: two images have the id {entry['id']}")
-        name = f"{file}, image {entry['id']}"
-        images[entry["id"]] = Annotated(name, str(folder / entry["file_name"]), entry["height"], entry["width"])
+    images = {
+        key: Annotated(file, key, str(folder / entry["file_name"]), entry["height"], entry["width"])
+        for key, entry in _by_id(file, content, "images").items()
+    }
     classes = {category: place for place, category in enumerate(categories, start=1)}
     for row, entry in enumerate(content["annotations"]):
         where = f"{file}, annotations, row {row}"
         if entry["image_id"] not in images:
-            raise ValueError(f"{where}: there is no image {entry['image_id']}")
+            raise ValueError(f"{where}: image_id={short(entry['image_id'])}, there is no such image")
         if entry["category_id"] not in classes:
-            raise ValueError(
-                f"{where}: there is no category {entry['category_id']}, but {', '.join(map(str, classes))}"
-            )
+            accepted = ", ".join(map(str, classes))
+            raise ValueError(f"{where}: category_id={short(entry['category_id'])}, expected one of {accepted}")
         image = images[entry["image_id"]]
-        empty = _check_box(where, entry["bbox"], image)
-        if empty and drop_empty:
-            continue
-        if empty:
-            raise ValueError(f"{where}: box {entry['bbox']} has no area; task.data.drop_empty=true leaves such out")
-        _check_mask(where, entry["segmentation"], image)
+        shapes = {"bbox": box_is_empty, "segmentation": mask_is_empty}
+        empty = (key for key, is_empty in shapes.items() if is_empty(where, entry[key], image.height, image.width))
+        if key := next(empty, None):
+            if drop_empty:
+                continue
+            said = f"{key}={short(entry[key])} has no area in its image of {image.width} × {image.height}"
+            raise ValueError(f"{where}: {said}; task.data.drop_empty=true leaves such out")
+        image.rows.append(row)
         image.boxes.append(entry["bbox"])
         image.classes.append(classes[entry["category_id"]])
         image.masks.append(entry["segmentation"])
@@ -154,34 +160,22 @@ def _annotated(file: Path, folder: Path, content: dict, categories: list[int], d
     return list(images.values())
 
 
-def _check_box(where: str, box: Any, image: Annotated) -> bool:
-    """Whether it has no area."""
-    if (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(isinstance(x, int | float) and math.isfinite(x) for x in box)
-    ):
-        raise ValueError(f"{where}: box {box}, expected left, top, width and height in pixels")
-    left, top, width, height = box
-    if min(left, top) < -SLACK or left + width > image.width + SLACK or top + height > image.height + SLACK:
-        raise ValueError(f"{where}: box {box} is outside of its image of {image.width} × {image.height}")
-    return width <= 0 or height <= 0
+def need_objects(source: Source, splits: dict[str, list[Annotated]]) -> None:
+    """In every split some that are no crowds, of classes that are in train too: what is never shown is not learned.
 
-
-def _check_mask(where: str, given: Any, image: Annotated) -> None:
-    if isinstance(given, dict):
-        if given.get("size") != [image.height, image.width] or not isinstance(given.get("counts"), str | list):
-            raise ValueError(
-                f"{where}: mask of height and width {given.get('size')}, its image is {[image.height, image.width]}"
-            )
-        if isinstance(given["counts"], list) and sum(given["counts"]) != image.height * image.width:
-            raise ValueError(f"{where}: the mask's counts do not add up to {image.height} × {image.width} pixels")
-    elif (
-        not isinstance(given, list)
-        or not given
-        or not all(isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0 for ring in given)
-    ):
-        raise ValueError(f"{where}: expected a mask of run lengths, or polygons of three or more points")
+    Raises ValueError naming file and split, or annotation.
+    """
+    known = {image.classes[index] for image in splits["train"] for index in image.counted}
+    for name, images in splits.items():
+        if not any(image.counted for image in images):
+            use = "learn from" if name == "train" else "judge"
+            raise ValueError(f"{images[0].listing}: the {name} split has no object to {use}")
+        for image in images:
+            for index in image.counted:
+                if (number := image.classes[index]) not in known:
+                    where = f"{image.listing}, annotations, row {image.rows[index]}"
+                    category = source.categories[number - 1]["id"]
+                    raise ValueError(f"{where}: category_id={category} is not in the train split")
 
 
 # ---------------------------------------------------------------------------------------------------------- judging

@@ -1,15 +1,12 @@
-"""Where examples come from (a folder, parquet files, the hub: `datasets` reads them all), how they are split in three,
-and what is wrong with them, by file and row, before anything is trained."""
+"""Examples of any kind: tables whose rows have a name, how they are split in three, and what is wrong with them, by
+file and row, before anything is trained. Of pictures in particular: `pictures`."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 SPLITS = {
@@ -37,22 +34,6 @@ class Portions:
 
 
 @dataclass
-class Pictures(Portions):
-    """Portions of a source of pictures, and how their channels are normalised: ImageNet's by default."""
-
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "of each channel"})
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "of each channel"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
-            raise ValueError(
-                f"task.data.mean={self.mean} and task.data.std={self.std}: expected one or three numbers each, "
-                "the latter above 0"
-            )
-
-
-@dataclass
 class Table:
     """A ``datasets.Dataset``, and how to name one of its rows to a person."""
 
@@ -70,68 +51,6 @@ class Table:
         return Table(self.rows.select(indices), lambda index: self.name(indices[index]))
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def read(path: str, images: Iterable[str] = ()) -> dict[str, Table]:
-    """Splits by name: of a parquet file, a folder of such, a folder of images (one folder a class), or the hub.
-
-    ``images`` are the columns of pictures: left encoded, as {"bytes", "path"}. Raises ValueError naming ``path``.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    place = Path(path)
-    try:
-        if files := sorted(place.rglob("*.parquet")) if place.is_dir() else [place] * (place.suffix == ".parquet"):
-            tables = _parquet(files)
-        elif place.is_dir():
-            found = datasets.load_dataset("imagefolder", data_dir=path)
-            tables = {name: Table(rows, _namer(path, name)) for name, rows in found.items()}
-        elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise ValueError("no such file or folder")
-        else:
-            tables = {name: Table(rows, _namer(path, name)) for name, rows in datasets.load_dataset(path).items()}
-    except Exception as error:  # of pyarrow's, the hub's and datasets' many classes
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    for table in tables.values():
-        for column in set(images) & set(table.rows.column_names):
-            if not isinstance(table.rows.features[column], datasets.Image):
-                raise ValueError(f"{path}: column {column!r} holds {table.rows.features[column]}, no images")
-            table.rows = table.rows.cast_column(column, datasets.Image(decode=False))
-    return {split_name(name): table for name, table in tables.items()}
-
-
-def _parquet(files: list[Path]) -> dict[str, Table]:
-    import datasets
-
-    names: dict[str, list[Path]] = {}
-    for file in files:
-        names.setdefault(re.split(r"[-_.]", file.stem)[0] if len(files) > 1 else "train", []).append(file)
-    tables = {}
-    for name, some in names.items():
-        parts = [_one_parquet(file) for file in some]
-        places = [f"{file}, row {row}" for file, part in zip(some, parts, strict=True) for row in range(len(part))]
-        tables[name] = Table(datasets.concatenate_datasets(parts), places.__getitem__)
-    return tables
-
-
-def _one_parquet(file: Path) -> Any:
-    import datasets
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        if ParquetFile(file).metadata.num_rows:
-            return datasets.Dataset.from_parquet(str(file))
-    except Exception as error:
-        raise ValueError(f"{file.name}: {error}") from error
-    raise ValueError(f"{file.name} is empty")
-
-
-def _namer(path: str, split: str) -> Callable[[int], str]:
-    return lambda index: f"{path}, {split}, row {index}"
-
-
 def split_name(name: str) -> str:
     """One of `SPLITS` for what sources call it; another name as it is."""
     return next((split for split, names in SPLITS.items() if name.lower() in names), name)
@@ -145,26 +64,13 @@ def need_columns(tables: dict[str, Table], *columns: str) -> None:
         for column in columns:
             if column not in table.rows.column_names:
                 raise ValueError(
-                    f"{_source(table, split)} has no column {column!r}, but {', '.join(table.rows.column_names)}"
+                    f"{source_of(table, split)} has no column {column!r}, but {', '.join(table.rows.column_names)}"
                 )
 
 
-def _source(table: Table, split: str) -> str:
-    return table.name(0).rpartition(", row")[0] if len(table) else f"the {split} split"
-
-
-def open_image(table: Table, index: int, column: str) -> Any:
-    """The picture of a row, decoded by Pillow. Raises ValueError naming the row and, if it has one, its file."""
-    from PIL import Image
-
-    found = table.rows[index][column] or {}
-    try:
-        picture = Image.open(io.BytesIO(found.get("bytes") or Path(found.get("path") or "").read_bytes()))
-        picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        where = f" ({found['path']})" if found.get("path") else ""
-        raise ValueError(f"{table.name(index)}{where}: column {column!r} is no readable image: {error}") from error
-    return picture
+def source_of(table: Table, split: str) -> str:
+    """What its rows lie in, or the first of them."""
+    return table.name(0).rsplit(", row", 1)[0] if len(table) else f"the {split} split"
 
 
 def check_each(tables: Iterable[Table], check: Callable[[Table, int], Any]) -> None:

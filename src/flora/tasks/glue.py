@@ -5,71 +5,22 @@ Its test labels are not public: as in the paper (Table 3) the dev set is what is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from flora.tasks.base import Task
 from flora.tasks.data import Portions, Table, need_columns, need_known, three
-from flora.tasks.pretrained import Pretrained
+from flora.tasks.glue_data import SUBSETS, Subset, read_hub, read_tsv
+from flora.tasks.pretrained import Pretrained, brief
 
 OUTPUTS = ("classifier", "score", "classification_head", "logits_proj")  # what transformers calls an output layer
-ENTAILS = ("entailment", "not_entailment")
-
-
-@dataclass(frozen=True)
-class Subset:
-    """``metrics``: the one to report first. ``hub``: columns of texts on the hub, where the label's is "label".
-    ``tsv``: those of the official TSVs, the label's last. ``classes``: as TSVs spell them, in the order of the hub's
-    numbers; none for a score from 0 to 5. ``bare``: all columns of a TSV without a header, where there are such.
-    ``dev``: what the dev split's name ends with."""
-
-    metrics: tuple[str, ...]
-    hub: tuple[str, ...]
-    tsv: tuple[str, ...]
-    classes: tuple[str, ...] = ("0", "1")
-    bare: tuple[str, ...] = ()
-    dev: str = ""
-
-    def label(self, given: Any) -> int | float:
-        """As a number; a TSV gives text, the hub a number already. Raises ValueError where it is no label."""
-        if not self.classes:
-            try:
-                score = float(given)
-            except (TypeError, ValueError):
-                score = -1.0
-            if 0 <= score <= 5:
-                return score
-            raise ValueError(f"score {given!r}; expected a number from 0 to 5")
-        if isinstance(given, str) and given in self.classes:
-            return self.classes.index(given)
-        if isinstance(given, int) and 0 <= given < len(self.classes):
-            return given
-        accepted = ", ".join(self.classes) if isinstance(given, str) else f"0 to {len(self.classes) - 1}"
-        raise ValueError(f"label {given!r}; expected {accepted}")
-
-
-PAIR = ("sentence1", "sentence2")
-SUBSETS = {
-    "mnli": Subset(
-        ("accuracy",),
-        ("premise", "hypothesis"),
-        (*PAIR, "gold_label"),
-        ("entailment", "neutral", "contradiction"),
-        dev="_matched",
-    ),
-    "sst2": Subset(("accuracy",), ("sentence",), ("sentence", "label"), bare=("sentence", "label")),
-    "cola": Subset(("matthews",), ("sentence",), ("sentence", "label"), bare=("source", "label", "mark", "sentence")),
-    "qqp": Subset(("accuracy", "f1"), ("question1", "question2"), ("question1", "question2", "is_duplicate")),
-    "qnli": Subset(("accuracy",), ("question", "sentence"), ("question", "sentence", "label"), ENTAILS),
-    "rte": Subset(("accuracy",), PAIR, (*PAIR, "label"), ENTAILS),
-    "mrpc": Subset(("accuracy", "f1"), PAIR, ("#1 String", "#2 String", "Quality")),
-    "stsb": Subset(("pearson", "spearman"), PAIR, (*PAIR, "score"), classes=()),
-}
 
 
 @dataclass
@@ -108,6 +59,28 @@ class Glue(Task):
             need_known(splits, "labels", lambda label: f"label {self._subset.classes[label]!r}")
         return splits
 
+    def check(self, splits: dict[str, Table]) -> None:
+        """Each split's longest example and the one with the largest token pass through the model, whose positions and
+        vocabulary may be fewer than the tokenizer's; how positions are counted only the model itself knows."""
+        model = self.build().eval()
+        for table in splits.values():
+            ids = table.rows["input_ids"][:]
+            for index in {max(range(len(ids)), key=lambda row: size(ids[row])) for size in (len, max)}:
+                try:
+                    with torch.no_grad():
+                        model(**self.collate([table[index]]))
+                except Exception as error:  # a model's own code may raise anything
+                    said = self._refusal(ids[index], model.config)
+                    raise ValueError(f"{table.name(index)}: {said} ({brief(error)})") from error
+
+    def _refusal(self, ids: list[int], config: Any) -> str:
+        model, words = self.model.name, getattr(config, "vocab_size", None)
+        if words and max(ids) >= words:
+            return f"has token {max(ids)} of the tokenizer's {len(self.tokenizer)}; {model} has {words} only"
+        positions = f"whose max_position_embeddings is {getattr(config, 'max_position_embeddings', None)}"
+        lower = f"lower task.data.max_length={self.data.max_length}"
+        return f"its {len(ids)} tokens do not pass through {model}, {positions}; {lower}"
+
     @cached_property
     def _tables(self) -> dict[str, Table]:
         """ "train", and dev as "test": input ids and labels, not padded."""
@@ -117,10 +90,12 @@ class Glue(Task):
         path = self.data.path
         if Path(path).is_dir():
             names = {"train": "train.tsv", "test": f"dev{self._subset.dev}.tsv"}
-            found = {split: _tsv(Path(path, name), self._subset, self.data) for split, name in names.items()}
+            found = {
+                split: read_tsv(Path(path, name), self._subset, self.data.skip_broken) for split, name in names.items()
+            }
         else:
             names = {"train": "train", "test": f"validation{self._subset.dev}"}
-            found = {split: _hub(path, self.subset, name) for split, name in names.items()}
+            found = {split: read_hub(path, self.subset, name) for split, name in names.items()}
             need_columns(found, *self._subset.hub, "label")
         return {split: self._tokenised(table) for split, table in found.items()}
 
@@ -155,7 +130,7 @@ class Glue(Task):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (ImportError, OSError, ValueError) as error:
-            raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{name}: {brief(error)}") from error
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one up where there is no file of it
             raise ValueError(f"{name} has no tokenizer")
         if length > tokenizer.model_max_length:
@@ -184,15 +159,23 @@ class Glue(Task):
 
         return dict(DataCollatorWithPadding(self.tokenizer)(list(examples)))
 
+    @staticmethod
+    def reduce(logits: Any, labels: Tensor) -> Tensor:
+        """Of what an encoder-decoder gives, the logits alone."""
+        return logits[0] if isinstance(logits, tuple) else logits
+
     def metrics(self, prediction: Any) -> dict[str, float]:
-        """A correlation that is not defined, such as with the same prediction for every example, is 0."""
+        """All NaN for a model that diverged. A correlation that is not defined, such as with the same prediction for
+        every example, is 0."""
         import numpy
         from scipy import stats
         from sklearn import metrics
 
         scores, labels = prediction.predictions, prediction.label_ids
+        if not numpy.isfinite(scores).all():
+            return dict.fromkeys(self._subset.metrics, math.nan)
         found = scores.argmax(-1) if self._subset.classes else scores.reshape(-1)
-        defined = numpy.isfinite(found).all() and numpy.ptp(found) > 0 and numpy.ptp(labels) > 0
+        defined = numpy.ptp(found) > 0 and numpy.ptp(labels) > 0
         functions = {
             "accuracy": metrics.accuracy_score,
             "f1": lambda *pair: metrics.f1_score(*pair, zero_division=0),
@@ -201,54 +184,3 @@ class Glue(Task):
             "spearman": lambda *pair: stats.spearmanr(*pair).statistic if defined else 0,
         }
         return {name: float(functions[name](labels, found)) for name in self._subset.metrics}
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def _tsv(file: Path, subset: Subset, keys: Sentences) -> Table:
-    """A TSV's rows, with the hub's columns. Quotes are characters like any other in it."""
-    import datasets
-
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: {error.reason}; expected UTF-8") from error
-    if not text:
-        raise ValueError(f"{file} is empty")
-    lines = [line.removesuffix("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
-    header, start = lines[0], 1
-    if not set(subset.tsv) <= set(header):
-        if len(header) != len(subset.bare):
-            found = ", ".join(header)[:100]
-            raise ValueError(f"{file}, line 1: expected the columns {', '.join(subset.tsv)}, found {found}")
-        header, start = list(subset.bare), 0
-    columns = [header.index(name) for name in subset.tsv]
-    rows, places = [], []
-    for number, line in enumerate(lines[start:], start + 1):
-        if len(line) == len(header):
-            rows.append([line[column] for column in columns])
-            places.append(f"{file}, line {number}")
-        elif not keys.skip_broken:
-            raise ValueError(
-                f"{file}, line {number}: {len(line)} fields, expected {len(header)} "
-                "(task.data.skip_broken=true leaves such lines out)"
-            )
-    names = (*subset.hub, "label")
-    found = {name: [row[column] for row in rows] for column, name in enumerate(names)}
-    return Table(datasets.Dataset.from_dict(found), places.__getitem__)
-
-
-def _hub(path: str, subset: str, split: str) -> Table:
-    import datasets
-
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(f"{path}: no such folder")
-    try:
-        rows = datasets.load_dataset(path, subset, split=split)
-    except Exception as error:  # of the hub's and datasets' many classes
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    return Table(rows, lambda index: f"{path}, {split}, row {index}")

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from torch import Tensor
 
 from flora.tasks.base import HEADS, Task
-from flora.tasks.data import Pictures, Table, check_each, need_columns, need_known, open_image, read, three
-from flora.tasks.pretrained import Pretrained
+from flora.tasks.data import Table, check_each, need_columns, need_known, source_of, three
+from flora.tasks.pictures import Pictures, open_image, read
+from flora.tasks.pretrained import Pretrained, redraw
 
 DIGITS = "digits"
+OUTPUTS = (*HEADS, "dist_head")  # SwiftFormer has two
 
 
 @dataclass
@@ -22,7 +25,7 @@ class Images(Pictures):
 
     path: str = field(default=DIGITS, metadata={"help": "digits (scikit-learn's), a folder, parquet, or a hub name"})
     image: str = field(default="image", metadata={"help": "column of the pictures"})
-    label: str = field(default="label", metadata={"help": "column of their classes"})
+    label: str = field(default="label", metadata={"help": "column of their classes; a test split without is not used"})
     classes: list[int] = field(default_factory=list, metadata={"help": "the classes to tell apart, without it all"})
     rotate: int = field(default=0, metadata={"help": "degrees, counter-clockwise", "choices": (0, 90, 180, 270)})
     invert: bool = field(default=False, metadata={"help": "dark for light"})
@@ -51,29 +54,51 @@ class ImageClassification(Task):
         keys = self.data
         chosen = {name: _with(table, keys.label, self.classes) for name, table in self._tables.items()}
         splits = three(chosen, keys, seed, keys.path)
-        need_known(splits, keys.label, lambda label: f"class {label}")
+        names = dict(enumerate(self.names))
+        need_known(splits, keys.label, lambda label: f"class {names.get(label, label)!r}")
         return {
             name: LabelledImages(table, keys, self.classes, keys.augment and name == "train")
             for name, table in splits.items()
         }
 
     def check(self, splits: dict[str, LabelledImages]) -> None:
-        tables = (examples.table for examples in splits.values())
-        check_each(tables, lambda table, index: open_image(table, index, self.data.image))
+        keys, train = self.data, splits["train"].table
+        first = open_image(train, 0, keys.image).size
+
+        def look(table: Table, index: int) -> None:
+            size = open_image(table, index, keys.image, len(keys.mean)).size
+            if size != first and keys.size is None:
+                sizes = f"{size[0]} × {size[1]}, and {train.name(0)} {first[0]} × {first[1]}"
+                raise ValueError(f"{table.name(index)} is {sizes}; give task.data.size")
+
+        check_each((examples.table for examples in splits.values()), look)
 
     @cached_property
     def _tables(self) -> dict[str, Table]:
         keys = self.data
         tables = _digits() if keys.path == DIGITS else read(keys.path, images=[keys.image])
         need_columns(tables, keys.image, keys.label)
-        return tables
+        return {split: table for split, table in tables.items() if split != "test" or _labelled(table, keys.label)}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What the source calls its classes; empty where it does not say. All of its splits must say the same."""
+        label = self.data.label
+        said = [
+            (source_of(table, split), table.rows.features[label].names)
+            for split, table in self._tables.items()
+            if hasattr(table.rows.features[label], "names")
+        ]
+        for (source, names), (other, others) in pairwise(said):
+            for place, (name, differing) in enumerate(zip_longest(names, others)):
+                if name != differing:
+                    raise ValueError(f"{other}: class {place} is {differing!r}, but {name!r} in {source}")
+        return said[0][1] if said else []
 
     @cached_property
     def classes(self) -> list[int]:
         """The labels to tell apart; every label of the data must be a class that the data know of."""
-        keys = self.data
-        names = getattr(next(iter(self._tables.values())).rows.features[keys.label], "names", None)
-        present = set()
+        keys, names, present = self.data, self.names, set()
         for table in self._tables.values():
             for index, label in enumerate(table.rows[keys.label]):
                 if not isinstance(label, int) or label < 0 or (names and label >= len(names)):
@@ -82,17 +107,34 @@ class ImageClassification(Task):
                 present.add(label)
         if strange := set(keys.classes) - present:
             raise ValueError(f"task.data.classes={keys.classes}: {keys.path} has no class {min(strange)}")
-        return list(keys.classes) or list(range(len(names) if names else max(present) + 1))
+        classes = list(keys.classes) or list(range(len(names) or max(present, default=0) + 1))
+        if len(classes) < 2:
+            raise ValueError(f"{keys.path} has one class only; expected two or more")
+        return classes
 
     def build(self) -> Any:
-        return self.model.load("AutoModelForImageClassification", HEADS, num_labels=len(self.classes))
+        # architectures: a checkpoint of DeiT or LeViT may name one for distillation, which takes no labels
+        kind, size = "AutoModelForImageClassification", len(self.classes)
+        model = self.model.load(kind, OUTPUTS, num_labels=size, architectures=[])
+        if self.model.name and hasattr(model, "timm_model"):
+            redraw(model, tuple(self.head(model)))  # it lies deeper than transformers' own
+        return model
 
     def head(self, model: Any) -> list[str]:
         timm = getattr(model, "timm_model", None)
-        return super().head(model) if timm is None else [f"timm_model.{timm.default_cfg['classifier']}"]
+        if timm is not None:
+            return [f"timm_model.{timm.default_cfg['classifier']}"]
+        names = [name for name, part in model.named_children() if name in OUTPUTS and list(part.parameters())]
+        if not names:
+            raise ValueError(f"{type(model).__name__} has none of the output layers {', '.join(OUTPUTS)}")
+        return names
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+        """Accuracy; NaN where a score is not finite, as of a model that diverged."""
+        import numpy as np
+
+        scores, labels = prediction.predictions, prediction.label_ids
+        return {"accuracy": float((scores.argmax(-1) == labels).mean()) if np.isfinite(scores).all() else np.nan}
 
 
 @dataclass
@@ -108,8 +150,9 @@ class LabelledImages:
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        picture = open_image(self.table, index, self.keys.image, len(self.keys.mean))
         label = self.table.rows[index][self.keys.label]
-        return {"pixel_values": self.shown(open_image(self.table, index, self.keys.image)), "labels": self._of[label]}
+        return {"pixel_values": self.shown(picture), "labels": self._of[label]}
 
     @cached_property
     def _of(self) -> dict[int, int]:
@@ -117,14 +160,13 @@ class LabelledImages:
 
     @cached_property
     def shown(self) -> Callable[[Any], Tensor]:
-        """What turns a Pillow image into the model's input (channels, height, width)."""
+        """What turns a Pillow image of 8-bit channels into the model's input (channels, height, width)."""
         import torch
         from PIL import ImageOps
         from torchvision.transforms import v2
 
         keys = self.keys
-        mode = "L" if len(keys.mean) == 1 else "RGB"
-        steps = [v2.Lambda(lambda picture: picture.convert(mode))]
+        steps: list[Callable[[Any], Any]] = []
         if keys.rotate:
             steps.append(v2.Lambda(lambda picture: picture.rotate(keys.rotate, expand=True)))
         if keys.invert:
@@ -138,6 +180,11 @@ class LabelledImages:
             steps += [v2.RandomHorizontalFlip()]
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(keys.mean, keys.std)]
         return v2.Compose(steps)
+
+
+def _labelled(table: Table, column: str) -> bool:
+    """Or empty; a competition's test split has no labels, or -1 for each."""
+    return not len(table) or any(label not in (None, -1) for label in table.rows[column])
 
 
 def _with(table: Table, column: str, classes: list[int]) -> Table:

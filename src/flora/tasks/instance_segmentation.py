@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from flora.tasks import coco
 from flora.tasks.backbone import load_backbone, map_norms
 from flora.tasks.base import Task
-from flora.tasks.data import Pictures, Table, check_each, open_image, three
+from flora.tasks.data import Table, check_each, three
 from flora.tasks.mask_rcnn import Detector, MaskRCNN
+from flora.tasks.pictures import Pictures, open_image
 from flora.tasks.pretrained import Pretrained
 
 
@@ -27,7 +29,7 @@ class CocoImages(Pictures):
         default="data",
         metadata={"help": "a folder with NAME.json or annotations/instances_NAME.json, and images in folders NAME"},
     )
-    drop_empty: bool = field(default=False, metadata={"help": "leave boxes without area out; else they are refused"})
+    drop_empty: bool = field(default=False, metadata={"help": "leave objects without area out; else they are refused"})
     augment: bool = field(default=False, metadata={"help": "mirror train's at random"})
 
     def __post_init__(self):
@@ -49,13 +51,18 @@ class InstanceSegmentation(Task):
         images = self.source.images
         tables = {split: _table(images, places) for split, places in self.source.splits.items()}
         splits = three(tables, self.data, seed, self.data.path)
+        shown = {name: [images[place] for place in table.rows["place"][:]] for name, table in splits.items()}
+        coco.need_objects(self.source, shown)
         return {name: CocoExamples(table, images, name == "train", self.data.augment) for name, table in splits.items()}
 
     def check(self, splits: dict[str, CocoExamples]) -> None:
         check_each((examples.table for examples in splits.values()), self._check)
 
     def _check(self, table: Table, index: int) -> None:
-        told, found = self.source.images[table.rows[index]["place"]], open_image(table, index, "image")
+        told = self.source.images[table.rows[index]["place"]]
+        if not os.path.isfile(told.file):
+            raise ValueError(f"{told.name}: there is no file {told.file}")
+        found = open_image(table, index, "image", 3)
         if found.size != (told.width, told.height):
             sizes = f"{found.width} × {found.height}, not {told.width} × {told.height}"
             raise ValueError(f"{table.name(index)} ({told.file}): the image is {sizes}")
@@ -113,9 +120,7 @@ class CocoExamples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         from torchvision.transforms.v2 import functional as V
 
-        picture = V.to_dtype(
-            V.to_image(open_image(self.table, index, "image").convert("RGB")), torch.float32, scale=True
-        )
+        picture = V.to_dtype(V.to_image(open_image(self.table, index, "image", 3)), torch.float32, scale=True)
         place = self.table.rows[index]["place"]
         image = self.images[place]
         example = {"pixel_values": picture, "sizes": [image.height, image.width], "labels": place}

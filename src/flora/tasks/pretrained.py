@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -36,10 +39,9 @@ class Pretrained:
                 model = auto.from_pretrained(self.name, dtype=torch.float32, ignore_mismatched_sizes=True, **overrides)
                 redraw(model, head)  # or one of as many classes would be kept
                 return model
-            keys = {**self.config, **overrides}
-            model = auto.from_config(transformers.AutoConfig.for_model(keys.pop("model_type"), **keys))
+            model = auto.from_config(make_config(self.config, **overrides))
         except Exception as error:  # a model's own code may raise anything
-            raise ValueError(f"{self.name or self.config['model_type']}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{self.name or self.config['model_type']}: {brief(error)}") from error
         if self.weights:
             load_weights(model, self.weights, head)
         return model
@@ -54,12 +56,39 @@ class Pretrained:
             raise ValueError(f"weights={self.weights}: a named model ({self.name}) brings its own")
 
 
+def make_config(fields: dict[str, Any], **overrides: Any) -> Any:
+    """The transformers config of model_type and further ``fields``. Raises ValueError for those that are unknown, which
+    transformers would keep and nothing would read."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = str(fields["model_type"])
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"transformers has no such model_type{_nearest(kind, CONFIG_MAPPING)}")
+    config = AutoConfig.for_model(**{**fields, **overrides})
+    plain = type(config)()
+    known = {*dir(plain), *plain.attribute_map}
+    for name in fields:
+        if name not in known and name in vars(config):  # others were understood: an older name, say
+            raise ValueError(f"{type(config).__name__} has no {name!r}{_nearest(name, known)}")
+    return config
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = get_close_matches(name, sorted(known))
+    return f"; nearest: {', '.join(found)}" if found else ""
+
+
+def brief(error: Exception) -> str:
+    """Its message in one line; transformers' may list hundreds of models."""
+    return shorten(str(error), 400, placeholder=" …") or type(error).__name__
+
+
 def redraw(model: nn.Module, head: tuple[str, ...]) -> None:
     """Fresh weights, from torch's generator, for every module of the head."""
-    for name in head:
-        for module in getattr(model, name, nn.Module()).modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+    below = tuple(f"{name}." for name in head)
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(below) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
 
 def load_weights(model: nn.Module, file: str, head: tuple[str, ...]) -> None:

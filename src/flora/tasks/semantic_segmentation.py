@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,46 +14,12 @@ from torch import Tensor, nn
 
 from flora.tasks.backbone import load_backbone, map_norms
 from flora.tasks.base import Task
-from flora.tasks.data import Pictures, Table, check_each, need_columns, open_image, read, split_name, three
+from flora.tasks.data import Table, check_each, need_columns, three
+from flora.tasks.pictures import open_image, read
 from flora.tasks.pretrained import Pretrained
+from flora.tasks.scenes import IGNORED, Scenes, labels_of, read_pairs
 
 HEADS = ("decode_head", "auxiliary_head", "segmentation_head", "classifier", "head")
-IGNORED = 255  # the label that transformers' segmentation losses leave out
-
-
-@dataclass
-class Scenes(Pictures):
-    """Which pictures there are, with a picture of labels each, and how they are shown."""
-
-    path: str = field(
-        default="data",
-        metadata={"help": "parquet, a hub name, or a folder with images/ and annotations/ of equal stems"},
-    )
-    image: str = field(default="image", metadata={"help": "column of the pictures"})
-    annotation: str = field(default="annotation", metadata={"help": "column of their labels, a picture of one channel"})
-    classes: int | None = field(default=None, metadata={"help": "how many; without it the largest label tells"})
-    ignore: list[int] = field(default_factory=list, metadata={"help": f"labels not counted, beside {IGNORED}"})
-    reduce_labels: bool = field(default=False, metadata={"help": "label 0 is not counted, and 1 is the first class"})
-    size: list[int] = field(
-        default_factory=list, metadata={"help": "height and width that a picture is scaled to fit, and padded to"}
-    )
-    crop: list[int] = field(default_factory=list, metadata={"help": "height and width of train's crops, if not size"})
-    augment: bool = field(
-        default=False, metadata={"help": "show train's at half to twice that scale, cropped at random, and mirrored"}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("size", "crop"):
-            given = getattr(self, name)
-            if given and (len(given) != 2 or min(given) < 1):
-                raise ValueError(f"task.data.{name}={given}: expected a height and a width")
-        if self.crop and not self.augment:
-            raise ValueError(f"task.data.crop={self.crop}: crops are made with task.data.augment=true only")
-        if self.classes is not None and not 2 <= self.classes <= IGNORED:
-            raise ValueError(f"task.data.classes={self.classes}: expected 2 to {IGNORED}")
-        if strange := [label for label in self.ignore if not 0 <= label <= IGNORED]:
-            raise ValueError(f"task.data.ignore={self.ignore}: {strange[0]} is no label, expected 0 to {IGNORED}")
 
 
 @dataclass
@@ -74,30 +41,55 @@ class SemanticSegmentation(Task):
         }
 
     def check(self, splits: dict[str, LabelledScenes]) -> None:
-        tables, classes = [examples.table for examples in splits.values()], self.classes
-        shape = None if self.data.size else open_image(splits["train"].table, 0, self.data.image).size
-        check_each(tables, lambda table, index: self._check(table, index, classes, shape))
+        """A class of the test split must be in train, unless of that only a few examples are drawn."""
+        keys, train = self.data, splits["train"].table
+        shape = None if keys.size else open_image(train, 0, keys.image).size
+        found = {name: self._labels(examples.table, shape) for name, examples in splits.items()}
+        for name, labels in found.items():
+            if not labels:
+                left_out = f"task.data.ignore={keys.ignore} and task.data.reduce_labels={keys.reduce_labels}"
+                raise ValueError(f"{keys.path}: the {name} split has no labelled pixel, with {left_out}")
+        for label in sorted(found["test"].keys() - found["train"].keys()) if keys.train_examples is None else ():
+            raise ValueError(
+                f"{splits['test'].table.name(found['test'][label])}: label {label + keys.reduce_labels} is not in the "
+                "train split; task.data.ignore leaves a label out"
+            )
 
-    def _check(self, table: Table, index: int, classes: int, shape: tuple[int, int] | None) -> None:
-        keys, labels = self.data, _labels(table, index, self.data)
-        picture = open_image(table, index, keys.image)
+    def _labels(self, table: Table, shape: tuple[int, int] | None) -> dict[int, int]:
+        """Each label that counts, with a row that has it."""
+        classes, found = self.classes, {}
+
+        def look(table: Table, index: int) -> None:
+            found.update(dict.fromkeys(self._checked(table, index, classes, shape), index))  # safe in several threads
+
+        check_each([table], look)
+        return found
+
+    def _checked(self, table: Table, index: int, classes: int, shape: tuple[int, int] | None) -> set[int]:
+        """The labels of a row that count."""
+        import numpy as np
+
+        keys, labels = self.data, labels_of(table, index, self.data)
+        picture = open_image(table, index, keys.image, len(keys.mean))
         if picture.size != labels.shape[::-1]:
             sizes = " and ".join(f"{width} × {height}" for width, height in (picture.size, labels.shape[::-1]))
             raise ValueError(f"{table.name(index)}: {keys.image!r} and {keys.annotation!r} differ in size, {sizes}")
         if shape and picture.size != shape:
             raise ValueError(f"{table.name(index)}: not of the first picture's size; give task.data.size")
-        if len(strange := labels[(labels >= classes) & (labels != IGNORED)]):
+        found = set(np.flatnonzero(np.bincount(labels.ravel())).tolist()) - {IGNORED}
+        if strange := [label for label in found if label >= classes]:
             first = int(keys.reduce_labels)
             raise ValueError(
                 f"{table.name(index)}: {keys.annotation!r} has label {strange[0] + first}, expected {first} to "
                 f"{classes - 1 + first}, or one of task.data.ignore={keys.ignore}"
             )
+        return found
 
     @cached_property
     def _tables(self) -> dict[str, Table]:
         keys, folder = self.data, Path(self.data.path)
         paired = (folder / "images").is_dir() and (folder / "annotations").is_dir()
-        tables = _pairs(folder, keys) if paired else read(keys.path, images=[keys.image, keys.annotation])
+        tables = read_pairs(folder, keys) if paired else read(keys.path, images=[keys.image, keys.annotation])
         need_columns(tables, keys.image, keys.annotation)
         return tables
 
@@ -108,7 +100,7 @@ class SemanticSegmentation(Task):
         found: list[int] = []  # appending is safe in several threads
 
         def look(table: Table, index: int) -> None:
-            labels = _labels(table, index, self.data)
+            labels = labels_of(table, index, self.data)
             found.append(int(labels[labels != IGNORED].max(initial=0)))
 
         check_each(self._tables.values(), look)
@@ -142,9 +134,11 @@ class SemanticSegmentation(Task):
         """Each image's pixels by class: rightly predicted, labelled, predicted.
 
         ``logits`` (batch, classes, h, w), or a tuple that starts with them; ``labels`` (batch, height, width). Returns
-        (batch, 3, classes), which is all of the confusion matrix that IoU and accuracy need.
+        (batch, 3, classes), which is all of the confusion matrix that IoU and accuracy need; -1 where the logits of
+        an image are not finite.
         """
         logits = logits[0] if isinstance(logits, tuple) else logits
+        finite = logits.isfinite().flatten(1).all(1)
         if logits.shape[-2:] != labels.shape[-2:]:
             logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
         predicted, (batch, classes) = logits.argmax(1), logits.shape[:2]
@@ -156,16 +150,19 @@ class SemanticSegmentation(Task):
             return places.flatten().bincount(minlength=batch * (classes + 1)).view(batch, -1)[:, :classes]
 
         right = counted & (predicted == labels)
-        return torch.stack([pixels(labels, right), pixels(labels, counted), pixels(predicted, counted)], 1)
+        counts = torch.stack([pixels(labels, right), pixels(labels, counted), pixels(predicted, counted)], 1)
+        return counts.where(finite[:, None, None], -1)
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        """Of all pixels of a split together; means are over the classes that have labels in it."""
+        """Of all labelled pixels of a split together, as MMSegmentation counts: mIoU is the mean over the classes that
+        are labelled or predicted there, mAcc over those that are labelled. All NaN for a model that diverged."""
+        if (prediction.predictions < 0).any():
+            return dict.fromkeys(("mIoU", "mAcc", "accuracy"), math.nan)
         right, labelled, predicted = prediction.predictions.sum(0)
-        occurs = labelled > 0
-        right, labelled, predicted = right[occurs], labelled[occurs], predicted[occurs]
+        union = labelled + predicted - right
         return {
-            "mIoU": float((right / (labelled + predicted - right)).mean()),
-            "mAcc": float((right / labelled).mean()),
+            "mIoU": float((right[union > 0] / union[union > 0]).mean()),
+            "mAcc": float((right[labelled > 0] / labelled[labelled > 0]).mean()),
             "accuracy": float(right.sum() / labelled.sum()),
         }
 
@@ -196,9 +193,9 @@ class LabelledScenes:
         from torchvision.transforms.v2 import functional as V
 
         keys = self.keys
-        picture = open_image(self.table, index, keys.image).convert("L" if len(keys.mean) == 1 else "RGB")
+        picture = open_image(self.table, index, keys.image, len(keys.mean))
         image = V.to_dtype(V.to_image(picture), torch.float32, scale=True)
-        labels = torch.from_numpy(_labels(self.table, index, keys))[None]
+        labels = torch.from_numpy(labels_of(self.table, index, keys))[None]
         height, width = keys.size or labels.shape[1:]
         scale = min(height / labels.shape[1], width / labels.shape[2])
         if self.augment:
@@ -219,47 +216,3 @@ class LabelledScenes:
                 image, labels = image.flip(-1), labels.flip(-1)
         below = [0, width - labels.shape[2], 0, height - labels.shape[1]]
         return {"pixel_values": F.pad(image, below), "labels": F.pad(labels, below, value=IGNORED)[0].long()}
-
-
-def _labels(table: Table, index: int, keys: Scenes) -> Any:
-    """A row's labels, a numpy array of bytes (height, width): classes from 0, and IGNORED."""
-    import numpy as np
-
-    picture = open_image(table, index, keys.annotation)
-    raw = np.array(picture)
-    if raw.ndim != 2:
-        raise ValueError(
-            f"{table.name(index)}: {keys.annotation!r} is of mode {picture.mode}, expected one channel of labels"
-        )
-    if raw.min() < 0 or raw.max() > IGNORED:
-        raise ValueError(f"{table.name(index)}: {keys.annotation!r} has label {raw.max()}, expected 0 to {IGNORED}")
-    ours = np.arange(IGNORED + 1)
-    ours[[*keys.ignore, IGNORED]] = IGNORED
-    if keys.reduce_labels:
-        ours = np.where((ours == 0) | (ours == IGNORED), IGNORED, ours - 1)
-    return ours.astype("uint8")[raw.astype("uint8")]
-
-
-def _pairs(folder: Path, keys: Scenes) -> dict[str, Table]:
-    """Of images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png; without the SPLIT all are train."""
-    import datasets
-
-    found: dict[str, dict[Path, Path]] = {}
-    for kind in ("images", "annotations"):
-        files = sorted(path for path in (folder / kind).rglob("*") if path.is_file() and not path.name.startswith("."))
-        found[kind] = {path.relative_to(folder / kind).with_suffix(""): path for path in files}
-    for one, other in (("images", "annotations"), ("annotations", "images")):
-        for stem in found[one].keys() - found[other].keys():
-            raise ValueError(f"{found[one][stem]}: there is no {folder / other / stem}")
-    splits: dict[str, list[Path]] = {}
-    for stem in found["images"]:
-        splits.setdefault(split_name(stem.parts[0]) if len(stem.parts) > 1 else "train", []).append(stem)
-    picture = datasets.Image(decode=False)
-    features = datasets.Features({keys.image: picture, keys.annotation: picture})
-    tables = {}
-    for split, stems in splits.items():
-        columns = {keys.image: [str(found["images"][stem]) for stem in stems]}
-        columns[keys.annotation] = [str(found["annotations"][stem]) for stem in stems]
-        names = [f"{folder}, {stem}" for stem in stems]
-        tables[split] = Table(datasets.Dataset.from_dict(columns, features=features), names.__getitem__)
-    return tables
