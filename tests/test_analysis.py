@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import flora
 from flora import FloraConfig
-from flora.analysis import analyse, measure, plots, tables
+from flora.analysis import analyse, fields, measure, plots, tables
 from flora.analysis.drawing import apart
 from flora.analysis.measure import Norms, amplification, deltas, spectra
 from flora.analysis.rows import chosen, left_out, read, results
@@ -298,8 +298,14 @@ def test_rows_are_read_from_files_and_folders(tmp_path):
         ("{", "line 1: not whole JSON"),
         ("[1]", "line 1: a list; a JSON object is needed"),
         ({"task": "t"}, "line 1: no 'metric'"),
-        (row() | {"test": 0.5}, "line 1: test=0.5; expected an object with 'accuracy'"),
-        (row() | {"validation": {}}, "line 1: validation={}; expected an object with 'accuracy'"),
+        (
+            {key: value for key, value in row().items() if key != "adapter_parameters"},
+            "line 1: no 'adapter_parameters'",
+        ),
+        (row() | {"test": 0.5}, "line 1: test=0.5; expected an object with a number at 'accuracy'"),
+        (row() | {"validation": {}}, "line 1: validation={}; expected an object with a number at 'accuracy'"),
+        (row() | {"test": {"accuracy": "0.5"}}, "line 1: test={'accuracy': '0.5'}; expected an object with a number"),
+        (row() | {"validation": {"accuracy": None}}, "line 1: validation={'accuracy': None}; expected an object with"),
         (row() | {"metric": "f", "validation": {"f": 1}, "test": {"f": 1}}, "line 2: metric='accuracy' of task 'task'"),
     ],
 )
@@ -307,6 +313,57 @@ def test_what_is_no_row_is_named(tmp_path, line, message):
     file = write(tmp_path / "results.jsonl", line, row(seed=1))
     with pytest.raises(ValueError, match=re.escape(f"{file}, {message}")):
         read([file])
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "expected"),
+    [
+        ("task", (None, 7), "a string"),
+        ("metric", (["a"],), "a string"),
+        ("left_out", (None,), "a string"),
+        ("seed", (None, 0.5, True), "a whole number"),
+        ("adapter_parameters", ("9",), "a whole number"),
+        ("budget", ("500", 0.5), "a whole number or null"),
+        ("learning_rate", (None, "1e-3", 0, math.nan, math.inf), "a number above 0"),
+        ("seconds", ("1",), "a number"),
+        ("options", ([],), "an object"),
+        ("notes", ("rank 2", [2]), "a list of strings"),
+        ("curve", ("x", [1], [[1]], [[1, "x"]]), "a list of pairs of numbers"),
+        ("norms", ([1], [[1, 2]]), "a list of three numbers each"),
+        ("spectra", ([], {"delta": 1.0}, {"core": [None]}), "an object of lists of numbers"),
+    ],
+)
+def test_a_value_that_is_not_accepted_is_named(tmp_path, key, values, expected):
+    for value in values:
+        file = write(tmp_path / "results.jsonl", row(seed=1), row() | {key: value})
+        with pytest.raises(ValueError, match=re.escape(f"{file}, line 2: {key}={value!r}; expected {expected}") + "$"):
+            read([file])
+
+
+def test_what_is_needed_is_enough(tmp_path):
+    needed = {key: row()[key] for key in (*fields.SUBJECT, *fields.RAN)}
+    rows = [needed | dict.fromkeys(("seconds", "memory", "curve", "norms", "spectra", "options", "notes")), needed]
+    analyse([write(tmp_path / "results.jsonl", *rows, needed | {"method": "flora", "budget": 7})], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "one", "two", "of"),
+    [
+        ("settings", "5f3a", "90c1", "task 'cola'"),
+        ("options", {}, {"r": 4}, "task 'cola', method 'lora'"),
+        ("way", "lora", "dora", "task 'cola', method 'lora'"),
+    ],
+)
+def test_different_runs_under_one_name_are_told_apart(tmp_path, key, one, two, of):
+    mine = write(tmp_path / "glue" / "cola" / "results.jsonl", row(task="cola", seed=1), row(task="cola") | {key: one})
+    other = write(
+        tmp_path / "quick" / "cola" / "results.jsonl", row("flora", task="cola"), row(task="cola") | {key: two}
+    )
+    line = f"{other}, line 2: {key}={two!r} of {of}, which has {one!r} in {mine}, line "
+    with pytest.raises(ValueError, match=re.escape(line) + ".*analyse them apart, or rename the output or the method"):
+        read([tmp_path])
+    write(other, row("flora", task="cola", settings=None), row(task="other") | {key: two})
+    assert len(read([tmp_path])) == 4
 
 
 def test_nothing_to_read_is_named(tmp_path):
@@ -330,6 +387,13 @@ def test_a_comparison_as_a_table():
     assert table.lines[1][3:] == ["< 0.001 ▼", "1,000 + 10", "0.01 ↑", "5", "5", "256 MiB"]
     assert table.lines[0][-1] == "–" and "lowest or highest learning rate" in table.note
     assert len({len(line) for line in table.markdown().splitlines()}) == 1
+
+
+def test_methods_that_were_tried_with_more_learning_rates_are_named():
+    rows = grid("flora") + grid("dora") + grid("lora")
+    assert "tried" not in tables.comparison(results(rows)).note
+    rows += [row(budget=b, rate=rate) for b in (1000, 9) for rate in (3e-4, 3e-3, 3e-2)] + grid(budget=9)
+    assert "Learning rates tried: 3, but 6 with LoRA." in tables.comparison(results(rows)).note
 
 
 def test_time_and_memory_over_loras():
@@ -373,8 +437,8 @@ def names(rows) -> list[str]:
 
 def test_a_figure_is_made_of_what_was_recorded():
     assert names([row(curve=[])]) == []
-    assert names(grid()) == ["curves"]
-    assert names(grid(curve=[[1, 0.5]])) == []
+    assert names(grid()) == []
+    assert names(grid(curve=[[1, 0.5]]) + grid("full", None, curve=[[1, 0.5]])) == ["methods"]
     assert names(grid() + grid("full", None)) == ["methods", "curves"]
     assert names(grid(budget=10, curve=[]) + grid(budget=20, curve=[])) == ["methods", "budgets"]
     scales = [r for s in (0.4, 4) for r in grid(f"flora-{s}", curve=[], options={"scale": s})]
@@ -430,7 +494,9 @@ def test_everything_is_written(tmp_path):
 
 def test_the_walls_inside():
     folder = Path(flora.__file__).parent / "analysis"
-    walls = {"measure": "matplotlib"} | dict.fromkeys(("rows", "style", "tables", "drawing", "plots", "page"), "torch")
+    walls = {"measure": "matplotlib"} | dict.fromkeys(
+        ("fields", "rows", "style", "tables", "drawing", "plots", "page"), "torch"
+    )
     for name, forbidden in walls.items():
         nodes = list(ast.walk(ast.parse((folder / f"{name}.py").read_text())))
         found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

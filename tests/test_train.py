@@ -96,12 +96,17 @@ def finished(tmp_path_factory):
     return folder, flora_train(DIGITS, *TINY, *SHORT, *places(folder))
 
 
+LEFT_OUT = {"cifar-shift": {"houlsby", "pfeiffer"}}  # it asks for adapters of transformer blocks in a ResNet
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_set_up_and_runs_two_steps(path, tmp_path):
     overrides = [*tiny(path, tmp_path), *SHORT, *places(tmp_path), "comparison.seeds=[0]", "comparison.rates=[1]"]
     config = load_config(path, overrides)
     reasons = plan(config, list(config.methods), [config.budget])
-    assert {name for name, _budget in reasons} == set(config.methods) and not reasons["flora", config.budget]
+    assert {name for name, _budget in reasons} == set(config.methods)
+    left_out = {name for (name, _budget), reason in reasons.items() if reason}
+    assert left_out == LEFT_OUT.get(path.stem, set())
     result = CliRunner().invoke(
         main, ["compare", str(path), *overrides, "--methods", "flora", "--budgets", str(config.budget)]
     )

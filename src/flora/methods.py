@@ -109,8 +109,10 @@ def bitfit(asked: Asked) -> Adapted:
 
 
 def flora(asked: Asked, **options: Any) -> Adapted:
+    if "budget" in options:
+        raise ValueError("budget: the job's own holds for every method; in its place r fixes the ranks")
     fields = {"target_modules": asked.targets, **options}
-    if not {"r", "budget"} & options.keys():
+    if "r" not in options:
         ones = FloraConfig(r=1, **{"kernel_rank": 1, **fields}, modules_to_save=asked.head or None)
         if (least := library.plan(asked.model, ones).total) > asked.budget:
             too_small("FLoRA of rank", least, asked.budget)

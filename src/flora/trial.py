@@ -230,9 +230,10 @@ def subject(config: Config, method: str, budget: int | None) -> dict[str, Any]:
 def _settings(config: Config) -> str:
     """The same for all rows that may be compared: a digest of the data, the model, and how it is trained."""
     source = config.pretraining if config.task.source_task() else None
-    keys = [config.task, replace(config.training, learning_rate=1.0), source]
-    found = [key and asdict(key) for key in keys] + [config.target_modules, config.seed]
-    return _digest(found)
+    # a row has its rate, and the other two change none of its numbers
+    training = replace(config.training, learning_rate=1.0, eval_batch_size=None, loaders=0)
+    keys = [key and asdict(key) for key in (config.task, training, source)]
+    return _digest([*keys, config.target_modules, config.seed])
 
 
 def _digest(keys: Any) -> str:

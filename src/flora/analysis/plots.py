@@ -155,7 +155,7 @@ def curves(results: Sequence[Result]) -> Picture | None:
     of, at = _at_main_budget(results)
     times = factor(of)
     lines = _mean_curves(of, lambda run: [(epoch, times * value) for epoch, value in run.get("curve") or ()])
-    if max(map(len, lines.values()), default=0) < 2:
+    if len(lines) < 2 or max(map(len, lines.values())) < 2:
         return None
     chart, axes = canvas()
     draw(axes, lines)

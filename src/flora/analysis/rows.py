@@ -16,35 +16,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flora.analysis.fields import Row, check
+
 RESULTS = "results.jsonl"
 REFERENCE = "flora"  # the method that the others are tested against
-NEEDED = ("task", "metric", "method", "budget", "seed", "learning_rate", "validation", "test")
 SIGNIFICANT = 0.05
-
-Row = dict[str, Any]
+ALIKE = {  # key: in the rows of what it is one and the same
+    "metric": ("task",),
+    "settings": ("task",),
+    "way": ("task", "method"),
+    "options": ("task", "method"),
+}
 
 
 def read(paths: Iterable[str | Path]) -> list[Row]:
     """The rows of files, or of every results.jsonl in or below folders. Of a run that is there twice, the last.
 
     A last line cut short, which a killed run leaves, is dropped with a warning. Raises ValueError naming file and line
-    for any other line that is no row, and where there is nothing to read.
+    for any other line that is no row, and for one of another run than an earlier row of its name (`ALIKE`); and where
+    there is nothing to read.
     """
     files = [file for path in paths for file in _files(Path(path))]
     runs: dict[tuple, Row] = {}
-    metrics: dict[str, tuple[str, str]] = {}
+    first: dict[tuple, tuple[Any, str]] = {}
     for file in files:
         for number, row in _lines(file):
             where = f"{file}, line {number}"
-            _check(row, where)
-            metric, first = metrics.setdefault(row["task"], (row["metric"], where))
-            if row["metric"] != metric:
-                raise ValueError(
-                    f"{where}: metric={row['metric']!r} of task {row['task']!r}, which has {metric!r} in {first}"
-                )
-            key = tuple(row.get(name) for name in ("task", "method", "budget", "seed", "learning_rate"))
-            runs.pop(key, None)
-            runs[key] = row
+            check(row, where)
+            for key, of in ALIKE.items():
+                _check_alike(row, key, of, where, first)
+            run = tuple(row.get(name) for name in ("task", "method", "budget", "seed", "learning_rate"))
+            runs.pop(run, None)
+            runs[run] = row
     if not runs:
         raise ValueError(f"no runs in {', '.join(map(str, files))}")
     return list(runs.values())
@@ -73,16 +76,17 @@ def _lines(file: Path) -> Iterable[tuple[int, Row]]:
             warnings.warn(f"{file}, line {number}: cut short, left out", stacklevel=4)
 
 
-def _check(row: Any, where: str) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a {type(row).__name__}; a JSON object is needed")
-    needed = ("task", "metric", "method", "budget") if "left_out" in row else NEEDED
-    for key in needed:
-        if key not in row:
-            raise ValueError(f"{where}: no {key!r}")
-    for split in ("validation", "test") if "left_out" not in row else ():
-        if not isinstance(row[split], dict) or row["metric"] not in row[split]:
-            raise ValueError(f"{where}: {split}={row[split]!r}; expected an object with {row['metric']!r}")
+def _check_alike(row: Row, key: str, of: tuple[str, ...], where: str, first: dict[tuple, tuple[Any, str]]) -> None:
+    """``first``: values met so far, and where. A row without the key, an older one, is taken as it is."""
+    if row.get(key) is None:
+        return
+    value, there = first.setdefault((key, *(row[name] for name in of)), (row[key], where))
+    if row[key] != value:
+        what = ", ".join(f"{name} {row[name]!r}" for name in of)
+        raise ValueError(
+            f"{where}: {key}={row[key]!r} of {what}, which has {value!r} in {there}: different runs under one name; "
+            "analyse them apart, or rename the output or the method of one"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from flora.analysis.rows import SIGNIFICANT, Result, Row, finite, left_out, main_budget
+from flora.analysis.rows import SIGNIFICANT, Result, Row, finite, left_out, main_budget, score
 from flora.analysis.style import label, order
 
 NONE = "–"
@@ -48,7 +49,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         [
             label(row["method"]),
-            f"{100 * _test(row):.1f} %",
+            f"{100 * score(row, 'test'):.1f} %",
             _parameters(row),
             f"{row['seconds']:.0f}",
             f"{row['bytes'] / 1024:,.0f} KiB",
@@ -70,10 +71,6 @@ def summary(rows: Sequence[Row]) -> str:
                 f"{row['loaded_difference']:.1e}, merged against loaded {row['merged_difference']:.1e}"
             )
     return "\n".join(lines).rstrip()
-
-
-def _test(row: Row) -> float:
-    return row["test"][row["metric"]] if isinstance(row["test"], dict) else row["test"]
 
 
 def _parameters(row: Row) -> str:
@@ -127,6 +124,11 @@ def comparison(results: Sequence[Result]) -> Table:
     if any(result.p is not None for result in results):
         at = f" of the same budget (or of {main:,}, without one)" if len(best.keys() - {None}) > 1 else ""
         notes.append(f"p: paired t-test, ▲ above and ▼ below FLoRA{at} at p < {SIGNIFICANT:g}.")
+    tried = dict.fromkeys((label(result.method), len(result.rates)) for result in results)
+    usual = statistics.mode(rates for _, rates in tried)
+    others = [f"{rates} with {name}" for name, rates in tried if rates != usual]
+    if others:
+        notes.append(f"Learning rates tried: {usual}, but {', '.join(others)}.")
     if any(result.edge for result in results):
         notes.append("↓ ↑: the lowest or highest learning rate of its grid, so a wider one may do better.")
     columns = ["method", "budget", f"test {metric_name(results)}", "p vs FLoRA", *cost]

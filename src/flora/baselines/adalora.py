@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from flora.baselines.common import Adapted, Asked, LeftOut, Limits, count, fitting, where, wrap
+from flora.baselines.common import Adapted, Asked, LeftOut, Limits, count, fitting, full_rank, said, where, wrap
 from flora.files import replace_file
 
 LIMITS = Limits((nn.Linear, Conv1D, nn.Conv2d), ("groups", "padding_mode"))
@@ -41,14 +41,15 @@ def adalora(
     def parameters(rank: int) -> int:
         return count(asked, config(rank, rank))
 
-    target = target_r or fitting(parameters, asked.budget, "AdaLoRA of rank")
+    most = full_rank(layers.values())
+    target = target_r or fitting(parameters, asked.budget, "AdaLoRA of rank", most)
     size = parameters(target)
     first = init_r or -(-3 * target // 2)
     if first <= target:
         raise ValueError(f"init_r={first}: expected more than target_r={target}, which it is cut to")
     model = wrap(asked, asked.model, config(target, first), RegularisedModel)
-    notes = [f"rank {first}, cut to {target} on average, on {len(layers)} layers", *notes]
-    return Adapted(model, notes, [Allocation()], parameters=size)
+    notes = [f"rank {first}, cut to {said(target, most)} on average, on {len(layers)} layers", *notes]
+    return Adapted(model, notes, [Allocation(notes)], parameters=size)
 
 
 def schedule(steps: int) -> dict[str, int]:
@@ -79,14 +80,16 @@ class RegularisedModel(PeftModel):
 
 
 class Allocation(TrainerCallback):
-    """Cuts ranks after each optimizer step, while gradients are there, and keeps all that decides on them beside the
-    Trainer's checkpoints, so that a training that was interrupted goes on as it was.
+    """Cuts ranks after each optimizer step, while gradients are there, as PEFT's allocator has it, and keeps all that
+    decides on them beside the Trainer's checkpoints, so that a training that was interrupted goes on as it was.
+    ``notes`` get one more where the ranks at the end are above the target.
 
     PEFT's config gets the ranks at the end only: with them in it, checkpoints would hold pruned tensors, which do not
     fit the model that goes on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
         self.pattern: dict[str, list[bool]] | None = None
 
     def on_train_begin(self, args, state, control, model, **kwargs):
@@ -104,16 +107,30 @@ class Allocation(TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.grad is None and "lora_" in name:
                 parameter.grad = torch.zeros_like(parameter)  # a layer that was not used: PEFT needs one all the same
-        config.rank_pattern = self.pattern
-        tuner.update_and_allocate(state.global_step + 1)
-        self.pattern, config.rank_pattern = config.rank_pattern, None
+        allocator, step, last = tuner.rankallocator, state.global_step + 1, config.total_step - config.tfinal
+        if step < last and _finite(model):
+            allocator.update_ipt(tuner.model)
+        budget, due = allocator.budget_schedule(step)
+        if step > last and self.pattern:
+            allocator.mask_using_rank_pattern(tuner.model, self.pattern)
+        elif (due or step == last) and allocator.exp_avg_ipt:
+            self.pattern = allocator.mask_to_budget(tuner.model, budget)
+        if step == last:
+            allocator.reset_ipt()
 
     def on_save(self, args, state, control, model, **kwargs):
         if state.is_world_process_zero:
             self._write(_file(args, state), _tuner(model)[0])
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        _tuner(model)[1].rank_pattern = self.pattern
+        tuner, config = _tuner(model)
+        config.rank_pattern = self.pattern
+        before, target = tuner.rankallocator.init_bgt, tuner.rankallocator.target_bgt
+        kept = sum(map(sum, self.pattern.values())) if self.pattern else before
+        if kept > target:
+            self.notes.append(
+                f"{kept} of {before} ranks are left, above the budget of {target}: gradients were not finite"
+            )
 
     def _write(self, file: Path, tuner: Any) -> None:
         tensors = {
@@ -136,6 +153,13 @@ class Allocation(TrainerCallback):
 
 def _tuner(model: PeftModel) -> tuple[Any, Any]:
     return model.base_model, model.peft_config[model.active_adapter]
+
+
+def _finite(model: nn.Module) -> bool:
+    """Whether all gradients are. A step that fp16's scaler skips has others: in the moving averages of importance they
+    would stay for ever, and nothing would be cut."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
 
 def _file(args: Any, state: Any) -> Path:

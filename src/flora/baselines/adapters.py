@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from flora.baselines.common import Adapted, Asked, LeftOut, fitting
+from flora.baselines.common import Adapted, Asked, LeftOut, fitting, said
 
 # In a block: the layer that ends the attention, the one that ends the feed-forward network, the LayerNorm behind it
 BLOCKS = (
@@ -47,12 +47,14 @@ def _with_adapters(asked: Asked, kind: str, width: int | None, activation: str) 
         raise LeftOut("there are no transformer blocks of a known kind to put adapters in")
     sizes = [size_at(asked.model, name) for name in names]
     if width is None:
-        width = fitting(
-            lambda width: sum((2 * size + 1) * width + size for size in sizes), asked.budget, "an adapter of width"
-        )
+
+        def count(width: int) -> int:
+            return sum((2 * size + 1) * width + size for size in sizes)
+
+        width = fitting(count, asked.budget, "an adapter of width", max(sizes))
     asked.train_head_only()
     insert(asked.model, names, width, activation)
-    return Adapted(asked.model, [f"width {width} in {len(names)} places"])
+    return Adapted(asked.model, [f"width {said(width, max(sizes))} in {len(names)} places"])
 
 
 class Bottleneck(nn.Module):

@@ -142,12 +142,18 @@ def wrap(
     return kind(model, config)
 
 
-def fitting(count: Callable[[int], int], budget: int, what: str, most: int | None = None) -> int:
+def full_rank(layers: Iterable[nn.Module], modes: Sequence[int] = (0,)) -> int:
+    """The highest rank that one of the layers' weights can have, unfolded along any of the modes: none needs more."""
+    weights = [layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight for layer in layers]
+    return max(min(w.shape[mode], w.numel() // w.shape[mode]) for w in weights for mode in modes)
+
+
+def fitting(count: Callable[[int], int], budget: int, what: str, most: int) -> int:
     """The rank, up to ``most``, whose ``count`` is nearest to the budget, the lower of two. Ranks are coarse: one that
     lies above is taken up to a quarter above. Raises LeftOut where the least lies higher."""
     count = cache(count)
     below = highest_rank(count, budget, most)
-    above = count(below + 1) if most is None or below < most else math.inf
+    above = count(below + 1) if below < most else math.inf
     if above > ABOVE * budget:
         return below or too_small(what, above, budget)
     return below + 1 if not below or above - budget < budget - count(below) else below
@@ -157,17 +163,22 @@ def too_small(what: str, least: int, budget: int) -> NoReturn:
     raise LeftOut(f"{what} 1 has {least:,} parameters, above the budget of {budget:,}")
 
 
-def highest_rank(count: Callable[[int], int], budget: int, most: int | None = None) -> int:
+def highest_rank(count: Callable[[int], int], budget: int, most: int) -> int:
     """The highest rank, up to ``most``, whose ``count``, which grows with it, is within the budget; else 0."""
     count = cache(count)
     if count(1) > budget:
         return 0
-    if most is not None and count(most) <= budget:
+    if count(1) == count(most):  # a rank pattern fixes every rank
+        return 1
+    if count(most) <= budget:
         return most
-    low, high = 1, 2
-    while count(low) < count(high) <= budget:  # it does not grow where a rank pattern fixes every rank
-        low, high = high, 2 * high
+    low, high = 1, most
     while high - low > 1:
-        middle = (low + high) // 2
+        middle = min(2 * low, (low + high) // 2)  # ranks are low
         low, high = (middle, high) if count(middle) <= budget else (low, middle)
     return low
+
+
+def said(size: int, most: int) -> str:
+    """For a note: a rank or a width."""
+    return f"{size} (full)" if size == most else f"{size}"

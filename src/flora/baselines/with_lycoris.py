@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flora.baselines.common import Adapted, Asked, LeftOut, Limits, fitting, trainable
+from flora.baselines.common import Adapted, Asked, LeftOut, Limits, fitting, full_rank, said, trainable
 
 LIMITS = Limits((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), ("padding_mode",))
 
@@ -35,9 +35,10 @@ def locon(asked: Asked, target_modules: Any = None, lora_dim: int | None = None,
         with torch.device("meta"):
             return sum(map(trainable, build(rank).values()))
 
-    rank = lora_dim or fitting(count, asked.budget, "LoCon of rank")
+    most = full_rank(layers.values(), modes=(0, 1))
+    rank = lora_dim or fitting(count, asked.budget, "LoCon of rank", most)
     asked.train_head_only()
     for name, adapter in build(rank).items():
         layers[name].add_module("locon", adapter.to(layers[name].weight.device))
         adapter.apply_to()
-    return Adapted(asked.model, [f"rank {rank} on {len(layers)} layers", *notes])
+    return Adapted(asked.model, [f"rank {said(rank, most)} on {len(layers)} layers", *notes])

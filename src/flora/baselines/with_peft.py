@@ -9,7 +9,19 @@ import peft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flora.baselines.common import Adapted, Asked, Limits, count, fitting, highest_rank, too_small, where, wrap
+from flora.baselines.common import (
+    Adapted,
+    Asked,
+    Limits,
+    count,
+    fitting,
+    full_rank,
+    highest_rank,
+    said,
+    too_small,
+    where,
+    wrap,
+)
 
 _DORA = Limits(
     (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding), ("groups", "dilation", "padding_mode")
@@ -35,8 +47,9 @@ def _lora(asked: Asked, label: str, limits: Limits, target_modules: Any, r: int 
         fields = {"lora_alpha": 2 * rank, "fan_in_fan_out": transposed, **options}
         return peft.LoraConfig(r=rank, **fields, **where(asked, layers))
 
-    rank = r or fitting(lambda rank: count(asked, config(rank)), asked.budget, f"{label} of rank")
-    return Adapted(wrap(asked, asked.model, config(rank)), [f"rank {rank} on {len(layers)} layers", *notes])
+    most = full_rank(layers.values())
+    rank = r or fitting(lambda rank: count(asked, config(rank)), asked.budget, f"{label} of rank", most)
+    return Adapted(wrap(asked, asked.model, config(rank)), [f"rank {said(rank, most)} on {len(layers)} layers", *notes])
 
 
 def loha(asked: Asked, target_modules: Any = None, r: int | None = None, **options: Any) -> Adapted:
@@ -46,8 +59,9 @@ def loha(asked: Asked, target_modules: Any = None, r: int | None = None, **optio
         fields = {"alpha": rank, "use_effective_conv2d": True, **options}
         return peft.LoHaConfig(r=rank, **fields, **where(asked, layers))
 
-    rank = r or fitting(lambda rank: count(asked, config(rank)), asked.budget, "LoHa of rank")
-    return Adapted(wrap(asked, asked.model, config(rank)), [f"rank {rank} on {len(layers)} layers", *notes])
+    most = full_rank(layers.values(), modes=(0, 1))
+    rank = r or fitting(lambda rank: count(asked, config(rank)), asked.budget, "LoHa of rank", most)
+    return Adapted(wrap(asked, asked.model, config(rank)), [f"rank {said(rank, most)} on {len(layers)} layers", *notes])
 
 
 def lokr(
