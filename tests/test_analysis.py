@@ -29,7 +29,7 @@ from flora.analysis import analyse, fields, measure, plots, tables
 from flora.analysis.drawing import apart
 from flora.analysis.measure import Norms, amplification, deltas, spectra
 from flora.analysis.rows import chosen, left_out, read, results
-from flora.analysis.style import LOOKS, label
+from flora.analysis.style import LOOKS, label, order
 from flora.methods import METHODS, adapt
 
 # ------------------------------------------------------------------------------------------------------- measured
@@ -387,6 +387,12 @@ def test_a_comparison_as_a_table():
     assert table.lines[1][3:] == ["< 0.001 ▼", "1,000 + 10", "0.01 ↑", "5", "5", "256 MiB"]
     assert table.lines[0][-1] == "–" and "lowest or highest learning rate" in table.note
     assert len({len(line) for line in table.markdown().splitlines()}) == 1
+
+
+def test_variants_stand_after_their_method_by_their_numbers():
+    names = ["flora-4", "flora-13", "flora", "flora-0.4", "lora", "flora-core", "other"]
+    expected = ["lora", "flora", "flora-core", "flora-0.4", "flora-4", "flora-13", "other"]
+    assert sorted(names, key=order) == expected
 
 
 def test_methods_that_were_tried_with_more_learning_rates_are_named():

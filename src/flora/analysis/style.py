@@ -46,8 +46,9 @@ def look(method: str) -> tuple[str, str]:
     return LOOKS.get(method) or OTHERS[zlib.crc32(method.encode()) % len(OTHERS)]
 
 
-def order(method: str) -> tuple[int, str]:
-    """To sort by: as the registry has it, variants after their method, others last."""
+def order(method: str) -> tuple[int, float, str]:
+    """To sort by: as the registry has it, variants after their method, by number where they have one, others last."""
     ways = list(METHODS)
-    way = method.partition("-")[0]
-    return (ways.index(way) if way in METHODS else len(ways), method)
+    way, _, variant = method.partition("-")
+    number = float(variant) if variant.replace(".", "", 1).isdecimal() else -1.0
+    return (ways.index(way) if way in METHODS else len(ways), number, method)
