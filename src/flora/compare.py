@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
@@ -82,9 +82,6 @@ def _run(job: Job, trials: list[Trial], file: Path | None) -> None:
         for result in ENGINES[keys.engine](_work, tasks, workers):
             try:
                 row = result()
-            except BrokenProcessPool as error:
-                said = "a run was ended from outside, for want of memory perhaps: start again to go on"
-                raise ConfigError(said) from error
             except Exception as error:  # the others' rows are kept first
                 failed.append(error)
                 continue
@@ -126,9 +123,17 @@ def local(work: Callable[..., Any], tasks: list[tuple], workers: int) -> Iterato
         free.put(index)
     pool = ProcessPoolExecutor(workers, context, _share, (free,), max_tasks_per_child=1)
     try:
-        yield from (future.result for future in as_completed([pool.submit(_on_device, work, *t) for t in tasks]))
+        futures = [pool.submit(_on_device, work, *task) for task in tasks]
+        yield from (partial(_result, future) for future in as_completed(futures))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ConfigError("a run was ended from outside, for want of memory perhaps: start again to go on") from error
 
 
 def _share(free: Any) -> None:

@@ -56,6 +56,11 @@ def split_name(name: str) -> str:
     return next((split for split, names in SPLITS.items() if name.lower() in names), name)
 
 
+def is_place(path: str) -> bool:
+    """Whether it can only be meant as a file or folder: the hub's names are NAME or OWNER/NAME."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
 # --------------------------------------------------------------------------------------------------------- checking
 
 

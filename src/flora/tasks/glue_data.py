@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora.tasks.data import Table
+from flora.tasks.data import Table, is_place
 
 ENTAILS = ("entailment", "not_entailment")
 
@@ -102,7 +102,7 @@ def read_tsv(file: Path, subset: Subset, skip_broken: bool) -> Table:
 def read_hub(path: str, subset: str, split: str) -> Table:
     import datasets
 
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if is_place(path):
         raise ValueError(f"{path}: no such folder")
     try:
         rows = datasets.load_dataset(path, subset, split=split)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flora.tasks.data import SPLITS, Portions, Table, split_name
+from flora.tasks.data import SPLITS, Portions, Table, is_place, split_name
 
 
 @dataclass
@@ -49,7 +49,7 @@ def read(path: str, images: Iterable[str] = ()) -> dict[str, Table]:
             tables = _parquet(files)
         elif place.is_dir():
             tables = _folder(place)
-        elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        elif is_place(path):
             raise ValueError("no such file or folder")
         else:
             tables = {name: Table(rows, _namer(path, name)) for name, rows in datasets.load_dataset(path).items()}
