@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import flora
 from flora import FloraConfig
-from flora.baselines.common import LeftOut as LeftOutError
-from flora.baselines.common import copied, on_meta, trainable
+from flora_lab.methods.common import LeftOut as LeftOutError
+from flora_lab.methods.common import copied, on_meta, trainable
 
 Targets = Mapping[str, Any]
 MAX_RANK = 256

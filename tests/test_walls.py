@@ -1,85 +1,87 @@
-"""The walls of the design: who may import whom, and what a plain import must not load."""
+"""The walls of the design: arrows run one way, and a room never imports what is on its list."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import flora
+SOURCE = Path(__file__).parents[1] / "src"
 
-ROOT = Path(flora.__file__).parent
-ORDER = [
-    "tucker", "ranks", "core_space", "execution", "stand_in", "kinds", "files", "peft_compat", "config", "targets",
-    "plan", "layer", "tuner", "gradient", "hotswap", "__init__", "models", "convert", "baselines", "methods", "tasks",
-    "settings", "analysis", "train", "trial", "job", "compare", "cli",
+# the rooms of each package, every one after what it may import
+ROOMS = {
+    "flora": ["tucker", "ranks", "files", "models", "layers", "tuner", "convert", "cli"],
+    "flora_lab": ["tasks", "methods", "settings", "analysis", "run", "cli"],
+}
+EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",
+          "scipy", "pycocotools", "ray")  # fmt: skip
+
+# (files, what they never import, whether that holds inside functions, too)
+NEVER = [
+    ("flora/**/*.py", ("flora_lab",), True),
+    ("flora/**/*.py", EXTRAS, False),
+    ("flora/tucker.py", ("torch.nn", "peft", "transformers"), True),
+    ("flora/ranks.py", ("torch", "peft", "transformers"), True),
+    ("flora/layers/*.py", ("peft", "transformers"), True),
+    ("flora_lab/**/*.py", ("timm", "diffusers", "datasets", "lycoris", "sklearn", "ray"), False),
+    ("flora_lab/analysis/measure.py", ("matplotlib",), True),
+    *((f"flora_lab/analysis/{name}.py", ("torch",), True) for name in ("drawing", "page", "plots", "rows", "tables")),
 ]  # fmt: skip
-HEAVY = (
-    "timm", "torchvision", "diffusers", "datasets", "lycoris", "matplotlib", "sklearn", "scipy", "pycocotools", "ray",
-)  # fmt: skip
 
 
-def imports(room: str, everywhere: bool = True) -> set[str]:
-    """Dotted names imported by a room; without ``everywhere`` only at the top of its files."""
-    files = [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").is_file() else sorted((ROOT / room).glob("*.py"))
-    names = set()
-    for file in files:
-        tree = ast.parse(file.read_text())
-        for node in ast.walk(tree) if everywhere else tree.body:
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+def imported(file: Path, everywhere: bool = True) -> Iterator[str]:
+    """Dotted names; without ``everywhere`` only those that importing the file imports."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms_used(room: str) -> set[str]:
-    parts = [name.split(".") for name in imports(room) if name.startswith("flora")]
-    used = {part[1] if len(part) > 1 and part[1] in ORDER else "__init__" for part in parts}
-    if any(len(part) > 1 and part[1] in ORDER for part in parts):
-        used -= {"__init__"} if not any(len(p) == 2 and p[1] not in ORDER for p in parts) else set()
-    return used - {room}
+def files_of(package: str, room: str) -> list[Path]:
+    folder = SOURCE / package
+    return [folder / f"{room}.py"] if (folder / f"{room}.py").is_file() else sorted((folder / room).rglob("*.py"))
 
 
-def uses(room: str, package: str) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for name in imports(room))
+@pytest.mark.parametrize(("package", "room"), [(p, room) for p, rooms in ROOMS.items() for room in rooms])
+def test_an_arrow_never_runs_back(package, room):
+    later = ROOMS[package][ROOMS[package].index(room) + 1 :]
+    assert files_of(package, room)
+    for file in files_of(package, room):
+        back = {name for name in imported(file) if name.split(".")[:2] in [[package, other] for other in later]}
+        assert not back, f"{file}: {back}"
 
 
-def test_every_room_is_in_the_order():
-    rooms = {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/__init__.py")}
-    assert rooms == set(ORDER)
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_room_is_on_the_list(package):
+    folder = SOURCE / package
+    rooms = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/*.py")}
+    assert rooms - {"__init__"} == set(ROOMS[package])
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_an_arrow_never_runs_back(room):
-    later = set(ORDER[ORDER.index(room) :])
-    if room != "__init__":
-        assert not rooms_used(room) & later
+@pytest.mark.parametrize(
+    ("files", "packages", "everywhere"), NEVER, ids=[f"{n}-{row[0]}" for n, row in enumerate(NEVER)]
+)
+def test_a_room_never_imports(files, packages, everywhere):
+    assert list(SOURCE.glob(files))
+    for file in SOURCE.glob(files):
+        names = set(imported(file, everywhere))
+        assert not [name for name in names if f"{name}.".startswith(tuple(f"{package}." for package in packages))], file
 
 
-@pytest.mark.parametrize("room", ["tucker", "ranks", "core_space", "execution", "stand_in", "kinds"])
-def test_the_mathematics_does_not_know_peft(room):
-    assert not uses(room, "peft") and not uses(room, "transformers")
-    if room in ("tucker", "ranks"):
-        assert "torch.nn" not in imports(room)
+def test_only_peft_compat_names_what_peft_does_not_export():
+    for file in (SOURCE / "flora").rglob("*.py"):
+        if file.name != "peft_compat.py":
+            assert not [name for name in imported(file) if name.startswith("peft.") and name.count(".") > 1], file
 
 
-def test_the_layer_gets_plain_values():
-    assert not uses("layer", "flora.config") and not uses("layer", "flora.tuner")
-
-
-@pytest.mark.parametrize("room", ORDER)
-def test_heavy_packages_load_inside_functions(room):
-    assert not [name for name in imports(room, everywhere=False) if name.split(".")[0] in HEAVY]
-
-
-def test_plain_import_loads_nothing_heavy():
-    # beyond what PEFT and transformers load by themselves where it is installed
-    loaded = f"[m for m in {HEAVY!r} if m in set(sys.modules) - before]"
-    code = f"import sys, peft; before = set(sys.modules); import flora; print({loaded})"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+def test_importing_flora_loads_nothing_that_it_does_not_need():
+    heavy = [*EXTRAS, "click", "peft", "torch"]
+    code = f"import sys, flora; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

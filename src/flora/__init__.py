@@ -1,18 +1,59 @@
 """flora: low-rank core space adapters (FLoRA, arXiv 2405.14739) for weights of any number of dimensions.
 
-Importing it makes FLORA known to PEFT: ``get_peft_model(model, FloraConfig(...))``.
+Importing it makes FLORA known to PEFT: ``get_peft_model(model, FloraConfig(...))``. PEFT takes seconds to import, so
+neither it nor the names below are loaded before something asks for them.
 """
 
-from flora.config import FloraConfig
-from flora.core_space import CoreSpace
-from flora.gradient import initialize
-from flora.hotswap import hotswap
-from flora.layer import FloraLayer
-from flora.peft_compat import register
-from flora.plan import plan
-from flora.tuner import FloraModel
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flora.layers.core_space import CoreSpace
+    from flora.tuner import FloraConfig, FloraLayer, FloraModel, hotswap, initialize, plan
 
 __version__ = "0.1.0"
 __all__ = ["CoreSpace", "FloraConfig", "FloraLayer", "FloraModel", "hotswap", "initialize", "plan"]
 
-register(FloraConfig, FloraModel, FloraLayer)
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'flora' has no attribute {name!r}")
+    home = "flora.layers.core_space" if name == "CoreSpace" else "flora.tuner"
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _AfterPeft:
+    """Imports ``flora.tuner``, which registers FLORA, as soon as PEFT has been imported: an import hook."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        sys.meta_path.remove(cls)
+        spec = find_spec("peft")
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                importlib.import_module("flora.tuner")
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    importlib.import_module("flora.tuner")
+else:
+    sys.meta_path.insert(0, _AfterPeft)

@@ -1,9 +1,13 @@
-"""The `flora` command: each subcommand is one call. A mistake is one line that names it, and exit code 2."""
+"""The `flora` command: each subcommand is one call. A mistake is one line that names it, and exit code 2.
+
+Other packages add commands through the entry point group `flora.commands`. Nothing heavy is imported before a command
+runs, so that help and a typo answer at once.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import reduce
+from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
 import click
@@ -15,47 +19,43 @@ class Refused(click.ClickException):
     exit_code = 2
 
 
-class Keys(click.Command):
-    """A command with `key=value` arguments after its options; its help ends in the list of the keys."""
+class Commands(click.Group):
+    """The commands below, and those that installed packages add by entry point."""
 
-    def __init__(self, *args, keys, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.keys = keys  # called for the help only: importing what it lists takes seconds
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *entry_points(group="flora.commands").names})
 
-    def format_epilog(self, ctx, formatter):
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        added = entry_points(group="flora.commands", name=cmd_name)
+        return super().get_command(ctx, cmd_name) or next((command.load() for command in added), None)
+
+
+class KeyedCommand(click.Command):
+    """A command with `key=value` arguments after its options. Its help ends with the list of keys."""
+
+    def __init__(self, *args: Any, keys: Callable[[], Iterator[tuple[str, str]]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, context_settings={"ignore_unknown_options": True})
+        self.keys = keys  # called only for the help: what it lists takes seconds to import
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Keys [default]"):
             formatter.write_dl(list(self.keys()))
 
 
-def train_keys() -> Iterator[tuple[str, str]]:
-    from flora.settings import Config, Method
-    from flora.tasks import TASKS
-
-    yield from _describe(Config)
-    yield from _describe(Method, "methods.NAME.")
-    for task in TASKS.values():
-        yield from _describe(task, "task.")
-
-
-def plan_keys() -> Iterator[tuple[str, str]]:
-    from flora import FloraConfig
-
-    return ((name, text) for name, text in _describe(FloraConfig) if text)
-
-
-def _describe(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    types = get_type_hints(kind)
-    for key in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(types[key.name]):
-            yield from _describe(types[key.name], f"{prefix}{key.name}.")
-        elif "help" in key.metadata:
-            default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
-            yield prefix + key.name, f"{key.metadata['help']} [{default}]"
+def described_keys(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, help and default) for every documented field of a dataclass, nested ones included."""
+    types = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from described_keys(types[field.name], f"{prefix}{field.name}.")
+        elif "help" in field.metadata:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            yield prefix + field.name, f"{field.metadata['help']} [{default}]"
 
 
 def as_overrides(arguments: Sequence[str]) -> list[str]:
     """`seed=1`, `--seed=1` and `--seed 1` all become `seed=1`; a `--fresh` without a value becomes `fresh=true`."""
-    overrides = []
+    overrides: list[str] = []
     for argument in arguments:
         key = argument.removeprefix("--")
         if argument.startswith("--") or "=" in key.lstrip("="):
@@ -67,104 +67,75 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
     return [override if "=" in override else f"{override}=true" for override in overrides]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flora")
 def main() -> None:
     """Fine-tune frozen models with low-rank core adapters, for weights of any number of dimensions."""
 
 
-@main.command(cls=Keys, keys=train_keys, context_settings={"ignore_unknown_options": True})
-@click.argument("config")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-def train(config: str, overrides: tuple[str, ...]) -> None:
-    """Run the job that the YAML file CONFIG describes.
-
-    Any key can be set after it: `flora train configs/digits.yaml seed=1 training.epochs=3`, or `--seed 1`. An
-    interrupted run goes on when it is started again. For several processes: `accelerate launch -m flora.cli train ...`.
-    """
-    with job_errors():
-        from flora.job import train as run
-        from flora.settings import load_config
-
-        run(load_config(config, as_overrides(overrides)))
+# ---------------------------------------------------------------------------------------------------------------- plan
 
 
-@main.command(cls=Keys, keys=train_keys, context_settings={"ignore_unknown_options": True})
-@click.argument("config")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-@click.option("--methods", metavar="A,B", help="Some of the job's methods [all].")
-@click.option("--budgets", metavar="N,N", help="comparison.budgets: trainable parameters of an adapter, head aside.")
-@click.option("--seeds", metavar="N,N", help="comparison.seeds")
-@click.option("--engine", type=click.Choice(["local", "ray"]), help="comparison.engine")
-@click.option("--workers", metavar="N", help="comparison.workers: runs at a time.")
-def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys: str | None) -> None:
-    """Compare the methods of the job that CONFIG describes: at equal budgets, over seeds, each at its learning rate.
+def plan_keys() -> Iterator[tuple[str, str]]:
+    from flora import FloraConfig
 
-    Every run appends a row to results.jsonl in the job's folder; started again, with more methods, budgets or seeds if
-    you like, it goes on from there. At its end it writes report.html beside them.
-    """
-    lists = [f"comparison.{key}=[{value}]" for key, value in keys.items() if value and key in ("budgets", "seeds")]
-    single = [f"comparison.{key}={value}" for key, value in keys.items() if value and key in ("engine", "workers")]
-    with job_errors():
-        from flora.compare import compare as run
-        from flora.settings import load_config
-
-        run(load_config(config, [*as_overrides(overrides), *lists, *single]), methods.split(",") if methods else ())
+    return ((name, text) for name, text in described_keys(FloraConfig) if text)
 
 
-@main.command()
-@click.argument("folders", nargs=-1, required=True)
-@click.option("--out", default=".", show_default=True, help="Folder for report.html, its figures and tables.")
-def analyse(folders: tuple[str, ...], out: str) -> None:
-    """Make one report of the comparisons in FOLDERS: tables and figures, in a page that needs no network."""
-    with job_errors():
-        from flora.analysis import analyse as run
-
-        try:
-            click.echo(str(run(folders, out)))
-        except ValueError as error:  # what is no row
-            raise Refused(str(error)) from error
-
-
-@contextmanager
-def job_errors() -> Iterator[None]:
-    """What a person can mend is one line and exit code 2."""
-    try:
-        from flora.models import quiet
-        from flora.settings import ConfigError
-
-        quiet()
-        try:
-            yield
-        except (ConfigError, OSError) as error:
-            raise Refused(str(error)) from error
-    except ModuleNotFoundError as error:
-        raise Refused(f"{error.name} is not installed: pip install 'flora-peft[train]'") from error
-
-
-@main.command(cls=Keys, keys=plan_keys, context_settings={"ignore_unknown_options": True})
+@main.command(cls=KeyedCommand, keys=plan_keys)
 @click.argument("model")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
 def plan(model: str, overrides: tuple[str, ...]) -> None:
     """Show which weights of MODEL an adapter would train, at which ranks, and how many parameters that makes.
 
-    MODEL is a transformers model: a folder with its config.json, or a name on the hub. No weights are loaded. Keys are
-    the fields of FloraConfig: `flora plan MODEL budget=0.005`.
+    MODEL is a transformers or diffusers model: a folder with its config.json, or a name on the hub. No weights are
+    loaded. Keys are the fields of FloraConfig: `flora plan MODEL budget=0.005`.
     """
+    given = [parsed(override) for override in as_overrides(overrides)]
+
     import flora
     from flora.models import quiet
 
     quiet()
-    keys = {"target_modules": "all-weights", **_values(as_overrides(overrides))}
+    keys: dict[str, Any] = {"target_modules": "all-weights"}
     known = {field.name for field in dataclasses.fields(flora.FloraConfig)}
-    for key in keys:
-        if key not in known:
+    for key, value in given:
+        if key.partition(".")[0] not in known:
             raise Refused(f"{key}: no field of FloraConfig; `flora plan --help` lists them")
+        set_nested(keys, key, value)
     try:
         config = flora.FloraConfig(**keys)
         click.echo(str(flora.plan(_empty(model), config)))
     except (TypeError, ValueError) as error:
         raise Refused(" ".join(str(error).split())) from error
+
+
+def parsed(override: str) -> tuple[str, Any]:
+    """`key=value`, the value read as YAML."""
+    import yaml
+
+    key, _, text = override.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise Refused(f"{override}: {' '.join(str(error).split())}") from error
+    if isinstance(value, str):  # PyYAML reads 1e-3 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    return key, value
+
+
+def set_nested(keys: dict[str, Any], key: str, value: Any) -> None:
+    """keys["a"]["b"] = value for the key "a.b"."""
+    outer, _, inner = key.partition(".")
+    if not inner:
+        keys[outer] = value
+    else:
+        if not isinstance(keys.get(outer), dict):
+            keys[outer] = {}
+        set_nested(keys[outer], inner, value)
 
 
 # -------------------------------------------------------------------------------------------------------- conversions
@@ -310,20 +281,6 @@ def compress(adapter: str, out: str, verify: str | None, budget: str | None, **o
     convert("compress", sides, adapter=adapter, out=out, budget=_number(budget), **options)
 
 
-def _values(overrides: list[str]) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    values = {}
-    for override in overrides:
-        try:
-            values |= OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=True)
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise Refused(f"{override}: {' '.join(str(error).split())}") from error
-    return values
-
-
 def _number(budget: str | None) -> int | float | None:
     try:
         return budget and (float(budget) if "." in budget or "e" in budget else int(budget.replace(",", "")))
@@ -342,4 +299,6 @@ def _empty(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    from flora.cli import main as command  # added commands import this module by its name
+
+    command()

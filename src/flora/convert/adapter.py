@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flora.config import FloraConfig
 from flora.files import WEIGHTS, from_hub, open_tensors
-from flora.kinds import Site
+from flora.layers.kinds import Site
 from flora.ranks import parameter_count
+from flora.tuner.config import FloraConfig
 
 PREFIX = "base_model.model."
 SPACE = ".tucker_space."

@@ -11,13 +11,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from flora import kinds
-from flora.config import FloraConfig
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.slots import Side, Slot, parts, slots_of
 from flora.convert.truncate import Front, front
-from flora.plan import Row, make_plan
-from flora.targets import canonical_module
+from flora.layers import kinds
+from flora.tuner.config import FloraConfig
+from flora.tuner.planning import Row, make_plan
+from flora.tuner.targets import canonical_module
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flora.convert.adapter import Adapter
 from flora.convert.lora import lora_of, obstacle
 from flora.convert.products import Product, refuse
 from flora.files import new_folder
-from flora.kinds import Site
+from flora.layers.kinds import Site
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # in the file's header: the arguments of LoraConfig, part by part

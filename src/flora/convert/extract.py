@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from flora import tucker
-from flora.config import check_budget, check_rank, is_number
 from flora.convert.adapter import PREFIX, Adapter, Update, bar, write_adapter
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.difference import Change, Pair
@@ -24,10 +23,11 @@ from flora.convert.report import Report, Rest, Row
 from flora.convert.slots import Slot
 from flora.convert.truncate import Front, front, lora_energy, spend
 from flora.files import new_folder
-from flora.kinds import KINDS, Site, output_mode
+from flora.layers.kinds import KINDS, Site, output_mode
 from flora.models import empty_model
-from flora.plan import count_base_parameters
 from flora.ranks import Ranks, Weight, given_ranks, useful
+from flora.tuner.config import check_budget, check_rank, is_number
+from flora.tuner.planning import count_base_parameters
 
 
 @torch.no_grad()

@@ -26,14 +26,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flora import kinds, tucker
-from flora.config import FloraConfig
+from flora import tucker
 from flora.convert.adapter import Adapter, Update, bar, summary, write_adapter
 from flora.convert.diffusers import component_of, down_up, name_in, parts_of
 from flora.convert.products import cut, from_product, outside_obstacle, product, refuse
 from flora.convert.sgm import sgm_names
 from flora.files import new_folder, open_tensors, replace_file
-from flora.kinds import Site
+from flora.layers import kinds
+from flora.layers.kinds import Site
+from flora.tuner.config import FloraConfig
 
 UP, MID, DOWN, ALPHA = "lora_up.weight", "lora_mid.weight", "lora_down.weight", "alpha"
 PREFIX = re.compile(r"(lora_unet|lora_te\d?|lycoris)_")

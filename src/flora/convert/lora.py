@@ -11,13 +11,13 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flora.config import FloraConfig
 from flora.convert.adapter import PREFIX, Adapter, Update, adapter_folder, bar, read_config, summary, write_adapter
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.merge import merged_weight
 from flora.convert.products import Product, from_product, from_stack, outside_obstacle, padded, product, refuse
 from flora.files import WEIGHTS, new_folder, open_tensors
-from flora.kinds import Site
+from flora.layers.kinds import Site
+from flora.tuner.config import FloraConfig
 
 CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 

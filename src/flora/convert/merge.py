@@ -18,8 +18,9 @@ from torch import Tensor
 from flora import tucker
 from flora.convert.adapter import PREFIX, Adapter, Update, bar
 from flora.convert.checkpoint import Checkpoint, MissingWeight, full_key
-from flora.execution import LOW_PRECISION, add_updates
 from flora.files import WEIGHTS, new_folder, read_json, replace_file
+from flora.layers.core_space import add_updates
+from flora.layers.cost import LOW_PRECISION
 from flora.models import meta_model, shared_parameters
 
 FLOATS = (torch.float64, torch.float32, *LOW_PRECISION)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flora.config import FloraConfig
 from flora.convert.adapter import PREFIX, Update, bar, summary, write_adapter
 from flora.convert.checkpoint import Checkpoint
 from flora.files import new_folder
-from flora.kinds import Site
+from flora.layers.kinds import Site
+from flora.tuner.config import FloraConfig
 
 CORE = ".flora_layer.param_G"
 KINDS = {2: "Linear", 4: "Conv", 5: "Conv"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flora import tucker
 from flora.convert.adapter import Adapter, Update
-from flora.kinds import Site, output_mode
+from flora.layers.kinds import Site, output_mode
 
 Product = tuple[Tensor, Tensor]
 

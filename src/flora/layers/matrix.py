@@ -1,0 +1,86 @@
+"""A matrix and its update as one autograd function: no full-size tensor is made for the update alone.
+
+Letters: p rows of the input, o and i its output and input features, r and s the ranks. What it computes is
+differentiable again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from flora.layers.cost import LOW_PRECISION, merges
+from flora.layers.thin import add_lifted_, correlate, project
+
+
+def matrix(
+    x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, left: Tensor, right: Tensor, execution: str
+) -> Tensor:
+    """``x (W + left · core · rightᵀ)ᵀ + bias``: (…, i) -> (…, o).
+
+    Args:
+        weight: (o, i).
+        core: (r, s), the scale in it. left: (o, r). right: (i, s).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if execution == "auto":
+        rank, positions = min(core.shape), rows.shape[0]
+        merged = x.dtype not in LOW_PRECISION and merges(weight.shape, (rank, rank), (positions, positions))
+    else:
+        merged = execution == "merged"
+    return _Matrix.apply(rows, weight, bias, core, left, right, merged).view(*x.shape[:-1], weight.shape[0])
+
+
+def _parts(rows: Tensor) -> Tensor:
+    """(p, i) -> (b, i, p / b), a view: a processor's threads share a batch of products better than one thin product."""
+    parts = 4 if rows.device.type == "cpu" and rows.shape[0] % 4 == 0 else 1
+    return rows.view(parts, -1, rows.shape[1]).mT
+
+
+def _fold(core: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """U (o, q) and D (i, q) with U Dᵀ = left · core · rightᵀ, and q the smaller of the ranks."""
+    return (left @ core, right) if core.shape[1] <= core.shape[0] else (left, right @ core.mT)
+
+
+def _unfold(du: Tensor, dd: Tensor, core: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of U and D -> those of core, left and right."""
+    if core.shape[1] <= core.shape[0]:
+        return left.mT @ du, du @ core.mT, dd
+    return dd.mT @ right, du, dd @ core
+
+
+class _Matrix(Function):
+    """y = x Wᵀ + b + (x D) Uᵀ, D down to the rank and U up again. For the gradient g of y, with the thin t = g U,
+
+    dx = g W + t Dᵀ,    dD = xᵀ t,    dU = gᵀ (x D).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, core, left, right, merged):
+        up, down = _fold(core, left, right)
+        if merged:
+            thin, y = None, F.linear(x, torch.addmm(weight, up, down.mT), bias)
+        else:
+            thin, y = project(_parts(x), down), F.linear(x, weight, bias)
+            add_lifted_(_parts(y), thin, up)
+        ctx.save_for_backward(x, weight, core, left, right, thin)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, core, left, right, thin = ctx.saved_tensors
+        up, down = _fold(core, left, right)
+        if thin is None or torch.is_grad_enabled():  # a gradient that is differentiated again needs it made here
+            thin = project(_parts(x), down)
+        given = _parts(g.contiguous())
+        t = project(given, up)
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ weight
+            add_lifted_(_parts(dx), t, down)
+        if ctx.needs_input_grad[2]:
+            db = g.sum(0)
+        du, dd = correlate(thin, given, up), correlate(t, _parts(x), down)
+        return dx, None, db, *_unfold(du, dd, core, left, right), None

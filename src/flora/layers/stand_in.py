@@ -1,0 +1,108 @@
+"""A stand-in for a weight that has an update: W + delta, formed only where something asks for all of it.
+
+A model that keeps experts in one stacked parameter (E, out, in) takes out one expert's matrix at a time and multiplies
+by it. The stand-in follows it there: a slice of a core space is a core space of one mode less, and a product with a
+matrix is ``execution.matrix``. Neither the stack's delta nor its gradient is ever formed. Whatever the stand-in does
+not know gets the dense tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from flora.layers.core_space import add_updates
+from flora.layers.cost import of_one_type
+from flora.layers.matrix import matrix
+
+
+class StandIn(Tensor):
+    """``weight + core ×_1 factors[0] …`` in the place of the frozen ``weight``; the scale is in the core."""
+
+    weight: Tensor
+    core: Tensor
+    factors: Sequence[Tensor]
+    execution: str
+    formed: Tensor | None
+
+    @staticmethod
+    def of(weight: Tensor, core: Tensor, factors: Sequence[Tensor], execution: str) -> StandIn:
+        new = weight.detach().as_subclass(StandIn)
+        new.weight, new.core, new.factors, new.execution, new.formed = weight, core, factors, execution, None
+        return new
+
+    def dense(self) -> Tensor:
+        if self.formed is None:
+            self.formed = add_updates(self.weight, [(self.core, self.factors)])
+        return self.formed
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _PLACE_AND_SHAPE:
+                return function(*args, **kwargs)
+            if function in _FOLLOWED and kwargs.keys() <= _NAMED:
+                followed = _FOLLOWED[function](*args, **kwargs)
+                if followed is not None:
+                    return followed
+            args, kwargs = tree_map_only(StandIn, StandIn.dense, (args, kwargs))
+            return function(*args, **kwargs)
+
+
+def _slice(w: StandIn, index: Any) -> StandIn | None:
+    number = index.item() if isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() else index
+    if isinstance(number, bool) or not isinstance(number, int) or w.core.ndim < 2:
+        return None
+    core = (w.factors[0][number] @ w.core.flatten(1)).view(w.core.shape[1:])
+    return StandIn.of(w.weight[number], core, w.factors[1:], w.execution)
+
+
+def _slices(w: StandIn, dim: int = 0) -> tuple[StandIn, ...] | None:
+    return tuple(_slice(w, number) for number in range(len(w.weight))) if dim == 0 and w.core.ndim > 1 else None
+
+
+def _iterate(w: StandIn) -> Iterator[StandIn] | None:
+    slices = _slices(w)
+    return None if slices is None else iter(slices)
+
+
+def _transpose(w: StandIn, *modes: int) -> StandIn | None:
+    if w.core.ndim != 2 or modes not in ((), (0, 1), (1, 0), (-1, -2), (-2, -1)):
+        return None
+    return StandIn.of(w.weight.mT, w.core.mT, w.factors[::-1], w.execution)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if isinstance(input, StandIn) or not isinstance(weight, StandIn) or weight.core.ndim != 2:
+        return None
+    tensors = of_one_type(input, weight.weight, bias, weight.core, weight.factors)
+    return None if tensors is None else matrix(*tensors, weight.execution)
+
+
+def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
+    transposed = _transpose(other) if isinstance(other, StandIn) else None
+    return None if transposed is None else _linear(input, transposed)
+
+
+_PLACE_AND_SHAPE = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "is_meta")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
+}
+
+_NAMED = {"bias", "dim"}  # what may be passed by name, for the functions below to be followed
+
+_FOLLOWED: dict[Callable, Callable] = {
+    Tensor.__getitem__: _slice,
+    **dict.fromkeys((Tensor.unbind, torch.unbind), _slices),
+    Tensor.__iter__: _iterate,
+    **dict.fromkeys((Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t), _transpose),
+    **dict.fromkeys((Tensor.transpose, torch.transpose), _transpose),
+    F.linear: _linear,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+}

@@ -1,0 +1,254 @@
+"""``FloraConfig``: what the user asks for. Its fields are also the keys of a job's YAML and of ``flora plan``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft.config import PeftConfig
+
+from flora.files import replace_file, saved_shapes
+from flora.layers.core_space import STARTS
+from flora.layers.cost import EXECUTIONS
+from flora.tuner.peft_compat import FLORA
+
+FORMAT_VERSION = 1
+INITS = tuple(name for name in STARTS if name != "random")
+BIASES = ("none", "all", "flora_only")
+
+
+@dataclass
+class FloraConfig(PeftConfig):
+    """Configuration of a FLoRA adapter (paper section 4; defaults from DESIGN.md section 7's measurements).
+
+    Exactly one of ``r`` and ``budget`` says how large the adapter is; with neither, ``r`` is 8.
+
+    Raises:
+        ValueError: naming the field, the value given and what is accepted.
+    """
+
+    r: int | list[int] | None = field(
+        default=None,
+        metadata={"help": "Rank of every mode but the kernel's, or one rank a mode. Never above the mode's size."},
+    )
+    kernel_rank: int | None = field(
+        default=None,
+        metadata={"help": "Rank of the kernel modes (the paper's r3). Default: half the mode, rounded up."},
+    )
+    budget: int | float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of r: trainable parameters of all targets together (int), or a share of the base "
+            "model's parameters (float in (0, 1]). Ranks are solved for."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names or regex of the layers to adapt; 'all-linear'; 'all-weights' for every supported layer "
+            "except the output head."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of layers not to adapt."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of raw parameters to adapt, of 1 to 6 modes (stacked experts, say)."}
+    )
+    rank_pattern: dict[str, Any] | None = field(
+        default_factory=dict, metadata={"help": "Layer name or regex -> rank, or one rank a mode."}
+    )
+    scale: float | str = field(
+        default="auto",
+        metadata={"help": "The s of equation 5, or 'auto': one rule for every weight of every backbone."},
+    )
+    scale_pattern: dict[str, Any] | None = field(
+        default_factory=dict, metadata={"help": "Layer name or regex -> scale."}
+    )
+    init: str = field(
+        default="factor",
+        metadata={
+            "help": "'core' (the paper: core zero), 'factor' (LoRA's: output factor zero), 'gradient' (see "
+            "flora.initialize), 'official' (the authors' kaiming). A fresh adapter changes no output with any of them."
+        },
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "False: start with an adapter that has an effect (for tests)."}
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout of the update's input; of the ranks where the update acts as a weight."},
+    )
+    execution: str = field(
+        default="auto",
+        metadata={"help": "'factored' (thin products), 'merged' (W + delta), or 'auto': the cheaper for each input."},
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'flora_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Layers to train fully and save, such as a new head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list that layers_to_transform counts in."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Embedding rows to train fully."}
+    )
+    ranks: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Written by flora: the ranks that a budget or a sum of adapters came to, weight by weight."},
+    )
+    weights: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Written by flora: kind and options of each adapted weight, for flora.convert."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Written by flora."})
+
+    # Not fields, so that a config that serves for a second model, or is the pattern of another, starts without them.
+    # PEFT needs the config to stay the object that the user gave, so it can't be copied to keep them out of it.
+    saved_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None  # what the file holds, to be held against the plan
+    solved_ranks: ClassVar[dict[str, list[int]] | None] = None  # what the budget came to, to be saved as ``ranks``
+    sites: ClassVar[dict[str, dict[str, Any]] | None] = None  # where it acts, to be saved as ``weights``
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = FLORA
+        for name in ("target_modules", "exclude_modules", "target_parameters"):
+            value = getattr(self, name)
+            check_names(name, value, regex=name != "target_parameters")
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if self.r is None and self.budget is None:
+            self.r = 8
+        elif self.r is not None and self.budget is not None:
+            raise ValueError(f"r={self.r} and budget={self.budget}: give one of them, they exclude each other")
+        if self.r is not None:
+            check_rank("r", self.r)
+        check_rank("kernel_rank", self.kernel_rank, none=True, many=False)
+        check_budget(self.budget)
+        check_scale("scale", self.scale)
+        for name, check in (("rank_pattern", check_rank), ("scale_pattern", check_scale)):
+            setattr(self, name, getattr(self, name) or {})
+            check_patterns(name, getattr(self, name), check)
+        check_choice("init", self.init, INITS)
+        check_choice("execution", self.execution, EXECUTIONS)
+        check_choice("bias", self.bias, BIASES)
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(
+                f"init_weights must be true or false, got {self.init_weights!r}; the start is chosen by init"
+            )
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str. Got {self.target_modules!r}; "
+                    "give a list of names"
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {"ranks": self.solved_ranks, "weights": self.sites}
+        fields = super().to_dict() | {key: value for key, value in found.items() if value}
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, whole or not at all."""
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; a folder is needed")
+        content = self.to_dict()
+        if (auto_mapping := kwargs.get("auto_mapping_dict")) is not None:
+            content["auto_mapping"] = auto_mapping
+        with replace_file(folder / "adapter_config.json") as path:
+            path.write_text(json.dumps(content, indent=2, sort_keys=True))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        # A weights file that is broken, or of another base model, must show before any layer is wrapped. This is the
+        # one moment at which PEFT gives a tuner the path of what it is about to load.
+        shapes = saved_shapes(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            config.saved_shapes = shapes
+        return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        version = kwargs.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"the adapter has format {version!r}, this flora reads up to {FORMAT_VERSION}; upgrade with "
+                "`pip install -U flora-peft`"
+            )
+        return super().check_kwargs(**kwargs)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_names(name: str, value: Any, regex: bool) -> None:
+    accepted = f"{name} must be a list of names{' or a regex' if regex else ''}"
+    if regex and isinstance(value, str):
+        check_regex(accepted, value)
+    elif value is not None:
+        if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{accepted}, got {value!r}")
+
+
+def check_patterns(name: str, patterns: Any, check: Callable[[str, Any], None]) -> None:
+    accepted = f"{name} must have names or regexes as keys"
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{accepted}, got {patterns!r}")
+    for pattern, value in patterns.items():
+        check_regex(accepted, pattern)
+        check(f"{name}[{pattern!r}]", value)
+
+
+def check_regex(accepted: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{accepted}, got {value!r}")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{accepted}, got {value!r}: {error}") from error
+
+
+def check_rank(name: str, value: Any, none: bool = False, many: bool = True) -> None:
+    if (none and value is None) or is_rank(value):
+        return
+    if many and isinstance(value, Sequence) and not isinstance(value, str) and value and all(map(is_rank, value)):
+        return
+    accepted = "a whole number from 1" + (", or a list of one a mode" if many else "")
+    raise ValueError(f"{name} must be {accepted}, got {value!r}")
+
+
+def check_budget(value: Any) -> None:
+    if value is None or is_rank(value) or (isinstance(value, float) and 0 < value <= 1):
+        return
+    raise ValueError(
+        f"budget must be a number of parameters (a whole number from 1) or a share of the model (a float in (0, 1]), "
+        f"got {value!r}"
+    )
+
+
+def check_scale(name: str, value: Any) -> None:
+    if value != "auto" and not (is_number(value) and abs(value) != float("inf") and value != 0):
+        raise ValueError(f"{name} must be 'auto' or a finite number other than 0, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,1 @@
+"""The laboratory: methods against methods, on tasks, with rows to tables and figures. `flora` never imports it."""

@@ -1,0 +1,206 @@
+"""Image classification: any image classifier of transformers (timm's among them), on images from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise, zip_longest
+from typing import Any
+
+from torch import Tensor
+
+from flora_lab.tasks.base import HEADS, Task
+from flora_lab.tasks.data import Table, check_each, need_columns, need_known, source_of, three
+from flora_lab.tasks.pictures import Pictures, open_image, read
+from flora_lab.tasks.pretrained import Pretrained, redraw
+
+DIGITS = "digits"
+OUTPUTS = (*HEADS, "dist_head")  # SwiftFormer has two
+
+
+@dataclass
+class Images(Pictures):
+    """Which images there are, and how they are shown."""
+
+    path: str = field(default=DIGITS, metadata={"help": "digits (scikit-learn's), a folder, parquet, or a hub name"})
+    image: str = field(default="image", metadata={"help": "column of the pictures"})
+    label: str = field(default="label", metadata={"help": "column of their classes; a test split without is not used"})
+    classes: list[int] = field(default_factory=list, metadata={"help": "the classes to tell apart, without it all"})
+    rotate: int = field(default=0, metadata={"help": "degrees, counter-clockwise", "choices": (0, 90, 180, 270)})
+    invert: bool = field(default=False, metadata={"help": "dark for light"})
+    size: int | None = field(default=None, metadata={"help": "pixels to scale the shorter side and cut to", "least": 1})
+    augment: bool = field(default=False, metadata={"help": "show train's images cropped at random, and mirrored"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(set(self.classes)) < len(self.classes) or len(self.classes) == 1:
+            raise ValueError(f"task.data.classes={self.classes}: expected two or more different classes, or none")
+
+
+@dataclass
+class ImageClassification(Task):
+    name: str = field(default="image_classification", metadata={"help": "the job"})
+    model: Pretrained = field(default_factory=Pretrained)
+    data: Images = field(default_factory=Images)
+    source: Images | None = field(default=None, metadata={"help": "what a base model is first trained on; as data"})
+
+    metric = "accuracy"
+
+    def source_task(self) -> ImageClassification | None:
+        return self.source and replace(self, data=self.source, source=None)
+
+    def splits(self, seed: int) -> dict[str, LabelledImages]:
+        keys = self.data
+        chosen = {name: _with(table, keys.label, self.classes) for name, table in self._tables.items()}
+        splits = three(chosen, keys, seed, keys.path)
+        names = dict(enumerate(self.names))
+        need_known(splits, keys.label, lambda label: f"class {names.get(label, label)!r}")
+        return {
+            name: LabelledImages(table, keys, self.classes, keys.augment and name == "train")
+            for name, table in splits.items()
+        }
+
+    def check(self, splits: dict[str, LabelledImages]) -> None:
+        keys, train = self.data, splits["train"].table
+        first = open_image(train, 0, keys.image).size
+
+        def look(table: Table, index: int) -> None:
+            size = open_image(table, index, keys.image, len(keys.mean)).size
+            if size != first and keys.size is None:
+                sizes = f"{size[0]} × {size[1]}, and {train.name(0)} {first[0]} × {first[1]}"
+                raise ValueError(f"{table.name(index)} is {sizes}; give task.data.size")
+
+        check_each((examples.table for examples in splits.values()), look)
+
+    @cached_property
+    def _tables(self) -> dict[str, Table]:
+        keys = self.data
+        tables = _digits() if keys.path == DIGITS else read(keys.path, images=[keys.image])
+        need_columns(tables, keys.image, keys.label)
+        return {split: table for split, table in tables.items() if split != "test" or _labelled(table, keys.label)}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What the source calls its classes; empty where it does not say. All of its splits must say the same."""
+        label = self.data.label
+        said = [
+            (source_of(table, split), table.rows.features[label].names)
+            for split, table in self._tables.items()
+            if hasattr(table.rows.features[label], "names")
+        ]
+        for (source, names), (other, others) in pairwise(said):
+            for place, (name, differing) in enumerate(zip_longest(names, others)):
+                if name != differing:
+                    raise ValueError(f"{other}: class {place} is {differing!r}, but {name!r} in {source}")
+        return said[0][1] if said else []
+
+    @cached_property
+    def classes(self) -> list[int]:
+        """The labels to tell apart; every label of the data must be a class that the data know of."""
+        keys, names, present = self.data, self.names, set()
+        for table in self._tables.values():
+            for index, label in enumerate(table.rows[keys.label]):
+                if not isinstance(label, int) or label < 0 or (names and label >= len(names)):
+                    accepted = f"0 to {len(names) - 1}" if names else "a whole number from 0"
+                    raise ValueError(f"{table.name(index)}: {keys.label}={label!r}; expected {accepted}")
+                present.add(label)
+        if strange := set(keys.classes) - present:
+            raise ValueError(f"task.data.classes={keys.classes}: {keys.path} has no class {min(strange)}")
+        classes = list(keys.classes) or list(range(len(names) or max(present, default=0) + 1))
+        if len(classes) < 2:
+            raise ValueError(f"{keys.path} has one class only; expected two or more")
+        return classes
+
+    def build(self) -> Any:
+        # architectures: a checkpoint of DeiT or LeViT may name one for distillation, which takes no labels
+        kind, size = "AutoModelForImageClassification", len(self.classes)
+        model = self.model.load(kind, OUTPUTS, num_labels=size, architectures=[])
+        if self.model.name and hasattr(model, "timm_model"):
+            redraw(model, tuple(self.head(model)))  # it lies deeper than transformers' own
+        return model
+
+    def head(self, model: Any) -> list[str]:
+        timm = getattr(model, "timm_model", None)
+        if timm is not None:
+            return [f"timm_model.{timm.default_cfg['classifier']}"]
+        names = [name for name, part in model.named_children() if name in OUTPUTS and list(part.parameters())]
+        if not names:
+            raise ValueError(f"{type(model).__name__} has none of the output layers {', '.join(OUTPUTS)}")
+        return names
+
+    def metrics(self, prediction: Any) -> dict[str, float]:
+        """Accuracy; NaN where a score is not finite, as of a model that diverged."""
+        import numpy as np
+
+        scores, labels = prediction.predictions, prediction.label_ids
+        return {"accuracy": float((scores.argmax(-1) == labels).mean()) if np.isfinite(scores).all() else np.nan}
+
+
+@dataclass
+class LabelledImages:
+    """A table's pictures as tensors, and their labels as indices of ``classes``."""
+
+    table: Table
+    keys: Images
+    classes: list[int]
+    augment: bool
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture = open_image(self.table, index, self.keys.image, len(self.keys.mean))
+        label = self.table.rows[index][self.keys.label]
+        return {"pixel_values": self.shown(picture), "labels": self._of[label]}
+
+    @cached_property
+    def _of(self) -> dict[int, int]:
+        return {label: index for index, label in enumerate(self.classes)}
+
+    @cached_property
+    def shown(self) -> Callable[[Any], Tensor]:
+        """What turns a Pillow image of 8-bit channels into the model's input (channels, height, width)."""
+        import torch
+        from PIL import ImageOps
+        from torchvision.transforms import v2
+
+        keys = self.keys
+        steps: list[Callable[[Any], Any]] = []
+        if keys.rotate:
+            steps.append(v2.Lambda(lambda picture: picture.rotate(keys.rotate, expand=True)))
+        if keys.invert:
+            steps.append(v2.Lambda(ImageOps.invert))
+        if self.augment and keys.size:
+            steps += [v2.RandomResizedCrop(keys.size), v2.RandomHorizontalFlip()]
+        elif keys.size:
+            steps += [v2.Resize(keys.size), v2.CenterCrop(keys.size)]
+        elif self.augment:
+            steps += [v2.Lambda(lambda picture: v2.RandomCrop(picture.size[::-1], padding=4)(picture))]
+            steps += [v2.RandomHorizontalFlip()]
+        steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(keys.mean, keys.std)]
+        return v2.Compose(steps)
+
+
+def _labelled(table: Table, column: str) -> bool:
+    """Or empty; a competition's test split has no labels, or -1 for each."""
+    return not len(table) or any(label not in (None, -1) for label in table.rows[column])
+
+
+def _with(table: Table, column: str, classes: list[int]) -> Table:
+    wanted = set(classes)
+    return table.select(index for index, label in enumerate(table.rows[column]) if label in wanted)
+
+
+def _digits() -> dict[str, Table]:
+    """scikit-learn's 1797 handwritten digits of 8 × 8 pixels, as one split."""
+    import datasets
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pictures = [Image.fromarray((image * 255 / 16).round().astype("uint8")) for image in digits.images]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": digits.target.tolist()}, features=features)
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    return {"train": Table(rows, lambda index: f"{DIGITS}, row {index}")}

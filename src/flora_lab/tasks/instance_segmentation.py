@@ -1,0 +1,150 @@
+"""Instance segmentation: Mask R-CNN over any backbone, data in COCO's format, mAP of masks and boxes by pycocotools."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora_lab.tasks import coco
+from flora_lab.tasks.backbone import load_backbone, map_norms
+from flora_lab.tasks.base import Task
+from flora_lab.tasks.data import Table, check_each, three
+from flora_lab.tasks.mask_rcnn import Detector, MaskRCNN
+from flora_lab.tasks.pictures import Pictures, open_image
+from flora_lab.tasks.pretrained import Pretrained
+
+
+@dataclass
+class CocoImages(Pictures):
+    """Which images there are. Crowds are no objects to train on, and regions where COCO's evaluation counts nothing."""
+
+    path: str = field(
+        default="data",
+        metadata={"help": "a folder with NAME.json or annotations/instances_NAME.json, and images in folders NAME"},
+    )
+    drop_empty: bool = field(default=False, metadata={"help": "leave objects without area out; else they are refused"})
+    augment: bool = field(default=False, metadata={"help": "mirror train's at random"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.mean) != 3:
+            raise ValueError(f"task.data.mean={self.mean}: expected three numbers")
+
+
+@dataclass
+class InstanceSegmentation(Task):
+    name: str = field(default="instance_segmentation", metadata={"help": "the job"})
+    backbone: Pretrained = field(default_factory=Pretrained)
+    detector: Detector = field(default_factory=Detector)
+    data: CocoImages = field(default_factory=CocoImages)
+
+    metric = "mAP"
+
+    def splits(self, seed: int) -> dict[str, CocoExamples]:
+        images = self.source.images
+        tables = {split: _table(images, places) for split, places in self.source.splits.items()}
+        splits = three(tables, self.data, seed, self.data.path)
+        shown = {name: [images[place] for place in table.rows["place"][:]] for name, table in splits.items()}
+        coco.need_objects(self.source, shown)
+        return {name: CocoExamples(table, images, name == "train", self.data.augment) for name, table in splits.items()}
+
+    def check(self, splits: dict[str, CocoExamples]) -> None:
+        check_each((examples.table for examples in splits.values()), self._check)
+
+    def _check(self, table: Table, index: int) -> None:
+        told = self.source.images[table.rows[index]["place"]]
+        if not os.path.isfile(told.file):
+            raise ValueError(f"{told.name}: there is no file {told.file}")
+        found = open_image(table, index, "image", 3)
+        if found.size != (told.width, told.height):
+            sizes = f"{found.width} × {found.height}, not {told.width} × {told.height}"
+            raise ValueError(f"{table.name(index)} ({told.file}): the image is {sizes}")
+
+    @cached_property
+    def source(self) -> coco.Source:
+        return coco.read(Path(self.data.path), self.data.drop_empty)
+
+    def build(self) -> nn.Module:
+        classes, keys = len(self.source.categories), self.data
+        return MaskRCNN(load_backbone(self.backbone), classes, self.detector, keys.mean, keys.std)
+
+    def head(self, model: nn.Module) -> list[str]:
+        """All but the backbone; of that, the norms that it has for its maps only."""
+        return ["fpn", "rpn", "roi_heads", *map_norms(model)]
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Tensors padded with 0 to the largest, so that they move, split and gather like any other batch."""
+        return {key: _stacked([torch.as_tensor(example[key]) for example in examples]) for key in examples[0]}
+
+    def outputs(self, model: nn.Module, examples: Sequence[dict[str, Any]]) -> Tensor:
+        """The first stage's logits: which boxes are kept is not smooth in the weights."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return torch.cat([base.objectness(example["pixel_values"][None]) for example in examples])
+
+    def metrics(self, prediction: Any) -> dict[str, float]:
+        """COCO's average precisions, of masks ("mAP", "AP50", "AP75", "APs", "APm", "APl": of small, medium and large
+        objects, where there are such) and of boxes ("box_mAP", ...)."""
+        places = prediction.label_ids.tolist()
+        found: dict[str, list[dict[str, Any]]] = {"segm": [], "bbox": []}
+        for place, *outputs in zip(places, *prediction.predictions, strict=True):
+            boxes, scores, classes, masks = (values[outputs[1] > 0] for values in outputs)
+            pasted = coco.pasted(masks, boxes, self.source.images[place])
+            for (left, top, right, bottom), score, number, mask in zip(boxes, scores, classes, pasted, strict=True):
+                of = {"image_id": place, "category_id": int(number), "score": float(score)}
+                found["segm"].append({**of, "segmentation": mask})
+                found["bbox"].append({**of, "bbox": [float(x) for x in (left, top, right - left, bottom - top)]})
+        truth, most = coco.truth_of(self.source, places), self.detector.detections
+        boxes = coco.precisions(truth, found["bbox"], "bbox", most)
+        return coco.precisions(truth, found["segm"], "segm", most) | {f"box_{name}": x for name, x in boxes.items()}
+
+
+@dataclass
+class CocoExamples:
+    """Images (3, height, width) from 0 to 1, each with its size and place in ``images``; for train its objects too."""
+
+    table: Table
+    images: list[coco.Annotated]
+    train: bool
+    mirror: bool
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        from torchvision.transforms.v2 import functional as V
+
+        picture = V.to_dtype(V.to_image(open_image(self.table, index, "image", 3)), torch.float32, scale=True)
+        place = self.table.rows[index]["place"]
+        image = self.images[place]
+        example = {"pixel_values": picture, "sizes": [image.height, image.width], "labels": place}
+        if self.train:
+            boxes, classes, masks = image.objects()
+            if self.mirror and torch.rand(()) < 0.5:
+                example["pixel_values"], masks = picture.flip(-1), masks.flip(-1)
+                boxes[:, [0, 2]] = image.width - boxes[:, [2, 0]]
+            example |= {"boxes": boxes, "classes": classes, "masks": masks}
+        return example
+
+
+def _table(images: list[coco.Annotated], places: range) -> Table:
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(decode=False), "place": datasets.Value("int64")})
+    columns = {"image": [images[place].file for place in places], "place": list(places)}
+    names = [images[place].name for place in places]
+    return Table(datasets.Dataset.from_dict(columns, features=features), names.__getitem__)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    shape = [max(sides) for sides in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    batch = tensors[0].new_zeros(len(tensors), *shape)
+    for row, tensor in zip(batch, tensors, strict=True):
+        row[tuple(slice(side) for side in tensor.shape)] = tensor
+    return batch

@@ -1,0 +1,218 @@
+"""Semantic segmentation: UperNet over any backbone, or any segmentation model of transformers; mIoU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flora_lab.tasks.backbone import load_backbone, map_norms
+from flora_lab.tasks.base import Task
+from flora_lab.tasks.data import Table, check_each, need_columns, three
+from flora_lab.tasks.pictures import open_image, read
+from flora_lab.tasks.pretrained import Pretrained
+from flora_lab.tasks.scenes import IGNORED, Scenes, labels_of, read_pairs
+
+HEADS = ("decode_head", "auxiliary_head", "segmentation_head", "classifier", "head")
+
+
+@dataclass
+class SemanticSegmentation(Task):
+    name: str = field(default="semantic_segmentation", metadata={"help": "the job"})
+    model: Pretrained = field(default_factory=Pretrained)
+    backbone: Pretrained | None = field(
+        default=None, metadata={"help": "what a model given by its config is built on (by default an UperNet)"}
+    )
+    data: Scenes = field(default_factory=Scenes)
+
+    metric = "mIoU"
+
+    def splits(self, seed: int) -> dict[str, LabelledScenes]:
+        splits = three(self._tables, self.data, seed, self.data.path)
+        return {
+            name: LabelledScenes(table, self.data, self.data.augment and name == "train")
+            for name, table in splits.items()
+        }
+
+    def check(self, splits: dict[str, LabelledScenes]) -> None:
+        """A class of the test split must be in train, unless of that only a few examples are drawn."""
+        keys, train = self.data, splits["train"].table
+        shape = None if keys.size else open_image(train, 0, keys.image).size
+        found = {name: self._labels(examples.table, shape) for name, examples in splits.items()}
+        for name, labels in found.items():
+            if not labels:
+                left_out = f"task.data.ignore={keys.ignore} and task.data.reduce_labels={keys.reduce_labels}"
+                raise ValueError(f"{keys.path}: the {name} split has no labelled pixel, with {left_out}")
+        for label in sorted(found["test"].keys() - found["train"].keys()) if keys.train_examples is None else ():
+            raise ValueError(
+                f"{splits['test'].table.name(found['test'][label])}: label {label + keys.reduce_labels} is not in the "
+                "train split; task.data.ignore leaves a label out"
+            )
+
+    def _labels(self, table: Table, shape: tuple[int, int] | None) -> dict[int, int]:
+        """Each label that counts, with a row that has it."""
+        classes, found = self.classes, {}
+
+        def look(table: Table, index: int) -> None:
+            found.update(dict.fromkeys(self._checked(table, index, classes, shape), index))  # safe in several threads
+
+        check_each([table], look)
+        return found
+
+    def _checked(self, table: Table, index: int, classes: int, shape: tuple[int, int] | None) -> set[int]:
+        """The labels of a row that count."""
+        import numpy as np
+
+        keys, labels = self.data, labels_of(table, index, self.data)
+        picture = open_image(table, index, keys.image, len(keys.mean))
+        if picture.size != labels.shape[::-1]:
+            sizes = " and ".join(f"{width} × {height}" for width, height in (picture.size, labels.shape[::-1]))
+            raise ValueError(f"{table.name(index)}: {keys.image!r} and {keys.annotation!r} differ in size, {sizes}")
+        if shape and picture.size != shape:
+            raise ValueError(f"{table.name(index)}: not of the first picture's size; give task.data.size")
+        found = set(np.flatnonzero(np.bincount(labels.ravel())).tolist()) - {IGNORED}
+        if strange := [label for label in found if label >= classes]:
+            first = int(keys.reduce_labels)
+            raise ValueError(
+                f"{table.name(index)}: {keys.annotation!r} has label {strange[0] + first}, expected {first} to "
+                f"{classes - 1 + first}, or one of task.data.ignore={keys.ignore}"
+            )
+        return found
+
+    @cached_property
+    def _tables(self) -> dict[str, Table]:
+        keys, folder = self.data, Path(self.data.path)
+        paired = (folder / "images").is_dir() and (folder / "annotations").is_dir()
+        tables = read_pairs(folder, keys) if paired else read(keys.path, images=[keys.image, keys.annotation])
+        need_columns(tables, keys.image, keys.annotation)
+        return tables
+
+    @cached_property
+    def classes(self) -> int:
+        if self.data.classes:
+            return self.data.classes
+        found: list[int] = []  # appending is safe in several threads
+
+        def look(table: Table, index: int) -> None:
+            labels = labels_of(table, index, self.data)
+            found.append(int(labels[labels != IGNORED].max(initial=0)))
+
+        check_each(self._tables.values(), look)
+        return max([*found, 1]) + 1
+
+    def build(self) -> nn.Module:
+        if self.backbone is None:
+            model = self.model.load("AutoModelForSemanticSegmentation", HEADS, num_labels=self.classes)
+        elif self.model.name:
+            raise ValueError(f"task.backbone: a named model ({self.model.name}) brings its own")
+        else:
+            body = load_backbone(self.backbone)
+            around = Pretrained(config={"model_type": "upernet", **self.model.config}, weights=self.model.weights)
+            keys = {"num_labels": self.classes, "backbone_config": body.config}
+            model = around.load("AutoModelForSemanticSegmentation", HEADS, **keys)
+            model.backbone = body
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = BatchNorm
+        return model
+
+    def head(self, model: nn.Module) -> list[str]:
+        """The decoder, and the norms that a backbone has for its maps only."""
+        names = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
+        if not names:
+            raise ValueError(f"{type(model).__name__} has none of the heads {', '.join(HEADS)}")
+        return names + map_norms(model)
+
+    @staticmethod
+    def reduce(logits: Any, labels: Tensor) -> Tensor:
+        """Each image's pixels by class: rightly predicted, labelled, predicted.
+
+        ``logits`` (batch, classes, h, w), or a tuple that starts with them; ``labels`` (batch, height, width). Returns
+        (batch, 3, classes), which is all of the confusion matrix that IoU and accuracy need; -1 where the logits of
+        an image are not finite.
+        """
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        finite = logits.isfinite().flatten(1).all(1)
+        if logits.shape[-2:] != labels.shape[-2:]:
+            logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+        predicted, (batch, classes) = logits.argmax(1), logits.shape[:2]
+        counted = (labels >= 0) & (labels < classes)
+        image = torch.arange(batch, device=labels.device).view(-1, 1, 1) * (classes + 1)
+
+        def pixels(values: Tensor, where: Tensor) -> Tensor:
+            places = image + values.where(where, classes)
+            return places.flatten().bincount(minlength=batch * (classes + 1)).view(batch, -1)[:, :classes]
+
+        right = counted & (predicted == labels)
+        counts = torch.stack([pixels(labels, right), pixels(labels, counted), pixels(predicted, counted)], 1)
+        return counts.where(finite[:, None, None], -1)
+
+    def metrics(self, prediction: Any) -> dict[str, float]:
+        """Of all labelled pixels of a split together, as MMSegmentation counts: mIoU is the mean over the classes that
+        are labelled or predicted there, mAcc over those that are labelled. All NaN for a model that diverged."""
+        if (prediction.predictions < 0).any():
+            return dict.fromkeys(("mIoU", "mAcc", "accuracy"), math.nan)
+        right, labelled, predicted = prediction.predictions.sum(0)
+        union = labelled + predicted - right
+        return {
+            "mIoU": float((right[union > 0] / union[union > 0]).mean()),
+            "mAcc": float((right[labelled > 0] / labelled[labelled > 0]).mean()),
+            "accuracy": float(right.sum() / labelled.sum()),
+        }
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """With its running statistics where a batch has one value a channel: UperNet pools an image to one pixel, and the
+    last batch of an epoch may be one image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+@dataclass
+class LabelledScenes:
+    """A table's pictures (channels, height, width) and their labels (height, width)."""
+
+    table: Table
+    keys: Scenes
+    augment: bool
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as V
+
+        keys = self.keys
+        picture = open_image(self.table, index, keys.image, len(keys.mean))
+        image = V.to_dtype(V.to_image(picture), torch.float32, scale=True)
+        labels = torch.from_numpy(labels_of(self.table, index, keys))[None]
+        height, width = keys.size or labels.shape[1:]
+        scale = min(height / labels.shape[1], width / labels.shape[2])
+        if self.augment:
+            height, width = keys.crop or (height, width)
+            scale *= 2 ** (2 * torch.rand(()).item() - 1)
+        if scale != 1:
+            shape = [max(round(side * scale), 1) for side in labels.shape[1:]]
+            image = V.resize(image, shape)
+            labels = V.resize(labels, shape, InterpolationMode.NEAREST_EXACT)
+        image = V.normalize(image, keys.mean, keys.std)
+        if self.augment:
+            top, left = (
+                int(torch.randint(max(side - most, 0) + 1, ()))
+                for side, most in zip(labels.shape[1:], (height, width), strict=True)
+            )
+            image, labels = (x[:, top : top + height, left : left + width] for x in (image, labels))
+            if torch.rand(()) < 0.5:
+                image, labels = image.flip(-1), labels.flip(-1)
+        below = [0, width - labels.shape[2], 0, height - labels.shape[1]]
+        return {"pixel_values": F.pad(image, below), "labels": F.pad(labels, below, value=IGNORED)[0].long()}

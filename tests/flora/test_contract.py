@@ -1,0 +1,235 @@
+"""Every contract of a wrapped layer, over every row of cases.py, in float64 against literal references."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from cases import CASES, Case
+from flora import FloraConfig, FloraLayer
+from flora.tuner.config import INITS
+from reference import delta, first, forward, layers
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_execution = pytest.mark.parametrize("execution", ["factored", "merged"])
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+class Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args):
+        return self.layer(*args)
+
+
+def config(case: Case, **options) -> FloraConfig:
+    target = {"target_parameters": list(case.parameters)} if case.parameters else {"target_modules": ["layer"]}
+    return FloraConfig(**{"r": 3, "init_weights": False, **target, **case.config, **options})
+
+
+def build(case: Case, dtype=torch.float64, **options):
+    """(model with an adapter, a copy of its base layer, inputs)."""
+    layer = case.make().to(dtype).eval()
+    args = tuple(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in case.inputs())
+    if case.id == "Embedding-max_norm":
+        first(layer(*args))  # the layer renorms its own rows at the first look
+    base = copy.deepcopy(layer).requires_grad_(False)  # torch picks other kernels for weights that want a gradient
+    return get_peft_model(Holder(layer), config(case, **options)).eval(), base, args
+
+
+@every_case
+@pytest.mark.parametrize("init", INITS)
+def test_a_fresh_adapter_changes_nothing_at_all(case, init):
+    model, base, args = build(case, init=init, init_weights=True)
+    with torch.no_grad():
+        assert torch.equal(first(model(*args)), first(base(*args)))
+
+
+@every_case
+def test_delta_is_the_einsum(case):
+    model, _, _ = build(case)
+    for layer in layers(model):
+        space = layer.tucker_space["default"]
+        assert layer.get_delta_weight("default").shape == space.shape == layer.base_parameter.shape
+        torch.testing.assert_close(space.delta(), delta(space), **CLOSE)
+
+
+@every_case
+@every_execution
+def test_forward_and_gradients_are_those_of_the_dense_weight(case, execution):
+    model, base, args = build(case, execution=execution)
+    args = tuple(a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+    parameters = [p for layer in layers(model) for p in layer.tucker_space["default"].parameters()]
+    wanted = parameters + [a for a in args if torch.is_tensor(a) and a.requires_grad]
+
+    result, expected = first(model(*args)), forward(model, base, args, {"default": 1.0})
+    torch.testing.assert_close(result, expected, **CLOSE)
+    assert not torch.equal(result, first(base(*args)))
+
+    head = torch.randn_like(expected)
+    ours = torch.autograd.grad((result * head).sum(), wanted)
+    theirs = torch.autograd.grad((expected * head).sum(), wanted)
+    for mine, dense in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, dense, **CLOSE)
+
+
+@every_case
+@every_execution
+@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
+def test_merge_and_unmerge(case, execution, safe):
+    model, base, args = build(case, execution=execution)
+    before, weights = first(model(*args)), [layer.base_parameter.clone() for layer in layers(model)]
+    model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(first(model(*args)), before, **CLOSE)
+    model.unmerge_adapter()
+    for layer, weight in zip(layers(model), weights, strict=True):
+        torch.testing.assert_close(layer.base_parameter.data, weight.data, **CLOSE)
+    merged = model.merge_and_unload(safe_merge=safe)
+    assert not layers(merged) and type(merged.layer) is type(base)
+    torch.testing.assert_close(first(merged(*args)), before, **CLOSE)
+
+
+@every_case
+def test_unload_gives_the_base_layer_back(case):
+    model, base, args = build(case)
+    restored = model.unload()
+    with torch.no_grad():
+        assert not layers(restored) and torch.equal(first(restored(*args)), first(base(*args)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_case
+def test_merge_agrees_to_the_rounding_of_the_dtype(case, dtype):
+    model, base, args = build(case, dtype)
+    before = first(model(*args))
+    assert before.dtype == first(base(*args)).dtype
+    after = first(model.merge_and_unload()(*args))
+    # a weight is rounded once by a merge; sums of a few dozen terms of order one follow
+    scale = before.abs().max().clamp(min=1).item()
+    torch.testing.assert_close(after, before, rtol=0, atol=64 * torch.finfo(dtype).eps * scale)
+
+
+@every_case
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_save_and_load(case, tmp_path, low_memory):
+    model, base, args = build(case)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Holder(base), tmp_path, low_cpu_mem_usage=low_memory).eval()
+    for ours, saved in zip(layers(loaded), layers(model), strict=True):
+        spaces = [layer.tucker_space["default"].state_dict() for layer in (ours, saved)]
+        assert all(torch.equal(tensor, spaces[1][key]) for key, tensor in spaces[0].items())
+    torch.testing.assert_close(first(loaded(*args)), first(model(*args)), **CLOSE)
+
+
+@every_case
+def test_two_adapters(case):
+    model, base, args = build(case)
+    model.add_adapter("other", config(case))
+    alone = forward(model, base, args, {"default": 1.0})
+    torch.testing.assert_close(first(model(*args)), alone, **CLOSE)
+    model.set_adapter("other")
+    torch.testing.assert_close(first(model(*args)), forward(model, base, args, {"other": 1.0}), **CLOSE)
+    model.base_model.set_adapter(["default", "other"])
+    both = forward(model, base, args, {"default": 1.0, "other": 1.0})
+    torch.testing.assert_close(first(model(*args)), both, **CLOSE)
+    for kind in ("linear", "cat"):
+        model.add_weighted_adapter(["default", "other"], [0.5, -2.0], kind, combination_type=kind)
+        model.set_adapter(kind)
+        mixed = forward(model, base, args, {"default": 0.5, "other": -2.0})
+        torch.testing.assert_close(first(model(*args)), mixed, **CLOSE)
+        model.set_adapter("default")
+        model.delete_adapter(kind)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    torch.testing.assert_close(first(model(*args)), alone, **CLOSE)
+
+
+@every_case
+def test_disable_and_scale(case):
+    model, base, args = build(case)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(first(model(*args)), first(base(*args)))
+    for layer in layers(model):
+        layer.set_scale("default", 0.5)
+    torch.testing.assert_close(first(model(*args)), forward(model, base, args, {"default": 0.5}), **CLOSE)
+    for layer in layers(model):
+        layer.scale_layer(4.0)
+    torch.testing.assert_close(first(model(*args)), forward(model, base, args, {"default": 2.0}), **CLOSE)
+    for layer in layers(model):
+        layer.unscale_layer()
+    torch.testing.assert_close(first(model(*args)), forward(model, base, args, {"default": 1.0}), **CLOSE)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch_mode is not None], ids=lambda case: case.id)
+@every_execution
+def test_a_batch_may_mix_adapters(case, execution):
+    model, base, args = build(case, execution=execution)
+    model.add_adapter("other", config(case, execution=execution))
+    size = args[0].shape[case.batch_mode]
+    names = [["default", "__base__", "other"][n % 3] for n in range(size)]
+    result = first(model(*args, adapter_names=names))
+    for n, name in enumerate(names):
+        expected = forward(model, base, args, {} if name == "__base__" else {name: 1.0})
+        row = result.select(case.batch_mode, n)
+        torch.testing.assert_close(row, expected.select(case.batch_mode, n), **CLOSE)
+
+
+@every_case
+@every_execution
+def test_compiles_without_a_graph_break(case, execution):
+    torch.compiler.reset()
+    model, _, args = build(case, torch.float32, execution=execution)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own, about torch internals
+        with torch.no_grad():
+            compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+            result = first(compiled(*args))
+    torch.testing.assert_close(result, first(model(*args)))
+
+
+@every_case
+def test_pickle_and_deepcopy(case):
+    model, _, args = build(case)
+    before = first(model(*args))
+    assert torch.equal(first(copy.deepcopy(model)(*args)), before)
+    assert torch.equal(first(pickle.loads(pickle.dumps(model))(*args)), before)
+
+
+@every_case
+def test_only_the_core_space_trains(case):
+    model, _, args = build(case, init_weights=True)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all(".tucker_space." in name for name in trainable)
+    model.train()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        first(model(*args)).square().mean().backward()
+        optimizer.step()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in frozen.items())
+    assert all(not torch.equal(after[name], p) for name, p in before.items())
+
+
+@every_case
+@every_execution
+def test_dropout_is_off_in_evaluation_and_on_in_training(case, execution):
+    model, base, args = build(case, execution=execution, dropout=0.5)
+    torch.testing.assert_close(first(model(*args)), forward(model, base, args, {"default": 1.0}), **CLOSE)
+    model.train()
+    assert len({first(model(*args)).sum().item() for _ in range(20)}) > 1
+
+
+def test_there_are_enough_cases():
+    assert len({case.id for case in CASES}) == len(CASES) >= 60
+    assert all(isinstance(layer, FloraLayer) for layer in layers(build(CASES[0])[0]))

@@ -1,0 +1,346 @@
+"""Where users come from: PEFT, transformers, diffusers, torch's own distribution and compilation."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from flora import FloraConfig, FloraLayer
+from flora.tuner.peft_compat import SAVES_BIASES
+from reference import layers
+
+TOKENS = torch.arange(12).reshape(3, 4)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=16, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+def adapted(model, targets="all-linear", r=4, **options):
+    torch.manual_seed(1)
+    return get_peft_model(model, FloraConfig(r=r, target_modules=targets, init_weights=False, **options)).eval()
+
+
+def test_a_second_adapter_may_use_a_shorthand_too():
+    model = adapted(llama(), "all-linear")
+    model.add_adapter("other", FloraConfig(r=2, target_modules="all-weights", exclude_modules=["embed_tokens"]))
+    assert all(set(layer.tucker_space) == {"default", "other"} for layer in layers(model))
+
+
+@pytest.mark.parametrize(("make", "targets"), [(llama, ["q_proj", "down_proj"]), (t5, ["q", "wo"])])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_mixed_adapters(make, targets, beams):
+    model = adapted(make(), targets, scale=30.0)
+    model.add_adapter("other", FloraConfig(r=4, target_modules=targets, init_weights=False, scale=30.0))
+    tokens = TOKENS % 14 + 2
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "do_sample": False}
+    names = ["__base__", "default", "other"]
+    mixed = model.generate(input_ids=tokens, adapter_names=names, **options)
+    for n, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(input_ids=tokens[n : n + 1], **options)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(input_ids=tokens[n : n + 1], **options)
+        assert torch.equal(mixed[n], alone[0])
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        model.generate(input_ids=tokens, adapter_names=["absent"] * 3, **options)
+
+
+def test_transformers_own_adapter_methods(tmp_path):
+    model = llama()
+    plain = model(TOKENS).logits
+    model.add_adapter(FloraConfig(r=2, target_modules=["q_proj", "up_proj"], init_weights=False), "mine")
+    expected = model(TOKENS).logits
+    assert not torch.allclose(expected, plain)
+    model.disable_adapters()
+    torch.testing.assert_close(model(TOKENS).logits, plain)
+    model.enable_adapters()
+    model.save_pretrained(tmp_path)
+    fresh = llama()
+    fresh.load_adapter(tmp_path, "yours")
+    torch.testing.assert_close(fresh(TOKENS).logits, expected)
+    torch.testing.assert_close(PeftModel.from_pretrained(llama(), tmp_path)(TOKENS).logits, expected)
+
+
+def test_injection_and_state_dicts():
+    config = FloraConfig(r=2, target_modules=["q_proj"], init_weights=False)
+    model = inject_adapter_in_model(config, llama())
+    state = get_peft_model_state_dict(model)
+    assert all(".tucker_space." in key and "default" not in key for key in state)
+    other = inject_adapter_in_model(config, llama(), "other", state_dict=state)
+    result = set_peft_model_state_dict(other, state, "other")
+    assert not result.unexpected_keys
+    torch.testing.assert_close(other(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_nothing_leaks_between_lora_and_flora(tmp_path):
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]), adapter_name="first")
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        inject_adapter_in_model(FloraConfig(target_modules=["v_proj"]), model.base_model.model, "second")
+    assert not [key for key in get_peft_model_state_dict(model, adapter_name="first") if "tucker_" in key]
+
+
+def test_mixed_model_beside_lora():
+    torch.manual_seed(1)
+    base = llama()
+    plain = base(TOKENS).logits
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(base, lora, "first", mixed=True).eval()
+    with_lora = model(TOKENS).logits
+    model.add_adapter("second", FloraConfig(target_modules=["v_proj", "up_proj"], r=3, init_weights=False))
+    model.set_adapter("second")
+    with_flora = model(TOKENS).logits
+    model.set_adapter(["first", "second"])
+    both = model(TOKENS).logits
+    for one, two in [(plain, with_lora), (plain, with_flora), (with_lora, both), (with_flora, both)]:
+        assert not torch.allclose(one, two)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(TOKENS).logits, plain)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(TOKENS).logits, both, rtol=1e-4, atol=1e-5)
+    assert not layers(merged)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # older have no other
+@pytest.mark.parametrize("execution", ["factored", "merged"])
+def test_autocast_and_checkpointing_give_the_same_gradients(execution):
+    def gradients(checkpoint: bool, autocast: bool):
+        model = adapted(llama(), execution=execution).train()
+        if checkpoint:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        return loss.item(), [p.grad for p in model.parameters() if p.requires_grad]
+
+    loss, grads = gradients(checkpoint=False, autocast=False)
+    again, checkpointed = gradients(checkpoint=True, autocast=False)
+    assert again == pytest.approx(loss)
+    for a, b in zip(grads, checkpointed, strict=True):
+        torch.testing.assert_close(a, b)
+    low, lows = gradients(checkpoint=False, autocast=True)
+    assert low == pytest.approx(loss, rel=0.05) and all(g.dtype == torch.float32 for g in lows)
+
+
+def test_low_precision_loses_no_small_update():
+    """A bf16 weight of ones can't hold 1 + 1e-3; the factored update beside it can, and float32 cores learn it."""
+    layer = nn.Linear(16, 16, bias=False).to(torch.bfloat16)
+    nn.init.ones_(layer.weight)
+    model = get_peft_model(nn.Sequential(layer), FloraConfig(r=1, target_modules=["0"], scale=1e-3, init_weights=False))
+    space = layers(model)[0].tucker_space["default"]
+    assert space.core.dtype == torch.float32
+    for p in space.parameters():
+        nn.init.ones_(p)
+    x = torch.zeros(1, 16, dtype=torch.bfloat16)
+    x[0, 0], x[0, 1] = 1, -1  # the base output is zero, so nothing hides the update
+    space.factors[1].data[1] = 0
+    assert model(x)[0, 0].item() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("targets", [["linear1"], ["self_attn"], "all-weights"])
+def test_torch_s_transformer_layer_does_not_run_past_the_adapter(targets):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = adapted(nn.Sequential(encoder), targets)
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        evaluated = model(x)
+    trained = model.train()(x)
+    torch.testing.assert_close(evaluated, trained)
+    merged = model.eval().merge_and_unload()
+    torch.testing.assert_close(merged(x), evaluated)
+
+
+class Reader(nn.Module):
+    """As Swin's and EVA's attention do: the parent reads the layer's weight and never calls the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+def test_a_weight_that_is_only_read_is_adapted_too():
+    model, x = adapted(nn.Sequential(Reader()), ["qkv"]), torch.randn(3, 6)
+    with model.disable_adapter():
+        plain = model(x)
+    result = model(x)
+    assert not torch.allclose(result, plain)
+    result.sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), result)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), result)
+
+
+def test_diffusers(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    def unet():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ).eval()  # fmt: skip
+
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 8)
+    model = unet()
+    plain = model(*inputs).sample
+    model.add_adapter(FloraConfig(r=2, target_modules=["conv1", "conv2", "to_q", "conv"], init_weights=False), "style")
+    styled = model(*inputs).sample
+    model.set_adapters(["style"], [0.0])
+    torch.testing.assert_close(model(*inputs).sample, plain)
+    model.set_adapters(["style"], [1.0])
+    torch.testing.assert_close(model(*inputs).sample, styled)
+    model.disable_adapters()
+    torch.testing.assert_close(model(*inputs).sample, plain)
+    state = get_peft_model_state_dict(model, adapter_name="style")
+    fresh = unet()
+    fresh.add_adapter(model.peft_config["style"], "style")
+    set_peft_model_state_dict(fresh, state, "style")
+    torch.testing.assert_close(fresh(*inputs).sample, styled)
+
+
+def test_bias_modules_to_save_and_token_indices_travel(tmp_path):
+    model = get_peft_model(
+        llama(),
+        FloraConfig(
+            target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[3], init_weights=False
+        ),
+    ).eval()
+    model.base_model.model.model.norm.modules_to_save["default"].weight.data += 1
+    expected = model(TOKENS).logits
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(llama(), tmp_path).eval()(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("bias", ["all", "flora_only"])
+def test_biases_train_and_travel(bias, tmp_path):
+    make = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))  # noqa: E731
+    config = FloraConfig(target_modules=["0"], bias=bias)
+    if not SAVES_BIASES:
+        with pytest.raises(ValueError, match="needs PEFT 0.21 or later"):
+            get_peft_model(make(), config)
+        return
+    model = get_peft_model(make(), config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert len(trained) == (2 if bias == "all" else 1)
+    layers(model)[0].base_layer.bias.data += 1
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path)
+    torch.testing.assert_close(layers(loaded)[0].base_layer.bias, layers(model)[0].base_layer.bias)
+
+
+def test_the_base_layer_s_attributes_show_through():
+    model = adapted(nn.Sequential(nn.Conv2d(3, 6, 3), nn.MultiheadAttention(8, 2)), ["0", "1"])
+    conv, attention = model.base_model.model[0], model.base_model.model[1]
+    assert conv.kernel_size == (3, 3) and conv.weight.shape == (6, 3, 3, 3) and attention.embed_dim == 8
+    with pytest.raises(AttributeError):
+        _ = conv.no_such_thing
+    assert isinstance(copy.deepcopy(conv), FloraLayer)
+
+
+def _train_sharded(rank: int, port: int, how: str, results) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = adapted(llama()).train()
+    if how == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.base_model.model.model.layers:
+            fully_shard(block, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        wrapped(input_ids=TOKENS, labels=TOKENS).loss.backward()  # the same batch everywhere: as if alone
+        optimizer.step()
+    state = {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    if rank == 0:
+        torch.save(state, results)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(how, tmp_path):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    results = tmp_path / "state.pt"
+    torch.multiprocessing.spawn(_train_sharded, (port, how, results), nprocs=2)
+    state = torch.load(results, weights_only=True)
+    model = adapted(llama()).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(state[name], p.detach())
+
+
+def test_a_hot_swap_does_not_recompile(tmp_path):
+    import flora
+
+    torch.compiler.reset()
+    adapted(llama(), r=2).save_pretrained(tmp_path)
+    model = adapted(llama())
+    expected = PeftModel.from_pretrained(llama(), tmp_path).eval()(TOKENS).logits
+    compiled = torch.compile(model.base_model.model, backend="eager")
+    with torch.no_grad():
+        compiled(TOKENS)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            flora.hotswap(model, tmp_path)
+            torch.testing.assert_close(compiled(TOKENS).logits, expected)
+
+
+def test_peft_s_own_conversion_to_lora_of_linear_layers():
+    from peft import convert_to_lora
+
+    model = adapted(llama(), "all-linear")
+    expected = model(TOKENS).logits
+    config, state = convert_to_lora(model, rank=4)
+    converted = get_peft_model(model.unload(), config).eval()
+    set_peft_model_state_dict(converted, state)
+    torch.testing.assert_close(converted(TOKENS).logits, expected)

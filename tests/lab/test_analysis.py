@@ -1,0 +1,510 @@
+"""What is measured against dense algebra, what is chosen and tested against scipy, and what is drawn of which rows."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import itertools
+import json
+import math
+import random
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import ttest_rel
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import flora_lab
+from flora import FloraConfig
+from flora_lab.analysis import analyse, fields, measure, plots, tables
+from flora_lab.analysis.drawing import apart
+from flora_lab.analysis.measure import Norms, amplification, deltas, spectra
+from flora_lab.analysis.rows import chosen, left_out, read, results
+from flora_lab.analysis.style import LOOKS, label, order
+from flora_lab.methods import METHODS, adapt
+
+# ------------------------------------------------------------------------------------------------------- measured
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 12, 3, padding=1)
+        self.linear = nn.Linear(12, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.linear(torch.tanh(self.conv(x)).mean((2, 3)))))
+
+
+def adapted(way: str) -> tuple[Net, nn.Module]:
+    """The model before, and after something has been learned."""
+    before = Net()
+    model = adapt(way, copy.deepcopy(before), ["head"], 400, {}).model
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "head" not in name and not (name.endswith("bias") and way == "full"):
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return before, model
+
+
+UPDATING = [way for way in METHODS if way not in ("head", "bitfit", "houlsby", "pfeiffer")]
+
+
+@pytest.mark.parametrize("way", UPDATING)
+def test_the_base_model_with_the_deltas_computes_what_the_adapted_model_computes(way):
+    before, model = adapted(way)
+    base = {name: p.detach().clone() for name, p in before.named_parameters() if "head" not in name}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = deltas(model, base if way == "full" else None)
+    assert found.keys() == {"conv.weight", "linear.weight"}
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    for name, delta in found.items():
+        before.get_parameter(name).data += delta.float()
+    x = torch.randn(5, 4, 6, 6)
+    torch.testing.assert_close(model.eval()(x), before(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", sorted(set(METHODS) - set(UPDATING)))
+def test_what_updates_no_weight_has_no_deltas(way):
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForSequenceClassification(BertConfig(**size, vocab_size=9))
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if "classifier" not in name}
+    model = adapt(way, model, ["classifier"], 400, {}).model
+    assert deltas(model, base) == spectra(model, base) == {}
+
+
+def test_deltas_of_raw_parameters_and_packed_attention():
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "experts": nn.Module()})
+    for name, shape in {"up": (3, 5, 6), "down": (3, 6, 5)}.items():
+        net["experts"].register_parameter(name, nn.Parameter(torch.randn(shape)))
+    both = {"target_modules": ["attention"], "target_parameters": ["experts.up", "experts.down"]}
+    names = {"attention.in_proj_weight", "attention.out_proj.weight", "experts.up", "experts.down"}
+    for config in (FloraConfig(r=2, init="official", **both), peft.LoraConfig(r=2, init_lora_weights=False, **both)):
+        model = peft.get_peft_model(copy.deepcopy(net), config)
+        if isinstance(config, FloraConfig):
+            for parameter in model.parameters():
+                parameter.data += 0.1 * parameter.requires_grad
+        found = deltas(model)
+        assert found.keys() == names
+        merged = model.merge_and_unload()
+        for name, delta in found.items():
+            module, _, leaf = name.rpartition(".")
+            now, was = (getattr(m.get_submodule(module), leaf) for m in (merged, net))
+            torch.testing.assert_close(delta.float(), now - was, rtol=1e-3, atol=1e-6)
+
+
+def test_a_merged_adapter_is_refused():
+    model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["linear"]))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="layer 'linear' is merged: unmerge it"):
+        deltas(model)
+
+
+SHAPES = [(9, 7, 3), (7, 30, 7), (300, 400, 5), (300, 280, 200), (1, 6, 1)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), SHAPES)
+def test_amplification_of_a_matrix_is_the_papers(rows, columns, rank):
+    delta = torch.randn(rows, rank).double() @ torch.randn(rank, columns).double()
+    weight = torch.randn(rows, columns).double()
+    left, _, right = torch.linalg.svd(delta)
+    paper = delta.norm() / (left[:, :rank].mT @ weight @ right[:rank].mT).norm()  # section 6.2.2
+    assert amplification(delta, weight) == pytest.approx(paper.item(), rel=1e-6)
+    assert amplification(delta.float(), weight.float()) == pytest.approx(paper.item(), rel=1e-4)
+
+
+def test_amplification_of_any_order():
+    shape, ranks = (6, 5, 3, 4), (2, 3, 2, 1)
+    factors = [torch.randn(size, rank).double() for size, rank in zip(shape, ranks, strict=True)]
+    delta = torch.einsum("abcd,ia,jb,kc,ld->ijkl", torch.randn(ranks).double(), *factors)
+    weight = torch.randn(shape).double()
+    bases = [torch.linalg.svd(delta.movedim(n, 0).flatten(1)).U[:, :rank] for n, rank in enumerate(ranks)]
+    core = torch.einsum("ijkl,ia,jb,kc,ld->abcd", weight, *bases)
+    assert amplification(delta, weight) == pytest.approx((delta.norm() / core.norm()).item(), rel=1e-6)
+    assert amplification(3 * delta, weight) == pytest.approx(3 * amplification(delta, weight))
+    assert amplification(weight, weight) == pytest.approx(1.0)
+    assert amplification(0 * delta, weight) == 0 and amplification(delta, 0 * weight) == math.inf
+
+
+def test_norms_follow_a_training():
+    _, model = adapted("flora")
+    norms, state = Norms(points=5), SimpleNamespace(max_steps=100, global_step=0, is_world_process_zero=True)
+    norms.on_train_begin(None, state, None)
+    for state.global_step in range(1, 91):
+        norms.on_step_end(None, state, None, model=model)
+    norms.on_train_end(None, state, None, model=model)
+    norms.on_train_end(None, state, None, model=model)
+    assert [row[0] for row in norms.rows] == [1, 4, 16, 36, 64, 90]
+    expected = [delta.norm().item() for delta in deltas(model).values()]
+    assert norms.rows[0][1] == pytest.approx(sum(expected) / len(expected)) and norms.seconds > 0
+    with pytest.raises(ValueError, match="points=0"):
+        Norms(0)
+
+
+@pytest.mark.parametrize("way", ["flora", "dora", "locon"])
+def test_a_training_that_diverged_is_no_error(way):
+    _, model = adapted(way)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "linear" in name:
+            parameter.data.fill_(math.nan)
+    norms, state = Norms(), SimpleNamespace(global_step=1, is_world_process_zero=True)
+    norms.on_train_end(None, state, None, model=model)
+    assert math.isnan(norms.rows[0][1]) and math.isfinite(norms.rows[0][2])
+    assert math.isnan(spectra(model)["delta"][0])
+
+
+def test_spectra_of_updates_and_cores():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(40, 50)), FloraConfig(r=6, target_modules="all-linear"))
+    model.base_model.model[0].tucker_space["default"].factor_0.data.normal_()
+    found = spectra(model)
+    (delta,) = deltas(model).values()
+    values = torch.linalg.svdvals(delta)[: measure.POINTS]
+    assert found["delta"] == pytest.approx((values / values[0]).tolist(), abs=1e-6)
+    assert found["core"] == pytest.approx([1.0] * measure.POINTS)  # the start is orthogonal
+    assert spectra(peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["conv"])))["delta"] == [0.0] * 32
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40).map(lambda v: torch.tensor(sorted(v, reverse=True))))
+def test_quantiles_run_from_first_to_last(values):
+    found = measure._quantiles(values)
+    assert found[0] == values[0] and found[-1] == pytest.approx(values[-1].item()) and len(found) == measure.POINTS
+    assert (found.diff() <= 1e-6).all()
+
+
+# --------------------------------------------------------------------------------------------------------- chosen
+
+
+def row(method="lora", budget=1000, seed=0, rate=1e-3, value=0.5, test=None, task="task", **more):
+    return {
+        "task": task, "metric": "accuracy", "method": method, "way": method.split("-")[0], "options": {},
+        "budget": budget, "seed": seed, "learning_rate": rate, "validation": {"accuracy": value},
+        "test": {"accuracy": value if test is None else test}, "adapter_parameters": budget or 0,
+        "head_parameters": 10, "model_parameters": 9999, "epochs": 4, "steps": 40, "seconds": 20.0, "memory": 2**28,
+        "bytes": 4096, "notes": [], "curve": [[1, value / 2], [2, value]], "norms": [], "machine": "a machine", **more,
+    }  # fmt: skip
+
+
+def grid(method="lora", budget=1000, best=1e-3, seeds=range(5), level=0.8, **more):
+    """A method's runs as a comparison makes them."""
+    draw = random.Random(f"{method}{budget}{more.get('task')}")
+    trials = [(0, rate) for rate in (1e-4, 1e-3, 1e-2)] + [(seed, best) for seed in seeds if seed]
+    return [
+        row(method, budget, seed, rate, level + draw.gauss(0, 0.01) - 0.1 * (rate != best), **more)
+        for seed, rate in trials
+    ]
+
+
+def comparison(tasks=("cifar-shift", "cola", "camvid"), budgets=(10_000, 30_000, 100_000), seeds=range(5)):
+    """Rows as large as they get: every method, and a scale sweep."""
+    ways = [*METHODS, "flora-core", "flora-gradient"]
+    rows = []
+    for task, (n, way) in itertools.product(tasks, enumerate(ways)):
+        updates = way.split("-")[0] in UPDATING
+        more = {
+            "notes": ["rank 4 on 55 layers"] if way == "lora" else [],
+            "curve": [[epoch, (0.6 + 0.02 * n) * (1 - math.exp(-epoch / 4))] for epoch in range(1, 21)],
+            "norms": [[step, 0.01 * n * step**0.5, 0.02 * n * step**0.4] for step in (1, 4, 9, 16, 25)] * updates,
+            "spectra": {"delta": [math.exp(-i / (n + 1)) for i in range(32)]} if updates else {},
+        }
+        if way.startswith("flora"):
+            more["spectra"]["core"] = [math.exp(-i / 20) for i in range(32)]
+        for budget in budgets if METHODS[way.split("-")[0]].size else [None]:
+            size = {"full": 414_912, "head": 0, "bitfit": 2032}.get(way, budget)
+            level = 0.6 + 0.02 * n + 0.01 * budgets.index(budget or budgets[0])
+            rows += grid(way, budget, seeds=seeds, level=level, task=task, **more)
+            rows = [row | ({"adapter_parameters": size} if row["method"] == way else {}) for row in rows]
+    for task, scale in itertools.product(tasks, (0.04, 0.4, 4)):
+        rows += grid(f"flora-s{scale:g}", budgets[0], seeds=seeds, level=0.8, task=task, options={"scale": scale})
+    return rows
+
+
+def test_the_best_on_validation_is_chosen_the_lower_of_equals():
+    rows = [row(rate=rate, value=value) for rate, value in ((1e-2, 0.7), (1e-3, 0.7), (1e-4, 0.6), (1e-1, math.nan))]
+    rows += [row(seed=1, rate=1e-3), row(seed=2, rate=1e-2)]
+    assert [(run["seed"], run["learning_rate"]) for run in chosen(rows)] == [(0, 1e-3), (1, 1e-3)]
+    assert results(rows)[0].edge is None
+    assert results([r for r in rows if r["learning_rate"] != 1e-4])[0].edge == "lowest"
+    assert results([r for r in rows if r["learning_rate"] < 1e-2])[0].edge == "highest"
+
+
+@settings(max_examples=30)
+@given(st.randoms(use_true_random=False))
+def test_the_test_split_chooses_nothing(draw):
+    rows = grid() + grid("flora") + grid("full", None)
+    changed = [r | {"test": {"accuracy": draw.random()}} for r in rows]
+    keys = ("method", "budget", "seed", "learning_rate")
+    assert [[r[key] for key in keys] for r in chosen(rows)] == [[r[key] for key in keys] for r in chosen(changed)]
+
+
+def test_statistics_and_the_paired_test():
+    rows = grid("flora", 1000) + grid("flora", 2000, level=0.9)
+    rows += grid("lora", 2000, seeds=range(4)) + grid("full", None)
+    found = {(result.method, result.budget): result for result in results(rows)}
+    mine, reference = found["lora", 2000], found["flora", 2000]
+    values = torch.tensor(list(mine.values.values()), dtype=torch.float64)
+    assert mine.mean == pytest.approx(values.mean()) and mine.std == pytest.approx(values.std())
+    paired = [list(result.values.values())[:4] for result in (mine, reference)]
+    assert mine.p == pytest.approx(ttest_rel(*paired).pvalue) and mine.gain < 0
+    full = list(found["full", None].values.values())  # 2000 is the budget of most methods
+    assert found["full", None].p == pytest.approx(ttest_rel(full, list(reference.values.values())).pvalue)
+    assert reference.p is None
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [row(seed=0)],  # one seed in common
+        [row(seed=seed, value=0.5 + 0.1 * seed) for seed in range(3)],  # no differences
+        [row(seed=seed, value=0.4 + 0.1 * seed) for seed in range(3)],  # differences that do not differ
+        [row(seed=seed, value=math.nan) for seed in range(3)],
+        [row(seed=seed, budget=7) for seed in range(3)],  # FLoRA has no such budget
+    ],
+)
+def test_no_test_where_there_is_none(others):
+    ours = [row("flora", seed=seed, value=0.5 + 0.1 * seed) for seed in range(3)]
+    (result,) = [result for result in results(ours + others) if result.method == "lora"]
+    assert result.p is None and result.gain is None
+
+
+def write(path: Path, *lines) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_rows_are_read_from_files_and_folders(tmp_path):
+    file = write(tmp_path / "a" / "results.jsonl", row(value=0.1), row(seed=1), row(value=0.2), "")
+    write(tmp_path / "b" / "c" / "results.jsonl", row(task="other"))
+    rows = read([tmp_path])
+    assert [(r["task"], r["seed"]) for r in rows] == [("task", 1), ("task", 0), ("other", 0)]
+    assert rows[1]["test"] == {"accuracy": 0.2}  # of a run that is there twice, the last
+    file.write_text(file.read_text() + '{"task": "ta')
+    with pytest.warns(UserWarning, match=r"results.jsonl, line 5: cut short, left out"):
+        assert len(read([file])) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not whole JSON"),
+        ("[1]", "line 1: a list; a JSON object is needed"),
+        ({"task": "t"}, "line 1: no 'metric'"),
+        (
+            {key: value for key, value in row().items() if key != "adapter_parameters"},
+            "line 1: no 'adapter_parameters'",
+        ),
+        (row() | {"test": 0.5}, "line 1: test=0.5; expected an object with a number at 'accuracy'"),
+        (row() | {"validation": {}}, "line 1: validation={}; expected an object with a number at 'accuracy'"),
+        (row() | {"test": {"accuracy": "0.5"}}, "line 1: test={'accuracy': '0.5'}; expected an object with a number"),
+        (row() | {"validation": {"accuracy": None}}, "line 1: validation={'accuracy': None}; expected an object with"),
+        (row() | {"metric": "f", "validation": {"f": 1}, "test": {"f": 1}}, "line 2: metric='accuracy' of task 'task'"),
+    ],
+)
+def test_what_is_no_row_is_named(tmp_path, line, message):
+    file = write(tmp_path / "results.jsonl", line, row(seed=1))
+    with pytest.raises(ValueError, match=re.escape(f"{file}, {message}")):
+        read([file])
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "expected"),
+    [
+        ("task", (None, 7), "a string"),
+        ("metric", (["a"],), "a string"),
+        ("left_out", (None,), "a string"),
+        ("seed", (None, 0.5, True), "a whole number"),
+        ("adapter_parameters", ("9",), "a whole number"),
+        ("budget", ("500", 0.5), "a whole number or null"),
+        ("learning_rate", (None, "1e-3", 0, math.nan, math.inf), "a number above 0"),
+        ("seconds", ("1",), "a number"),
+        ("options", ([],), "an object"),
+        ("notes", ("rank 2", [2]), "a list of strings"),
+        ("curve", ("x", [1], [[1]], [[1, "x"]]), "a list of pairs of numbers"),
+        ("norms", ([1], [[1, 2]]), "a list of three numbers each"),
+        ("spectra", ([], {"delta": 1.0}, {"core": [None]}), "an object of lists of numbers"),
+    ],
+)
+def test_a_value_that_is_not_accepted_is_named(tmp_path, key, values, expected):
+    for value in values:
+        file = write(tmp_path / "results.jsonl", row(seed=1), row() | {key: value})
+        with pytest.raises(ValueError, match=re.escape(f"{file}, line 2: {key}={value!r}; expected {expected}") + "$"):
+            read([file])
+
+
+def test_what_is_needed_is_enough(tmp_path):
+    needed = {key: row()[key] for key in (*fields.SUBJECT, *fields.RAN)}
+    rows = [needed | dict.fromkeys(("seconds", "memory", "curve", "norms", "spectra", "options", "notes")), needed]
+    analyse([write(tmp_path / "results.jsonl", *rows, needed | {"method": "flora", "budget": 7})], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "one", "two", "of"),
+    [
+        ("settings", "5f3a", "90c1", "task 'cola'"),
+        ("options", {}, {"r": 4}, "task 'cola', method 'lora'"),
+        ("way", "lora", "dora", "task 'cola', method 'lora'"),
+    ],
+)
+def test_different_runs_under_one_name_are_told_apart(tmp_path, key, one, two, of):
+    mine = write(tmp_path / "glue" / "cola" / "results.jsonl", row(task="cola", seed=1), row(task="cola") | {key: one})
+    other = write(
+        tmp_path / "quick" / "cola" / "results.jsonl", row("flora", task="cola"), row(task="cola") | {key: two}
+    )
+    line = f"{other}, line 2: {key}={two!r} of {of}, which has {one!r} in {mine}, line "
+    with pytest.raises(ValueError, match=re.escape(line) + ".*analyse them apart, or rename the output or the method"):
+        read([tmp_path])
+    write(other, row("flora", task="cola", settings=None), row(task="other") | {key: two})
+    assert len(read([tmp_path])) == 4
+
+
+def test_nothing_to_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no results.jsonl in or below it"):
+        read([tmp_path])
+    with pytest.raises(ValueError, match="no such file"):
+        read([tmp_path / "results.jsonl"])
+    with pytest.raises(ValueError, match=r"no runs in .*results.jsonl"):
+        read([write(tmp_path / "results.jsonl")])
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_comparison_as_a_table():
+    rows = grid("flora", level=0.9) + grid("lora", best=1e-2) + grid("full", None, level=0.95, memory=None)
+    table = tables.comparison(results(rows))
+    assert table.columns[:4] == ["method", "budget", "test accuracy × 100", "p vs FLoRA"]
+    assert [line[0] for line in table.lines] == ["full fine-tuning", "LoRA", "FLoRA"]
+    assert table.bold == {(2, 2)} and "**" in table.markdown().splitlines()[-1]
+    assert table.lines[1][3:] == ["< 0.001 ▼", "1,000 + 10", "0.01 ↑", "5", "5", "256 MiB"]
+    assert table.lines[0][-1] == "–" and "lowest or highest learning rate" in table.note
+    assert len({len(line) for line in table.markdown().splitlines()}) == 1
+
+
+def test_variants_stand_after_their_method_by_their_numbers():
+    names = ["flora-4", "flora-13", "flora", "flora-0.4", "lora", "flora-core", "other"]
+    expected = ["lora", "flora", "flora-core", "flora-0.4", "flora-4", "flora-13", "other"]
+    assert sorted(names, key=order) == expected
+
+
+def test_methods_that_were_tried_with_more_learning_rates_are_named():
+    rows = grid("flora") + grid("dora") + grid("lora")
+    assert "tried" not in tables.comparison(results(rows)).note
+    rows += [row(budget=b, rate=rate) for b in (1000, 9) for rate in (3e-4, 3e-3, 3e-2)] + grid(budget=9)
+    assert "Learning rates tried: 3, but 6 with LoRA." in tables.comparison(results(rows)).note
+
+
+def test_time_and_memory_over_loras():
+    rows = grid("lora") + grid("flora", seconds=30.0, memory=2**29) + grid("full", None, epoch_seconds=2.5)
+    lines = {line[0]: line[1:] for line in tables.costs(results(rows)).lines}
+    assert lines["FLoRA"] == ["1,000", "7.5", "1.50", "512 MiB", "2.00"]
+    assert lines["full fine-tuning"][:3] == ["–", "2.5", "0.50"]
+
+
+def test_what_was_left_out_is_said_once():
+    reason = {"task": "task", "metric": "accuracy", "method": "dora", "way": "dora", "left_out": "no room"}
+    rows = [reason | {"budget": budget} for budget in (5, 5, 9)] + [row(budget=b, notes=["rank 2"]) for b in (5, 9)]
+    assert len(left_out(rows)) == 2
+    assert tables.remarks(rows) == [
+        "task, DoRA, budget 5 / 9: left out: no room",
+        "task, LoRA, budget 5 / 9: rank 2",
+    ]
+    assert left_out([*rows, row("dora", 5)]) == [rows[2]]
+    assert tables.comparison(results(rows[:3])).lines == []
+
+
+def test_values_that_are_no_shares_are_not_multiplied_and_what_diverged_is_said():
+    rows = [row(value=-3.25), row("flora", value=12.5), row("dora", value=math.nan)]
+    cells = {line[0]: line[2] for line in tables.comparison(results(rows)).lines}
+    assert cells == {"LoRA": "-3.25", "FLoRA": "12.50", "DoRA": "diverged (1 of 1)"}
+
+
+def test_names_for_a_reader():
+    assert [label(name) for name in ("flora", "flora-core", "lora-r8", "mine", "x-y")] == [
+        "FLoRA", "FLoRA, core start", "LoRA, r8", "mine", "x-y",
+    ]  # fmt: skip
+    assert set(METHODS) <= set(LOOKS) and len(set(LOOKS.values())) == len(LOOKS)
+
+
+# -------------------------------------------------------------------------------------------------------- figures
+
+
+def names(rows) -> list[str]:
+    return [picture.name for picture in plots.pictures(results(rows))]
+
+
+def test_a_figure_is_made_of_what_was_recorded():
+    assert names([row(curve=[])]) == []
+    assert names(grid()) == []
+    assert names(grid(curve=[[1, 0.5]]) + grid("full", None, curve=[[1, 0.5]])) == ["methods"]
+    assert names(grid() + grid("full", None)) == ["methods", "curves"]
+    assert names(grid(budget=10, curve=[]) + grid(budget=20, curve=[])) == ["methods", "budgets"]
+    scales = [r for s in (0.4, 4) for r in grid(f"flora-{s}", curve=[], options={"scale": s})]
+    assert names(scales) == ["scales"]
+    assert names(grid(curve=[], norms=[[1, 0.5, 0.0], [2, 1.0, 3.0]])) == ["norms"]
+    assert names(grid(curve=[], spectra={"delta": [1.0, 0.1, 0.0]})) == ["spectra"]
+    three = [r for task in "abc" for way in ("lora", "flora") for r in grid(way, task=task, curve=[])]
+    assert names(three) == ["methods"] * 3 + ["gains"] == names(three + grid("flora", task="d", curve=[]))
+    assert names([row(value=math.nan), row("flora", value=math.nan)]) == []
+
+
+def test_figures_go_into_a_page_together():
+    rows = grid() + grid("flora") + grid("full", None)
+    drawn = [picture.svg() for picture in plots.pictures(results(rows))]
+    ids = [name for svg in drawn for name in re.findall(r'\bid="([^"]+)"', svg)]
+    assert len(ids) == len(set(ids)) > 10
+    for svg in drawn:
+        assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg))
+        assert {a or b for a, b in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg)} <= set(ids)
+        assert "currentColor" in svg and "FLoRA</text>" in svg
+        assert not re.search(r"https?://(?!www\.w3\.org/)", svg)
+        ElementTree.fromstring(svg)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.floats(0, 1), max_size=14), st.floats(0.01, 0.07))
+def test_labels_stay_apart(heights, gap):
+    placed = sorted(apart(heights, gap))
+    assert all(above - below > 0.8 * gap for below, above in itertools.pairwise(placed))
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in placed)
+
+
+def test_what_train_leaves(tmp_path):
+    rows = [row("full", None, more=1) | {"loaded_difference": 0.0, "merged_difference": 1e-6}, row(notes=["rank 2"])]
+    plots.figure(rows, "accuracy", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    lines = tables.summary(rows).splitlines()
+    assert lines[0].split(" | ")[1:] == ["test accuracy", "trainable: adapter + head", "seconds", "on disk |"]
+    assert "50.0 %" in lines[2] and "4 KiB" in lines[2] and lines[-1] == "LoRA: rank 2"
+
+
+def test_everything_is_written(tmp_path):
+    file = write(tmp_path / "results.jsonl", *grid(task="a/b <i>"), *grid("flora", task="a/b <i>"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = analyse([file], tmp_path / "out")
+    assert page == tmp_path / "out" / "report.html" and "a/b &lt;i&gt;" in page.read_text()
+    assert {path.name for path in page.parent.iterdir()} == {
+        "report.html", "table.md", "a-b-i--methods.png", "a-b-i--curves.png",
+    }  # fmt: skip
+    assert "| FLoRA" in (page.parent / "table.md").read_text()
+
+
+def test_the_walls_inside():
+    folder = Path(flora_lab.__file__).parent / "analysis"
+    walls = {"measure": "matplotlib"} | dict.fromkeys(
+        ("fields", "rows", "style", "tables", "drawing", "plots", "page"), "torch"
+    )
+    for name, forbidden in walls.items():
+        nodes = list(ast.walk(ast.parse((folder / f"{name}.py").read_text())))
+        found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert not [module for module in found if module.split(".")[0] == forbidden]

@@ -1,0 +1,418 @@
+"""The methods of a comparison: what they adapt, at which size, and that a Trainer can train and keep them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import cache
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from flora_lab.methods import METHODS, adapt, adapters, common
+from flora_lab.methods.common import LeftOut, head_parameters, trainable
+from flora_lab.tasks.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks for it
+
+HEADS = {"bert": ["classifier"], "vit": ["classifier"], "convnext": ["classifier"], "resnet": ["linear"]}
+CONVNETS = ("convnext", "resnet")
+SIZED = [way for way in METHODS if METHODS[way].sized]
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+CASES = [
+    (way, name)
+    for way in METHODS
+    for name in ("bert", "convnext", "resnet")
+    if not (way in ("houlsby", "pfeiffer") and name in CONVNETS)
+]
+
+
+@cache
+def base(name):
+    torch.manual_seed(1)
+    if name == "bert":
+        return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=12, **SMALL))
+    if name == "vit":
+        return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **SMALL))
+    if name == "convnext":
+        return ConvNextV2ForImageClassification(ConvNextV2Config(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2))
+    return CifarResNetForImageClassification(CifarResNetConfig(depth=8, num_labels=3))
+
+
+def model_of(name):
+    return copy.deepcopy(base(name)).eval()
+
+
+def batch_of(name):
+    if name == "bert":
+        return {"input_ids": torch.arange(24).reshape(4, 6), "labels": torch.arange(4) % 2}
+    side = 32 if name == "convnext" else 8
+    return {"pixel_values": torch.linspace(-2, 2, 4 * 3 * side**2).sin().reshape(4, 3, side, side),
+            "labels": torch.arange(4) % 2}  # fmt: skip
+
+
+def adapted(way, name, budget=4000, steps=8, **options):
+    torch.manual_seed(0)
+    return adapt(way, model_of(name), HEADS[name], budget, options, steps=steps)
+
+
+def size_of(result, name):
+    whole = trainable(result.model) - head_parameters(base(name), HEADS[name])
+    return whole if result.parameters is None else result.parameters
+
+
+def fixed(result, way):
+    """The option that a note says was solved for."""
+    words = {"houlsby": r"width (\d+)", "pfeiffer": r"width (\d+)", "adalora": r"cut to (\d+)"}
+    return int(re.search(words.get(way, r"rank (\d+)"), result.notes[0])[1])
+
+
+def train(model, folder, steps, callbacks=(), resume=None):
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=2, seed=0,
+        use_cpu=True, report_to="none", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
+    )  # fmt: skip
+    whole = batch_of("bert")
+    rows = [{key: value[n] for key, value in whole.items()} for n in range(4)]
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+# ------------------------------------------------------------------------------------------------- every method
+
+
+@pytest.mark.parametrize(("way", "name"), CASES)
+def test_a_fresh_adapter_changes_no_output_and_only_it_and_the_head_are_trained(way, name):
+    before, model, batch = model_of(name), model_of(name), batch_of(name)
+    own = dict(model.named_parameters())
+    torch.manual_seed(0)
+    model = adapt(way, model, HEADS[name], 4000, {}).model.eval()
+    assert torch.allclose(model(**batch).logits, before(**batch).logits, atol=1e-6)
+    model.train()(**batch)["loss"].backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    head = {key for key in own if key.split(".")[0] in HEADS[name]}
+    kept = {"full": set(own), "bitfit": {key for key in own if key.endswith("bias")} | head}
+    trained = {key for key, parameter in own.items() if parameter.requires_grad}
+    assert trained == (set() if isinstance(model, peft.PeftModel) else kept.get(way, head))
+    if isinstance(model, peft.PeftModel):  # it trains a copy of the head, within
+        assert sum("modules_to_save" in key for key, p in model.named_parameters() if p.requires_grad) == len(head)
+
+
+@pytest.mark.parametrize(("way", "name"), [case for case in CASES if case[0] in SIZED])
+def test_the_size_is_the_nearest_to_the_budget(way, name):
+    budget = 500 if way in ("houlsby", "pfeiffer") else 2000
+    result = adapted(way, name, budget)
+    size = size_of(result, name)
+    assert 0 < size <= (1 if way in ("flora", "lokr") else 1.25) * budget
+    if way == "flora":  # its ranks differ from layer to layer
+        return
+    rank, options = fixed(result, way), {}
+    if way == "lokr":
+        options["decompose_factor"] = int(re.search(r"factor (-?\d+)", result.notes[0])[1])
+    others = [rank + 1] if rank == 1 else [rank - 1, rank + 1]
+    sizes = [size_of(adapted(way, name, budget=0, **{METHODS[way].size: r}, **options), name) for r in others]
+    if way == "lokr":  # the highest within the budget, whose matrices can be whole
+        assert sizes[-1] > budget or sizes[-1] == size
+    else:
+        assert all(abs(size - budget) <= abs(other - budget) for other in sizes)
+
+
+# of the largest layer: 16 wide, 24 in the middle; 32 channels, 64 x 9 for a matrix of the kernels
+FULL = {"houlsby": 16, "pfeiffer": 16, "lora": 16, "dora": 16, "adalora": 16, "loha": 16, "locon": 16}
+FULL_OF_KERNELS = {"lora": 64, "dora": 64, "adalora": 64, "loha": 64, "locon": 64}
+
+
+@pytest.mark.parametrize(
+    ("way", "name", "full"),
+    [(way, "bert", full) for way, full in FULL.items()] + [(way, "resnet", r) for way, r in FULL_OF_KERNELS.items()],
+)
+def test_no_budget_takes_more_than_the_full_rank(way, name, full):
+    result = adapted(way, name, budget=10**9)
+    assert fixed(result, way) == full and f"{full} (full) " in result.notes[0]
+
+
+def test_the_full_rank_counts_kernels_as_the_method_does():
+    wide, narrow = nn.Conv2d(64, 3, 3), nn.Conv2d(3, 64, 3)
+    assert [common.full_rank([wide]), common.full_rank([wide], modes=(0, 1))] == [3, 27]
+    assert [common.full_rank([narrow]), common.full_rank([nn.MultiheadAttention(8, 2), nn.Linear(2, 9)])] == [27, 8]
+
+
+@pytest.mark.parametrize("way", SIZED)
+def test_a_budget_too_small_and_an_unknown_option_are_refused(way):
+    name = "bert"
+    with pytest.raises(LeftOut, match=r"1 has [\d,]+ parameters, above the budget of 3$"):
+        adapted(way, name, budget=3)
+    with pytest.raises(ValueError, match=f"{METHODS[way].size} must be a whole number from 1.*, got 0"):
+        adapted(way, name, **{METHODS[way].size: 0})
+    with pytest.raises((TypeError, ValueError), match="no_such_field"):
+        adapted(way, name, no_such_field=1)
+
+
+@pytest.mark.parametrize("way", METHODS)
+def test_copies_and_files_hold_everything(way, tmp_path):
+    """Equal seeds give equal adapters; a copy is one of its own; no two names share a tensor."""
+    one, two = adapted(way, "bert").model, adapted(way, "bert").model
+    state = one.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in two.state_dict().items())
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        for parameter in one.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save_file({key: tensor.contiguous() for key, tensor in one.state_dict().items()}, tmp_path / "model.safetensors")
+    two.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    copied, batch = copy.deepcopy(one), batch_of("bert")
+    with torch.no_grad():
+        outputs = [model.eval()(**batch).logits for model in (one, two, copied)]
+        for parameter in one.parameters():
+            parameter.zero_()
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+        assert torch.equal(copied(**batch).logits, outputs[0])
+
+
+def test_what_is_left_out_is_said():
+    for way in ("lora", "dora", "adalora"):
+        (note,) = adapted(way, "convnext").notes[1:]
+        assert note.startswith("left out, Conv2d with groups other than 1: ") and note.count("dwconv") == 2
+    for way in ("loha", "lokr", "locon"):
+        assert len(adapted(way, "convnext").notes) == 1
+        assert adapted(way, "bert").notes[1] == (
+            "left out, Embedding: bert.embeddings.word_embeddings, bert.embeddings.position_embeddings, "
+            "bert.embeddings.token_type_embeddings"
+        )
+    with pytest.raises(LeftOut, match="two steps at least, the training has 1"):
+        adapted("adalora", "bert", steps=1)
+    for way in ("houlsby", "pfeiffer"):
+        with pytest.raises(LeftOut, match="no transformer blocks"):
+            adapted(way, "resnet")
+    with pytest.raises(LeftOut, match=r"none of the 1 layers: Embedding$"):
+        adapt("loha", model_of("bert"), [], 4000, {}, targets=["word_embeddings"])
+    with pytest.raises(LeftOut, match="no bias"):
+        adapt("bitfit", nn.Sequential(nn.Linear(2, 2, bias=False)), [], 1, {})
+    with pytest.raises(LeftOut, match="no head"):
+        adapt("head", model_of("bert"), [], 1, {})
+
+
+def test_a_rank_pattern_may_fix_every_rank():
+    model = adapted("lora", "resnet", r=1, rank_pattern={".*": 2}).model
+    assert trainable(adapted("lora", "resnet", rank_pattern={".*": 2}).model) == trainable(model)
+
+
+def test_names_are_held_against_the_model():
+    for wrong, message in [
+        (("sgd", model_of("bert"), ["classifier"], 10), "method 'sgd'"),
+        (("lora", model_of("bert"), ["clasifier"], 10), "head 'clasifier'"),
+        (("lora", model_of("bert"), ["classifier"], 0), "budget must be a whole number from 1, got 0"),
+        (
+            ("lora", nn.ModuleDict({"fc": nn.Linear(2, 2), "to_fc": nn.Linear(2, 2)}), ["fc"], 10),
+            "'to_fc' too",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            adapt(*wrong, {})
+    with pytest.raises(ValueError, match="^budget: the job's own holds"):
+        adapt("flora", model_of("bert"), [], 4000, {"budget": 300})
+    with pytest.raises(ValueError, match="nowhere"):
+        adapt("lora", model_of("bert"), [], 4000, {}, targets=["nowhere"])
+
+
+LAYERS = {
+    "grouped": nn.Conv2d(4, 4, 3, groups=2),
+    "dilated": nn.Conv2d(4, 4, 3, dilation=2),
+    "reflected": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    "transposed": nn.ConvTranspose2d(4, 4, 3),
+    "plain": nn.Conv2d(4, 4, 3),
+}
+
+
+@pytest.mark.parametrize("way", ["lora", "dora", "adalora", "loha", "lokr", "locon"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.filterwarnings("ignore:.*Merging is not supported:UserWarning")
+def test_layers_are_left_out_that_a_method_would_get_wrong(way, layer, monkeypatch):
+    """Taken layers merge exactly; made to take the others, the method fails, or merges to something else."""
+    model = nn.Sequential(copy.deepcopy(LAYERS[layer]))
+    options = {METHODS[way].size: 2}
+    try:
+        result, taken = adapt(way, copy.deepcopy(model), [], 1, options), True
+    except LeftOut:
+        taken = False
+        monkeypatch.setattr(common.Limits, "reason", lambda self, layer: None)
+        try:
+            result = adapt(way, copy.deepcopy(model), [], 1, options)
+        except (TypeError, ValueError, AttributeError):
+            return
+    for parameter in result.model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    x = torch.randn(2, 4, 7, 7)
+    try:
+        expected = result.model.eval()(x)
+        if way == "locon":
+            result.model[0].locon.merge_to()
+            result.model[0].locon.restore()
+            merged = result.model
+        else:
+            merged = result.model.merge_and_unload()
+        same = torch.allclose(merged(x), expected, rtol=1e-3, atol=1e-4)
+    except (RuntimeError, NotImplementedError):
+        same = False
+    assert same == taken
+
+
+def test_flora_can_start_from_gradients():
+    result, batch = adapted("flora", "resnet", init="gradient"), batch_of("resnet")
+    before = {key: tensor.clone() for key, tensor in result.model.state_dict().items()}
+    expected = model_of("resnet")(**batch).logits
+    result.start([batch])
+    after = result.model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before if "running" in key or "num_batches" in key)
+    assert any(not torch.equal(after[key], before[key]) for key in before if "tucker_space" in key)
+    assert torch.allclose(result.model.eval()(**batch).logits, expected, atol=1e-6)
+    assert adapted("flora", "resnet").start is None
+
+
+# ------------------------------------------------------------------------------------------------- bottleneck adapters
+
+
+def bottleneck(adapter, x):
+    return x + torch.relu(x @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T + adapter.up.bias
+
+
+@pytest.mark.parametrize("way", ["houlsby", "pfeiffer"])
+def test_adapters_in_a_bert_layer_are_those_of_the_papers(way):
+    model = adapted(way, "bert", width=3, activation="relu").model.eval()
+    layer = model.bert.encoder.layer[0]
+    for name, parameter in layer.named_parameters():
+        if "adapter" in name:
+            nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 16)
+    attention, output = layer.attention.output, layer.output
+    with torch.no_grad():
+        found = layer(x)
+        found = found[0] if isinstance(found, tuple) else found
+        attended = layer.attention.self(x)[0] @ attention.dense.weight.T + attention.dense.bias
+        middle = attention.LayerNorm(
+            (bottleneck(attention.dense.adapter, attended) if way == "houlsby" else attended) + x
+        )
+        fed = layer.intermediate(middle) @ output.dense.weight.T + output.dense.bias
+        if way == "houlsby":
+            expected = output.LayerNorm(bottleneck(output.dense.adapter, fed) + middle)
+        else:
+            norm = nn.functional.layer_norm(fed + middle, [16], output.LayerNorm.weight, output.LayerNorm.bias, 1e-12)
+            expected = bottleneck(output.LayerNorm.adapter, norm)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_adapters_are_in_every_block_and_have_their_width():
+    for way, places in (("houlsby", 2), ("pfeiffer", 1)):
+        for name in ("bert", "vit"):
+            result = adapted(way, name, width=3)
+            assert result.notes == [f"width 3 in {places} places"]
+            assert trainable(result.model) - head_parameters(base(name), HEADS[name]) == places * (2 * 16 * 3 + 3 + 16)
+    assert adapters.places(base("vit"), "pfeiffer") == ["vit.layers.0.mlp.fc2"]
+    with pytest.raises(ValueError, match="activation='rellu'"):
+        adapted("houlsby", "bert", width=3, activation="rellu")
+
+
+# ------------------------------------------------------------------------------------------------- AdaLoRA
+
+
+@pytest.mark.parametrize("steps", [2, 9])
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT, of its own
+def test_adalora_trains_is_cut_and_comes_back_from_disk(steps, tmp_path):
+    result = adapted("adalora", "bert", steps=steps)
+    train(result.model, tmp_path / "run", steps, result.callbacks)
+    model, batch = result.model.eval(), batch_of("bert")
+    layers = [module for module in model.modules() if hasattr(module, "lora_E")]
+    kept = sum(int(layer.lora_E["default"].count_nonzero()) for layer in layers)
+    assert 0 < kept <= fixed(result, "adalora") * len(layers)
+    model.save_pretrained(tmp_path / "trained")
+    loaded = peft.PeftModel.from_pretrained(model_of("bert"), tmp_path / "trained").eval()
+    assert torch.allclose(loaded(**batch).logits, model(**batch).logits, atol=1e-6)
+    assert torch.allclose(loaded.merge_and_unload()(**batch).logits, model(**batch).logits, atol=1e-5)
+
+
+class Overflow(TrainerCallback):
+    """Gradients of the first steps as fp16's scaler leaves them where it skips a step."""
+
+    def __init__(self, steps, value):
+        self.steps, self.value = steps, value
+
+    def on_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step < self.steps:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(self.value)
+
+
+@pytest.mark.parametrize(("steps", "value"), [(1, float("inf")), (1, float("nan")), (9, float("nan"))])
+def test_adalora_is_cut_after_steps_that_were_skipped(steps, value, tmp_path):
+    result = adapted("adalora", "bert", steps=9)
+    train(result.model, tmp_path, 9, [Overflow(steps, value), *result.callbacks])
+    layers = [module.lora_E["default"] for module in result.model.modules() if hasattr(module, "lora_E")]
+    kept, target = sum(int(layer.count_nonzero()) for layer in layers), fixed(result, "adalora") * len(layers)
+    note = f"{kept} of {sum(map(len, layers))} ranks are left, above the budget of {target}: gradients were not finite"
+    assert kept <= target if steps == 1 else kept > target
+    assert (note in result.notes) == (kept > target)
+
+
+def test_adalora_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path):
+    runs = {}
+    for name, resume in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-4")):
+        result = adapted("adalora", "bert", steps=10)
+        train(result.model, tmp_path / "whole" if resume else tmp_path / name, 10, result.callbacks, resume)
+        runs[name] = result.model.state_dict()
+    assert all(torch.equal(runs["whole"][key], runs["resumed"][key]) for key in runs["whole"])
+
+
+def test_adaloras_loss_has_its_regularisation():
+    model, batch = adapted("adalora", "bert").model.eval(), batch_of("bert")
+    plain = model_of("bert")(**batch).loss
+    factors = [p for n, p in model.named_parameters() if "lora_A" in n] + [
+        p.T for n, p in model.named_parameters() if "lora_B" in n
+    ]
+    norms = [torch.linalg.norm(factor @ factor.T - torch.eye(len(factor))) for factor in factors]
+    expected = plain + 0.5 * torch.stack(norms).mean()
+    assert torch.allclose(model(**batch).loss, expected)
+    assert torch.allclose(model.base_model(**batch).loss, expected)  # PEFT's own, which it passes by
+
+
+def test_adalora_refuses_a_schedule_that_cannot_be():
+    with pytest.raises(ValueError, match="init_r=2: expected more than target_r=2"):
+        adapted("adalora", "bert", target_r=2, init_r=2)
+    with pytest.raises(ValueError, match="^r: AdaLoRA has target_r"):
+        adapted("adalora", "bert", r=2)
+
+
+def test_adalora_says_when_the_training_is_too_short(tmp_path):
+    result = adapted("adalora", "bert", steps=10)
+    with pytest.raises(ValueError, match="after 5, but the training has 2"):
+        train(result.model, tmp_path, 2, result.callbacks)
+
+
+# ------------------------------------------------------------------------------------------------- others, on a Trainer
+
+
+@pytest.mark.parametrize("way", ["houlsby", "locon"])
+def test_methods_without_peft_go_on_from_a_checkpoint(way, tmp_path):
+    runs = []
+    for resume in (None, tmp_path / "checkpoint-2"):
+        result = adapted(way, "bert")
+        train(result.model, tmp_path, 4, resume=resume)
+        runs.append(result.model.state_dict())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])

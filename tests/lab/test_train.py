@@ -1,0 +1,299 @@
+"""The job behind `flora train`: its files, what it says, and that it goes on after a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import test_task_glue
+import test_task_instance
+import test_task_semantic
+import torch
+import yaml
+from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_task_images import parquet
+from transformers import TrainingArguments
+
+from flora.cli import main
+from flora_lab.run.train import _Trainer, arguments
+from flora_lab.run.trial import _save, plan
+from flora_lab.settings import Training, load_config
+from flora_lab.tasks.image_classification import ImageClassification
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
+TINY = [
+    "task.model.config.hidden_sizes=[8,8]",
+    "task.model.config.depths=[1,1]",
+    "task.model.config.num_stages=2",
+    "task.data.train_examples=36",
+    "task.source.train_examples=36",
+    "budget=500",
+]
+
+
+def tiny_images(folder):
+    """What turns an image job into one of two steps: images and a model of no size."""
+    parquet(folder / "train.parquet", [0, 1, 2] * 8)
+    parquet(folder / "test.parquet", [0, 1, 2])
+    return [f"task.data.path={folder}", "task.model.config.depth=8", "task.model.weights=null", "budget=6000"]
+
+
+def tiny(path, folder):
+    """The overrides that make a shipped job small enough for a test, by its file or its task."""
+    task = yaml.safe_load(path.read_text())["task"]  # not all of its packages are here
+    if path.stem == "digits":
+        return TINY
+    if task["name"] == "glue":
+        return test_task_glue.tiny_keys(folder, task["subset"])
+    return {
+        "image_classification": tiny_images,
+        "semantic_segmentation": test_task_semantic.tiny_data,
+        "instance_segmentation": test_task_instance.tiny_data,
+    }[task["name"]](folder)
+
+
+SHORT = ["pretraining.max_steps=2", "training.max_steps=2"]
+
+
+def places(folder):
+    return [f"output={folder / 'run'}", f"cache={folder / 'cache'}"]
+
+
+def flora_train(*arguments):
+    result = CliRunner().invoke(main, ["train", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def with_methods(folder, *names):
+    """The digits job with some of its methods: what a test does not look at need not be trained."""
+    job = yaml.safe_load(Path(DIGITS).read_text())
+    job["methods"] = {name: job["methods"][name] for name in names}
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job, sort_keys=False))
+    return [path, *TINY, *places(folder)]
+
+
+def rows_of(folder):
+    """A run's results without the times, which no two runs share."""
+    rows = [json.loads(line) for line in (folder / "run" / "results.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "epoch_seconds", "memory")} for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, flora_train(DIGITS, *TINY, *SHORT, *places(folder))
+
+
+LEFT_OUT = {"cifar-shift": {"houlsby", "pfeiffer"}}  # it asks for adapters of transformer blocks in a ResNet
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_set_up_and_runs_two_steps(path, tmp_path):
+    overrides = [*tiny(path, tmp_path), *SHORT, *places(tmp_path), "comparison.seeds=[0]", "comparison.rates=[1]"]
+    config = load_config(path, overrides)
+    reasons = plan(config, list(config.methods), [config.budget])
+    assert {name for name, _budget in reasons} == set(config.methods)
+    left_out = {name for (name, _budget), reason in reasons.items() if reason}
+    assert left_out == LEFT_OUT.get(path.stem, set())
+    result = CliRunner().invoke(
+        main, ["compare", str(path), *overrides, "--methods", "flora", "--budgets", str(config.budget)]
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = rows_of(tmp_path)
+    assert row["curve"] and row["bytes"] > 0 and row["metric"] in row["test"]
+
+
+def test_a_run_leaves_everything_beside_its_results(finished):
+    folder, result = finished
+    assert result.exit_code == 0, result.output
+    run = folder / "run"
+    for name in ("config.yaml", "versions.json", "results.jsonl", "curves.png"):
+        assert (run / name).stat().st_size > 0
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert load_config(run / "config.yaml").budget == 500
+    assert json.loads((run / "versions.json").read_text())["torch"] == version("torch")
+    for name in ("full", "head", "lora", "flora"):
+        assert list((run / "logs" / name).glob("events.*"))
+        assert list((run / name / "trained").glob("*.safetensors"))
+        assert not (run / name / "checkpoints").exists()
+    leftovers = [path for path in folder.rglob("*") if path.name.endswith((".part", ".tmp"))]
+    assert not leftovers
+
+
+def test_the_table_and_the_differences_are_printed(finished):
+    _, result = finished
+    for label in ("full fine-tuning", "head only", "LoRA", "FLoRA"):
+        assert f"| {label} " in result.output
+    assert "loaded from disk against trained" in result.output and "merged against loaded" in result.output
+
+
+def test_adapters_come_back_from_disk_as_they_were_trained(finished):
+    rows = {row["method"]: row for row in rows_of(finished[0])}
+    for name in ("lora", "flora"):
+        assert rows[name]["loaded_difference"] < 1e-5 and rows[name]["merged_difference"] < 1e-4
+
+
+def test_every_method_trains_the_same_head_and_keeps_to_the_budget(finished):
+    rows = {row["method"]: row for row in rows_of(finished[0])}
+    assert len({row["head_parameters"] for row in rows.values()}) == 1
+    assert rows["head"]["adapter_parameters"] == 0
+    assert rows["lora"]["adapter_parameters"] <= 1.25 * 500 and rows["flora"]["adapter_parameters"] <= 500
+    assert rows["full"]["adapter_parameters"] > 500
+
+
+def test_a_finished_run_is_read_and_not_repeated(finished):
+    folder, first = finished
+    before = (folder / "run" / "results.jsonl").read_bytes()
+    again = flora_train(DIGITS, *TINY, *SHORT, *places(folder))
+    assert again.exit_code == 0 and again.stdout == first.stdout
+    assert (folder / "run" / "results.jsonl").read_bytes() == before
+
+
+def test_the_data_are_looked_through_once(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(ImageClassification, "check", lambda task, splits: looked.append(task.data))
+    assert flora_train(*with_methods(tmp_path, "head", "full"), *SHORT).exit_code == 0
+    job = load_config(tmp_path / "run" / "config.yaml").task
+    assert looked == [job.source, job.data]
+
+
+def test_other_keys_need_another_folder_or_a_fresh_start(tmp_path):
+    one = [*with_methods(tmp_path, "head"), *SHORT]
+    assert flora_train(*one).exit_code == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    other = flora_train(*one, "training.max_steps=3")
+    assert other.exit_code == 2
+    assert "training.max_steps=2, now training.max_steps=3" in other.stderr and "fresh=true" in other.stderr
+    assert flora_train(*one, "training.max_steps=3", "--fresh").exit_code == 0
+    assert load_config(tmp_path / "run" / "config.yaml").training.max_steps == 3
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    for name in ("config.yaml", "logs/mine.txt"):
+        (run / name).write_text("# mine")
+    for more in ([], ["fresh=true"]):
+        result = flora_train(*with_methods(tmp_path, "head"), *SHORT, *more)
+        assert result.exit_code == 2 and "none of flora's" in result.stderr and "fresh" not in result.stderr
+    assert {path.name for path in run.rglob("*")} == {"config.yaml", "logs", "mine.txt"}
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    job = [*with_methods(tmp_path, "head"), *SHORT]
+    assert flora_train(*job).exit_code == 0
+    file = tmp_path / "run" / "results.jsonl"
+    file.write_text("{broken\n" + file.read_text())
+    result = flora_train(*job)
+    assert result.exit_code == 2 and "results.jsonl, line 1" in result.stderr
+
+
+@pytest.mark.parametrize(("more", "steps"), [([], 4), (["training.max_steps=3"], 3), (["training.max_steps=9"], 4)])
+def test_a_number_of_steps_ends_a_training_and_does_not_lengthen_it(more, steps, tmp_path):
+    job = with_methods(tmp_path, "head")
+    result = flora_train(*job, "pretraining.max_steps=2", "training.epochs=2", "training.batch_size=18", *more)
+    assert result.exit_code == 0, result.output
+    (row,) = rows_of(tmp_path)
+    assert row["steps"] == steps
+
+
+def test_what_does_not_pass_through_the_model_is_said_before_any_training(tmp_path):
+    result = flora_train(*with_methods(tmp_path, "head"), "task.model.config.num_channels=4")
+    assert result.exit_code == 2 and "does not pass through the model" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_takes_one_gpu_and_no_frozen_weight_decays(tmp_path, monkeypatch):
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"], use_dora=True))
+    trainer = _Trainer(model, arguments(Training(), 0, tmp_path), eval_dataset=[])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decayed = trained & set(trainer.get_decay_parameter_names(model))
+    assert [name.split(".")[-3] for name in sorted(decayed)] == ["lora_A", "lora_B"] and len(trained) == 3
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    assert arguments(Training(), 0, tmp_path)._n_gpu == 1
+
+
+def test_tied_weights_are_saved_once(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    _save(model, tmp_path / "trained")
+    assert set(load_file(tmp_path / "trained" / "model.safetensors")) == {"0.weight", "0.bias", "1.bias"}
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
+    keys = [*with_methods(tmp_path, "head", "flora"), "pretraining.max_steps=2", "training.epochs=12"]
+    keys.append("comparison.norms=4")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert flora_train(*keys, *places(whole)).exit_code == 0
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flora.cli", "train", *keys, *places(killed)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoints = killed / "run" / "flora" / "checkpoints"
+    deadline = time.monotonic() + 90
+    while len(list(checkpoints.glob("*/complete.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert [row["method"] for row in rows_of(killed)] == ["head"]
+    half = checkpoints / "checkpoint-1000"  # what a kill in the middle of a save leaves
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"global_st')
+
+    assert flora_train(*keys, *places(killed)).exit_code == 0
+    assert rows_of(killed) == rows_of(whole)
+    for name in ("head", "flora"):
+        (one,), (two,) = ((folder / "run" / name / "trained").glob("*.safetensors") for folder in (killed, whole))
+        one, two = load_file(one), load_file(two)
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_method_that_cannot_run_is_left_out_and_said(tmp_path):
+    result = flora_train(*with_methods(tmp_path, "head", "lora"), *SHORT, "budget=3")
+    assert result.exit_code == 0 and "lora was left out: LoRA of rank 1 has" in result.output
+    assert [row["method"] for row in rows_of(tmp_path)] == ["head"]
+    nothing = flora_train(*with_methods(tmp_path, "lora"), *SHORT, "budget=3", f"output={tmp_path / 'other'}")
+    assert nothing.exit_code == 2 and "methods.lora: LoRA of rank 1 has" in nothing.stderr
+
+
+def test_two_processes_train_one_run(tmp_path):
+    keys = [*with_methods(tmp_path, "lora", "flora"), *SHORT]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, "-m", "flora.cli", "train", *keys], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert [row["method"] for row in rows_of(tmp_path)] == ["lora", "flora"]
+    assert done.stdout.count("| FLoRA ") == 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks transformers 5 for it
+def test_the_example_in_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = Path(DIGITS).parent.parent.joinpath("README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(example, "README.md", "exec"), {})
+    assert "trainable params" in capsys.readouterr().out
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_damaged_base_model_is_named(tmp_path):
+    arguments = [*with_methods(tmp_path, "head"), *SHORT]
+    assert flora_train(*arguments).exit_code == 0
+    (weights,) = (tmp_path / "cache").iterdir()
+    weights.write_bytes(weights.read_bytes()[:-10])
+    result = flora_train(*arguments, f"output={tmp_path / 'other'}")
+    assert result.exit_code == 2 and "is damaged" in result.output and "delete it" in result.output
