@@ -1,10 +1,13 @@
-# make demo: set everything up and run the main job.  make test: set everything up and run the tests.
+# make demo       set everything up and run the main job
+# make test       set everything up and run every test
+# make test-fast  the library's contracts alone: no browser, no Ray, no jobs
+# make lint       style, format and types
 # Another Python than python3: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install
+.PHONY: demo test test-fast lint install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -13,6 +16,14 @@ demo: install
 test: install
 	@command -v chromedriver >/dev/null || { echo "chromedriver not found: the report page is tested in Chromium (Debian: apt-get install chromium chromium-driver)" >&2; exit 1; }
 	$(BIN)/pytest -n 2
+
+test-fast: install
+	$(BIN)/pytest -n 2 tests/flora tests/test_walls.py
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 install: .venv/.installed
 
