@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import flora
 from flora import FloraConfig
-from flora_lab.methods.common import LeftOut as LeftOutError
+from flora_lab.methods.common import CannotAdapt as LeftOutError
 from flora_lab.methods.common import copied, on_meta, trainable
 
 Targets = Mapping[str, Any]

@@ -24,14 +24,14 @@ from transformers import (
 )
 
 from flora_lab.methods import METHODS, adapt, adapters, common
-from flora_lab.methods.common import LeftOut, head_parameters, trainable
+from flora_lab.methods.common import CannotAdapt, head_parameters, trainable
 from flora_lab.tasks.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks for it
 
 HEADS = {"bert": ["classifier"], "vit": ["classifier"], "convnext": ["classifier"], "resnet": ["linear"]}
 CONVNETS = ("convnext", "resnet")
-SIZED = [way for way in METHODS if METHODS[way].sized]
+SIZED = [way for way in METHODS if METHODS[way].size]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 CASES = [
     (way, name)
@@ -155,7 +155,7 @@ def test_the_full_rank_counts_kernels_as_the_method_does():
 @pytest.mark.parametrize("way", SIZED)
 def test_a_budget_too_small_and_an_unknown_option_are_refused(way):
     name = "bert"
-    with pytest.raises(LeftOut, match=r"1 has [\d,]+ parameters, above the budget of 3$"):
+    with pytest.raises(CannotAdapt, match=r"1 has [\d,]+ parameters, above the budget of 3$"):
         adapted(way, name, budget=3)
     with pytest.raises(ValueError, match=f"{METHODS[way].size} must be a whole number from 1.*, got 0"):
         adapted(way, name, **{METHODS[way].size: 0})
@@ -195,16 +195,16 @@ def test_what_is_left_out_is_said():
             "left out, Embedding: bert.embeddings.word_embeddings, bert.embeddings.position_embeddings, "
             "bert.embeddings.token_type_embeddings"
         )
-    with pytest.raises(LeftOut, match="two steps at least, the training has 1"):
+    with pytest.raises(CannotAdapt, match="two steps at least, the training has 1"):
         adapted("adalora", "bert", steps=1)
     for way in ("houlsby", "pfeiffer"):
-        with pytest.raises(LeftOut, match="no transformer blocks"):
+        with pytest.raises(CannotAdapt, match="no transformer blocks"):
             adapted(way, "resnet")
-    with pytest.raises(LeftOut, match=r"none of the 1 layers: Embedding$"):
-        adapt("loha", model_of("bert"), [], 4000, {}, targets=["word_embeddings"])
-    with pytest.raises(LeftOut, match="no bias"):
+    with pytest.raises(CannotAdapt, match=r"none of the 1 layers: Embedding$"):
+        adapt("loha", model_of("bert"), [], 4000, {}, target_modules=["word_embeddings"])
+    with pytest.raises(CannotAdapt, match="no bias"):
         adapt("bitfit", nn.Sequential(nn.Linear(2, 2, bias=False)), [], 1, {})
-    with pytest.raises(LeftOut, match="no head"):
+    with pytest.raises(CannotAdapt, match="no head"):
         adapt("head", model_of("bert"), [], 1, {})
 
 
@@ -228,7 +228,7 @@ def test_names_are_held_against_the_model():
     with pytest.raises(ValueError, match="^budget: the job's own holds"):
         adapt("flora", model_of("bert"), [], 4000, {"budget": 300})
     with pytest.raises(ValueError, match="nowhere"):
-        adapt("lora", model_of("bert"), [], 4000, {}, targets=["nowhere"])
+        adapt("lora", model_of("bert"), [], 4000, {}, target_modules=["nowhere"])
 
 
 LAYERS = {
@@ -249,7 +249,7 @@ def test_layers_are_left_out_that_a_method_would_get_wrong(way, layer, monkeypat
     options = {METHODS[way].size: 2}
     try:
         result, taken = adapt(way, copy.deepcopy(model), [], 1, options), True
-    except LeftOut:
+    except CannotAdapt:
         taken = False
         monkeypatch.setattr(common.Limits, "reason", lambda self, layer: None)
         try:

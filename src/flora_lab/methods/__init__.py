@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,108 +20,117 @@ import flora as library
 from flora.tuner.config import FloraConfig, check_rank
 from flora_lab.methods.adalora import adalora
 from flora_lab.methods.adapters import houlsby, pfeiffer
-from flora_lab.methods.common import Adapted, Asked, LeftOut, shortened, too_small, trainable, wrap
+from flora_lab.methods.common import (
+    AdaptedModel,
+    CannotAdapt,
+    Request,
+    head_parameters,
+    shortened,
+    too_small,
+    trainable,
+    wrap,
+)
 from flora_lab.methods.with_lycoris import locon
 from flora_lab.methods.with_peft import dora, loha, lokr, lora
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """``label``: for tables. ``size``: the option that fixes the adapter's size in place of a budget, None where it has
     none to choose."""
 
-    function: Callable[..., Adapted]
+    build: Callable[..., AdaptedModel]
     label: str
     size: str | None = None
 
-    @property
-    def sized(self) -> bool:
-        return self.size is not None
-
 
 def adapt(
-    way: str,
+    method: str,
     model: nn.Module,
     head: Sequence[str],
     budget: int,
     options: dict[str, Any],
     *,
-    targets: str | Sequence[str] = "all-weights",
+    target_modules: str | Sequence[str] = "all-weights",
     steps: int = 1000,
-) -> Adapted:
+) -> AdaptedModel:
     """``model`` (changed in place) set up for training in one of the `METHODS`.
 
     Args:
-        way: a key of `METHODS`.
+        method: a key of `METHODS`.
         head: names of the modules that are trained whole.
         budget: trainable parameters of the adapter, the head's not counted; unused where options fix the size.
-        options: fields of the method's own config; its ``size`` (`Way`) fixes the rank or the width.
-        targets: what is adapted, as FloraConfig's ``target_modules`` takes it.
+        options: fields of the method's own config; its ``size`` (`Method`) fixes the rank or the width.
+        target_modules: what to adapt, as FloraConfig takes it; the option of that name overrides it.
         steps: optimizer steps of the whole training (AdaLoRA's schedule).
 
     Raises:
-        LeftOut: the method can't run on this model, or not at this budget.
-        ValueError, TypeError: an unknown way, head or option, or a value that is not accepted.
+        CannotAdapt: the method can't run on this model, or not at this budget.
+        ValueError, TypeError: an unknown method, head or option, or a value that is not accepted.
     """
-    if way not in METHODS:
-        raise ValueError(f"method {way!r}: expected one of {', '.join(METHODS)}")
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     modules = dict(model.named_modules())
     for name in head:
         if name not in modules:
             raise ValueError(f"head {name!r}: the model has no such module")
-    size = METHODS[way].size
+    size = METHODS[method].size
     if size in options:
-        check_rank(size, options[size], many=way == "flora")
+        check_rank(size, options[size], many=method == "flora")
     elif size:
         check_rank("budget", budget, many=False)
-    return METHODS[way].function(Asked(model, list(head), budget, targets, steps), **options)
+    head_size = head_parameters(model, head)
+    adapted = METHODS[method].build(Request(model, list(head), budget, target_modules, steps), **options)
+    if adapted.parameters is None:
+        adapted = replace(adapted, parameters=trainable(adapted.model) - head_size)
+    return adapted
 
 
 # ------------------------------------------------------------------------------------------------- without a budget
 
 
-def full(asked: Asked) -> Adapted:
+def full(request: Request) -> AdaptedModel:
     """Every weight is trained: what the adapters are measured against."""
-    return Adapted(asked.model.requires_grad_(True))
+    return AdaptedModel(request.model.requires_grad_(True))
 
 
-def head_only(asked: Asked) -> Adapted:
+def head_only(request: Request) -> AdaptedModel:
     """A linear probe: how far the frozen features go by themselves."""
-    if not asked.head:
-        raise LeftOut("there is no head to train")
-    asked.train_head_only()
-    return Adapted(asked.model)
+    if not request.head:
+        raise CannotAdapt("there is no head to train")
+    request.train_head_only()
+    return AdaptedModel(request.model)
 
 
-def bitfit(asked: Asked) -> Adapted:
+def bitfit(request: Request) -> AdaptedModel:
     """Every bias (Zaken et al. 2021)."""
-    asked.train_head_only()
-    before = trainable(asked.model)
-    for name, parameter in asked.model.named_parameters():
+    request.train_head_only()
+    before = trainable(request.model)
+    for name, parameter in request.model.named_parameters():
         if name.endswith("bias"):
             parameter.requires_grad_(True)
-    if trainable(asked.model) == before:
-        raise LeftOut("the model has no bias but the head's")
-    return Adapted(asked.model)
+    if trainable(request.model) == before:
+        raise CannotAdapt("the model has no bias but the head's")
+    return AdaptedModel(request.model)
 
 
 # ------------------------------------------------------------------------------------------------- FLoRA
 
 
-def flora(asked: Asked, **options: Any) -> Adapted:
+def flora(request: Request, **options: Any) -> AdaptedModel:
     if "budget" in options:
         raise ValueError("budget: the job's own holds for every method; in its place r fixes the ranks")
-    fields = {"target_modules": asked.targets, **options}
+    fields = {"target_modules": request.target_modules, **options}
     if "r" not in options:
-        ones = FloraConfig(r=1, **{"kernel_rank": 1, **fields}, modules_to_save=asked.head or None)
-        if (least := library.plan(asked.model, ones).total) > asked.budget:
-            too_small("FLoRA of rank", least, asked.budget)
-        fields["budget"] = asked.budget
-    config = FloraConfig(**fields, modules_to_save=asked.head or None)
-    plan = library.plan(asked.model, config)
-    model = wrap(asked, asked.model, config)
+        ones = FloraConfig(r=1, **{"kernel_rank": 1, **fields}, modules_to_save=request.head or None)
+        if (least := library.plan(request.model, ones).total) > request.budget:
+            too_small("FLoRA of rank", least, request.budget)
+        fields["budget"] = request.budget
+    config = FloraConfig(**fields, modules_to_save=request.head or None)
+    plan = library.plan(request.model, config)
+    model = wrap(request, request.model, config)
     start = partial(_from_gradient, model) if config.init == "gradient" else None
-    return Adapted(model, [f"ranks {_ranks(plan)}"], start=start)
+    return AdaptedModel(model, [f"ranks {_ranks(plan)}"], start=start)
 
 
 @torch.no_grad()
@@ -140,17 +149,17 @@ def _ranks(plan: Any) -> str:
     return shortened([f"{ranks} ({count})" for ranks, count in counts.most_common()])
 
 
-METHODS: dict[str, Way] = {
-    "full": Way(full, "full fine-tuning"),
-    "head": Way(head_only, "head only"),
-    "bitfit": Way(bitfit, "BitFit"),
-    "houlsby": Way(houlsby, "Houlsby adapter", "width"),
-    "pfeiffer": Way(pfeiffer, "Pfeiffer adapter", "width"),
-    "lora": Way(lora, "LoRA", "r"),
-    "dora": Way(dora, "DoRA", "r"),
-    "adalora": Way(adalora, "AdaLoRA", "target_r"),
-    "loha": Way(loha, "LoHa", "r"),
-    "lokr": Way(lokr, "LoKr", "r"),
-    "locon": Way(locon, "LoCon, Tucker", "lora_dim"),
-    "flora": Way(flora, "FLoRA", "r"),
+METHODS: dict[str, Method] = {
+    "full": Method(full, "full fine-tuning"),
+    "head": Method(head_only, "head only"),
+    "bitfit": Method(bitfit, "BitFit"),
+    "houlsby": Method(houlsby, "Houlsby adapter", "width"),
+    "pfeiffer": Method(pfeiffer, "Pfeiffer adapter", "width"),
+    "lora": Method(lora, "LoRA", "r"),
+    "dora": Method(dora, "DoRA", "r"),
+    "adalora": Method(adalora, "AdaLoRA", "target_r"),
+    "loha": Method(loha, "LoHa", "r"),
+    "lokr": Method(lokr, "LoKr", "r"),
+    "locon": Method(locon, "LoCon, Tucker", "lora_dim"),
+    "flora": Method(flora, "FLoRA", "r"),
 }

@@ -16,7 +16,18 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from flora.files import replace_file
-from flora_lab.methods.common import Adapted, Asked, LeftOut, Limits, count, fitting, full_rank, said, where, wrap
+from flora_lab.methods.common import (
+    AdaptedModel,
+    CannotAdapt,
+    Limits,
+    Request,
+    count,
+    fitting,
+    full_rank,
+    said,
+    where,
+    wrap,
+)
 
 LIMITS = Limits((nn.Linear, Conv1D, nn.Conv2d), ("groups", "padding_mode"))
 STATE = "adalora.safetensors"
@@ -24,32 +35,32 @@ STATISTICS = ("exp_avg_ipt", "exp_avg_unc")
 
 
 def adalora(
-    asked: Asked, target_modules: Any = None, target_r: int | None = None, init_r: int | None = None, **options: Any
-) -> Adapted:
+    request: Request, target_modules: Any = None, target_r: int | None = None, init_r: int | None = None, **options: Any
+) -> AdaptedModel:
     """The budget is for the ranks at the end; it starts with half as much again."""
     if "r" in options:
         raise ValueError("r: AdaLoRA has target_r in its place")
-    if asked.steps < 2:
-        raise LeftOut(f"AdaLoRA needs two steps at least, the training has {asked.steps}")
-    layers, notes = asked.layers(LIMITS, target_modules)
+    if request.steps < 2:
+        raise CannotAdapt(f"AdaLoRA needs two steps at least, the training has {request.steps}")
+    layers, notes = request.layers(LIMITS, target_modules)
     transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
 
     def config(target: int, first: int) -> peft.AdaLoraConfig:
-        fields = {"lora_alpha": 2 * first, "fan_in_fan_out": transposed, **schedule(asked.steps)}
-        return peft.AdaLoraConfig(target_r=target, init_r=first, **fields | options, **where(asked, layers))
+        fields = {"lora_alpha": 2 * first, "fan_in_fan_out": transposed, **schedule(request.steps)}
+        return peft.AdaLoraConfig(target_r=target, init_r=first, **fields | options, **where(request, layers))
 
     def parameters(rank: int) -> int:
-        return count(asked, config(rank, rank))
+        return count(request, config(rank, rank))
 
     most = full_rank(layers.values())
-    target = target_r or fitting(parameters, asked.budget, "AdaLoRA of rank", most)
+    target = target_r or fitting(parameters, request.budget, "AdaLoRA of rank", most)
     size = parameters(target)
     first = init_r or -(-3 * target // 2)
     if first <= target:
         raise ValueError(f"init_r={first}: expected more than target_r={target}, which it is cut to")
-    model = wrap(asked, asked.model, config(target, first), RegularisedModel)
+    model = wrap(request, request.model, config(target, first), RegularisedModel)
     notes = [f"rank {first}, cut to {said(target, most)} on average, on {len(layers)} layers", *notes]
-    return Adapted(model, notes, [Allocation(notes)], parameters=size)
+    return AdaptedModel(model, notes, [Allocation(notes)], parameters=size)
 
 
 def schedule(steps: int) -> dict[str, int]:

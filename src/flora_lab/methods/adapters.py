@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from flora_lab.methods.common import Adapted, Asked, LeftOut, fitting, said
+from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request, fitting, said
 
 # In a block: the layer that ends the attention, the one that ends the feed-forward network, the LayerNorm behind it
 BLOCKS = (
@@ -32,29 +32,29 @@ HOULSBY, PFEIFFER = "houlsby", "pfeiffer"
 FIRST_STD = 0.01  # Houlsby et al., section 2.1: Gaussian, cut at two standard deviations
 
 
-def houlsby(asked: Asked, width: int | None = None, activation: str = "gelu") -> Adapted:
-    return _with_adapters(asked, HOULSBY, width, activation)
+def houlsby(request: Request, width: int | None = None, activation: str = "gelu") -> AdaptedModel:
+    return _with_adapters(request, HOULSBY, width, activation)
 
 
-def pfeiffer(asked: Asked, width: int | None = None, activation: str = "relu") -> Adapted:
-    return _with_adapters(asked, PFEIFFER, width, activation)
+def pfeiffer(request: Request, width: int | None = None, activation: str = "relu") -> AdaptedModel:
+    return _with_adapters(request, PFEIFFER, width, activation)
 
 
-def _with_adapters(asked: Asked, kind: str, width: int | None, activation: str) -> Adapted:
+def _with_adapters(request: Request, kind: str, width: int | None, activation: str) -> AdaptedModel:
     """Bottleneck adapters, as wide as the budget says."""
-    names = places(asked.model, kind)
+    names = places(request.model, kind)
     if not names:
-        raise LeftOut("there are no transformer blocks of a known kind to put adapters in")
-    sizes = [size_at(asked.model, name) for name in names]
+        raise CannotAdapt("there are no transformer blocks of a known kind to put adapters in")
+    sizes = [size_at(request.model, name) for name in names]
     if width is None:
 
         def count(width: int) -> int:
             return sum((2 * size + 1) * width + size for size in sizes)
 
-        width = fitting(count, asked.budget, "an adapter of width", max(sizes))
-    asked.train_head_only()
-    insert(asked.model, names, width, activation)
-    return Adapted(asked.model, [f"width {said(width, max(sizes))} in {len(names)} places"])
+        width = fitting(count, request.budget, "an adapter of width", max(sizes))
+    request.train_head_only()
+    insert(request.model, names, width, activation)
+    return AdaptedModel(request.model, [f"width {said(width, max(sizes))} in {len(names)} places"])
 
 
 class Bottleneck(nn.Module):

@@ -23,7 +23,7 @@ ABOVE = 1.25  # times the budget
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedModel:
     """``model``: to train; its forward takes the base model's keywords. ``notes``: for the reader, the rank and what
     was left out, and why. ``callbacks``: what the method needs while it is trained. ``start``: to be called before with
     a few training batches on the model's device, if not None. ``parameters``: of the adapter, where counting what is
@@ -37,7 +37,7 @@ class Adapted:
     parameters: int | None = None
 
 
-class LeftOut(ValueError):
+class CannotAdapt(ValueError):
     """The method can't run on this model, or not at this budget; the message says why."""
 
 
@@ -64,13 +64,13 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """The arguments of `adapt`."""
 
     model: nn.Module
     head: list[str]
     budget: int
-    targets: str | Sequence[str]
+    target_modules: str | Sequence[str]
     steps: int
 
     def train_head_only(self) -> None:
@@ -79,8 +79,8 @@ class Asked:
             self.model.get_submodule(name).requires_grad_(True)
 
     def layers(self, limits: Limits, targets: str | Sequence[str] | None) -> tuple[dict[str, nn.Module], list[str]]:
-        """The targeted layers that a method can adapt, by name, and notes on the others. Raises LeftOut."""
-        config = FloraConfig(target_modules=targets or self.targets, modules_to_save=self.head)
+        """The targeted layers that a method can adapt, by name, and notes on the others. Raises CannotAdapt."""
+        config = FloraConfig(target_modules=targets or self.target_modules, modules_to_save=self.head)
         found = {target.module: target.layer for target in find_targets(self.model, config)}
         if not found:
             raise ValueError(f"target_modules={config.target_modules!r}: no layer of the model matches")
@@ -92,7 +92,7 @@ class Asked:
             else:
                 taken[name] = layer
         if not taken:
-            raise LeftOut(f"it can adapt none of the {len(found)} layers: {', '.join(reasons)}")
+            raise CannotAdapt(f"it can adapt none of the {len(found)} layers: {', '.join(reasons)}")
         return taken, [f"left out, {reason}: {shortened(names)}" for reason, names in reasons.items()]
 
 
@@ -119,22 +119,24 @@ def on_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def where(asked: Asked, layers: Iterable[str]) -> dict[str, Any]:
+def where(request: Request, layers: Iterable[str]) -> dict[str, Any]:
     """The fields of a PEFT config that name exactly these layers, and the head."""
-    return {"target_modules": "|".join(map(re.escape, layers)), "modules_to_save": asked.head or None}
+    return {"target_modules": "|".join(map(re.escape, layers)), "modules_to_save": request.head or None}
 
 
-def count(asked: Asked, config: peft.PeftConfig) -> int:
+def count(request: Request, config: peft.PeftConfig) -> int:
     """Trainable parameters of the adapter, the head's aside."""
     with torch.device("meta"):
-        return trainable(wrap(asked, copied(asked.model, on_meta), config)) - head_parameters(asked.model, asked.head)
+        return trainable(wrap(request, copied(request.model, on_meta), config)) - head_parameters(
+            request.model, request.head
+        )
 
 
 def wrap(
-    asked: Asked, model: nn.Module, config: peft.PeftConfig, kind: type[peft.PeftModel] = peft.PeftModel
+    request: Request, model: nn.Module, config: peft.PeftConfig, kind: type[peft.PeftModel] = peft.PeftModel
 ) -> peft.PeftModel:
-    heads = tuple(asked.head)
-    for name, _ in asked.model.named_modules():
+    heads = tuple(request.head)
+    for name, _ in request.model.named_modules():
         if heads and name.endswith(heads) and name not in heads:
             raise ValueError(
                 f"head {', '.join(heads)}: PEFT would train {name!r} too, which ends alike; make it a part of the head"
@@ -150,7 +152,7 @@ def full_rank(layers: Iterable[nn.Module], modes: Sequence[int] = (0,)) -> int:
 
 def fitting(count: Callable[[int], int], budget: int, what: str, most: int) -> int:
     """The rank, up to ``most``, whose ``count`` is nearest to the budget, the lower of two. Ranks are coarse: one that
-    lies above is taken up to a quarter above. Raises LeftOut where the least lies higher."""
+    lies above is taken up to a quarter above. Raises CannotAdapt where the least lies higher."""
     count = cache(count)
     below = highest_rank(count, budget, most)
     above = count(below + 1) if below < most else math.inf
@@ -160,7 +162,7 @@ def fitting(count: Callable[[int], int], budget: int, what: str, most: int) -> i
 
 
 def too_small(what: str, least: int, budget: int) -> NoReturn:
-    raise LeftOut(f"{what} 1 has {least:,} parameters, above the budget of {budget:,}")
+    raise CannotAdapt(f"{what} 1 has {least:,} parameters, above the budget of {budget:,}")
 
 
 def highest_rank(count: Callable[[int], int], budget: int, most: int) -> int:

@@ -27,8 +27,7 @@ from transformers import set_seed
 
 from flora.files import replace_file
 from flora_lab.analysis.measure import Norms, spectra
-from flora_lab.methods import METHODS, adapt
-from flora_lab.methods.common import Adapted, LeftOut, head_parameters, trainable
+from flora_lab.methods import METHODS, AdaptedModel, CannotAdapt, adapt, head_parameters
 from flora_lab.run.train import arguments, fit, load_statistics, statistics, steps
 from flora_lab.settings import Config, ConfigError, Training, one_line
 from flora_lab.tasks import Examples, Task
@@ -87,17 +86,17 @@ def _reason(config: Config, name: str, budget: int | None, steps: int) -> str | 
     model = config.task.build()
     try:
         _adapt(config, name, budget, model, steps)
-    except LeftOut as error:
+    except CannotAdapt as error:
         return str(error)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"methods.{name}: {one_line(error)}") from error
     return None
 
 
-def _adapt(config: Config, name: str, budget: int | None, model: nn.Module, steps: int) -> Adapted:
-    targets = config.target_modules or config.task.targets
-    options = dict(config.methods[name].options)
-    return adapt(config.way(name), model, config.task.head(model), budget or 0, options, targets=targets, steps=steps)
+def _adapt(config: Config, name: str, budget: int | None, model: nn.Module, steps: int) -> AdaptedModel:
+    target_modules = config.target_modules or config.task.targets
+    options, head = dict(config.methods[name].options), config.task.head(model)
+    return adapt(config.way(name), model, head, budget or 0, options, target_modules=target_modules, steps=steps)
 
 
 def _try(task: Task, examples: Examples, keys: Training) -> None:
@@ -179,7 +178,6 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         bar,
     )
     memory = _peak_memory()
-    found = trainable(adapted.model) - head if adapted.parameters is None else adapted.parameters
     logged = f"eval_{task.metric}"
     row = {
         **subject(config, trial.method, trial.budget),
@@ -187,7 +185,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         "learning_rate": trial.learning_rate,
         "validation": _numbers(fitted.trainer.evaluate(data["validation"], metric_key_prefix="validation")),
         "test": _numbers(fitted.trainer.evaluate(data["test"], metric_key_prefix="test")),
-        "adapter_parameters": found,
+        "adapter_parameters": adapted.parameters,
         "head_parameters": head,
         "model_parameters": size,
         "epochs": keys.epochs,
