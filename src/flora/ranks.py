@@ -1,6 +1,6 @@
-"""From what the user asks (a rank, one a mode, a budget) to ranks and parameter counts. Integers only.
+"""From what the user asks (a rank, one per mode, a budget) to ranks and parameter counts. Integers only.
 
-A weight is described by its ``shape`` (I_1, …, I_N) and its ``roles``, one a mode: "out", "in", "kernel" or "other".
+A weight is described by its ``shape`` (I_1, …, I_N) and its ``roles``, one per mode: "out", "in", "kernel" or "other".
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flora.files import WEIGHTS, from_hub, open_tensors
-from flora.layers.kinds import Site
+from flora.layers.sites import Site
 from flora.ranks import parameter_count
 from flora.tuner.config import FloraConfig
 
@@ -77,8 +77,8 @@ class Adapter:
                 "load the adapter onto its model with this version of flora and save it again"
             )
         try:
-            sites = [Site(**{"module": name, **facts}) for name, facts in config.weights.items()]
-        except (AttributeError, TypeError) as error:
+            sites = [Site.from_dict(name, facts) for name, facts in config.weights.items()]
+        except (AttributeError, TypeError, ValueError) as error:
             path = folder / "adapter_config.json"
             raise ValueError(f"{path}: 'weights' is not as flora writes it: {error}") from None
         if config.saved_shapes is None:

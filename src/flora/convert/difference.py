@@ -15,8 +15,10 @@ from flora.convert.checkpoint import Checkpoint
 from flora.convert.slots import Side, Slot, parts, slots_of
 from flora.convert.truncate import Front, front
 from flora.layers import kinds
+from flora.layers.kinds import RAW, Kind
+from flora.layers.weights import full_name
 from flora.tuner.config import FloraConfig
-from flora.tuner.planning import Row, make_plan
+from flora.tuner.planning import PlannedWeight, make_plan
 from flora.tuner.targets import canonical_module
 
 
@@ -28,7 +30,7 @@ class Place:
     name: str
     target: str
     raw: bool
-    kind: str
+    kind: Kind
     roles: tuple[str, ...]
 
 
@@ -126,12 +128,12 @@ class Pair:
             kind, _, roles = kinds.describe(self.modules[layer], weight)
         except ValueError:
             return None
-        raw = kind is None or len(kind.weights) > 1  # such a layer's name would target all of its weights
+        raw = kind is RAW or len(kind.weights) > 1  # such a layer's name would target all of its weights
         return Place(
-            name=kinds.full_name(layer, weight),
+            name=full_name(layer, weight),
             target=slot.name if raw else layer,
             raw=raw,
-            kind="parameter" if kind is None else kind.name,
+            kind=kind,
             roles=roles,
         )
 
@@ -192,7 +194,7 @@ class Pair:
 
     def plan(
         self, places: Sequence[Place], vectors: Sequence[Slot], saved: Sequence[str]
-    ) -> tuple[FloraConfig, list[Row]]:
+    ) -> tuple[FloraConfig, list[PlannedWeight]]:
         """The config that adapts these weights, and what it makes of the model: now and then more raw parameters, whose
         names end in the same way as others'."""
         modules = [place.target for place in places if not place.raw]

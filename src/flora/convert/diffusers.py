@@ -13,7 +13,7 @@ from flora.convert.adapter import Adapter
 from flora.convert.lora import lora_of, obstacle
 from flora.convert.products import Product, refuse
 from flora.files import new_folder
-from flora.layers.kinds import Site
+from flora.layers.sites import Site
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # in the file's header: the arguments of LoraConfig, part by part
@@ -83,8 +83,8 @@ def _part(source: Adapter, part: str, progress: bool) -> tuple[dict[str, Tensor]
 
 
 def _obstacle(site: Site) -> str | None:
-    if site.kind not in ("Linear", "Conv"):
-        return f"diffusers knows LoRA of linear layers and convolutions, not of {site.kind}"
+    if site.kind.locon_form is None:  # the same layers
+        return f"diffusers knows LoRA of linear layers and convolutions, not of {site.kind.name}"
     return obstacle(site, ())
 
 

@@ -23,7 +23,8 @@ from flora.convert.report import Report, Rest, Row
 from flora.convert.slots import Slot
 from flora.convert.truncate import Front, front, lora_energy, spend
 from flora.files import new_folder
-from flora.layers.kinds import KINDS, Site, output_mode
+from flora.layers.kinds import output_mode
+from flora.layers.sites import Site
 from flora.models import empty_model
 from flora.ranks import Ranks, Weight, given_ranks, useful
 from flora.tuner.config import check_budget, check_rank, is_number
@@ -63,7 +64,7 @@ def extract(
         budget: parameters of all core spaces together (int), or their share of the model's (float): the ranks that keep
             the most. A weight that is not worth its parameters gets none.
         energy: in (0, 1], the share of ‖D‖² to keep of each weight's difference D, by the cheapest ranks.
-        rank: as ``FloraConfig.r``: one for every mode but the kernel's, or one a mode.
+        rank: as ``FloraConfig.r``: one for every mode but the kernel's, or one per mode.
         keep_rest: False leaves out what no core space can hold; the report says how much of the difference that is.
 
     Raises:
@@ -80,7 +81,7 @@ def extract(
         if not dense:
             others = f"only {len(rest)} others, such as {rest[0].slot.name!r}" if rest else "they are the same"
             raise ValueError(f"{base} and {tuned}: no weight of two or more modes differs, {others}")
-        parts = [Part(c.place.name, c.place.kind, c.slot.shape, c.place.roles, c.front) for c in dense]
+        parts = [Part(c.place.name, c.place.kind.name, c.slot.shape, c.place.roles, c.front) for c in dense]
         ranks = size.ranks(parts, count_base_parameters(pair.model))
         wanted = {change.slot: own for change, own in zip(dense, ranks, strict=True) if own}
         saved, vectors, left = pair.rest(wanted, rest) if keep_rest else ([], [], rest)
@@ -157,9 +158,9 @@ def compress(
         spaces = [tucker.orthonormal(*update.exact()) for update in updates]
         parts = []
         for update, (core, _) in zip(updates, bar(spaces, len(spaces), "spectra", progress), strict=True):
-            kind = next((kind for kind in KINDS if kind.name == update.site.kind), None)
-            roles = ("other",) * core.ndim if kind is None else kind.roles_of(update.shape)
-            parts.append(Part(update.site.name, update.site.kind, update.shape, roles, front(core, update.shape)))
+            kind = update.site.kind
+            roles = kind.roles_of(update.shape)
+            parts.append(Part(update.site.name, kind.name, update.shape, roles, front(core, update.shape)))
         ranks = size.ranks(parts, sum(update.parameters for update in updates), each=True)
         rounded, errors = [], {}
         steps = zip(updates, spaces, ranks, strict=True)

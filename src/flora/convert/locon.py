@@ -33,7 +33,7 @@ from flora.convert.products import cut, from_product, outside_obstacle, product,
 from flora.convert.sgm import sgm_names
 from flora.files import new_folder, open_tensors, replace_file
 from flora.layers import kinds
-from flora.layers.kinds import Site
+from flora.layers.sites import Site
 from flora.tuner.config import FloraConfig
 
 UP, MID, DOWN, ALPHA = "lora_up.weight", "lora_mid.weight", "lora_down.weight", "alpha"
@@ -43,8 +43,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def obstacle(site: Site) -> str | None:
     """Why LoCon has no form for this weight's update that loads and is exact; None if it has one."""
-    if site.kind not in ("Linear", "Conv"):
-        return f"LoCon has no form for {site.kind}"
+    if site.kind.locon_form is None:
+        return f"LoCon has no form for {site.kind.name}"
     # LyCORIS runs it beside the layer, with the layer's stride, padding, dilation and groups, unless it is merged
     padded = site.padding_mode != "zeros"
     return outside_obstacle(site) or (f"LyCORIS ignores padding_mode={site.padding_mode!r}" if padded else None)

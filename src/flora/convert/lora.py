@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,8 +15,10 @@ from flora.convert.checkpoint import Checkpoint
 from flora.convert.merge import merged_weight
 from flora.convert.products import Product, from_product, from_stack, outside_obstacle, padded, product, refuse
 from flora.files import WEIGHTS, new_folder, open_tensors
-from flora.layers.kinds import Site
+from flora.layers.kinds import CONV, EMBEDDING, LINEAR, LINEAR_TRANSPOSED, RAW
+from flora.layers.sites import Site
 from flora.tuner.config import FloraConfig
+from flora.tuner.peft_compat import get_pattern_key
 
 CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
@@ -26,13 +27,13 @@ CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
 def obstacle(site: Site, shape: Sequence[int], others: Iterable[Site] = ()) -> str | None:
     """Why PEFT's LoRA has no form for this weight's update that loads and is exact; None if it has one."""
-    if site.kind == "parameter":
+    if site.kind is RAW:
         if len(shape) not in (2, 3):
             return f"a raw parameter of {len(shape)} modes, where LoRA knows 2 and 3"
-        mixed = any(f"{other.module}.".startswith(f"{site.module}.") and other.kind != "parameter" for other in others)
+        mixed = any(f"{other.module}.".startswith(f"{site.module}.") and other.kind is not RAW for other in others)
         return "a raw parameter of a layer that is adapted, too, or has adapted layers in it" if mixed else None
-    if site.kind not in ("Linear", "Conv1D", "Conv", "Embedding"):
-        return f"LoRA has no form for {site.kind}"
+    if site.kind.lora_form is None:
+        return f"LoRA has no form for {site.kind.name}"
     if outside := outside_obstacle(site):
         return outside
     if site.groups > 1:
@@ -125,9 +126,9 @@ def lora_of(
     pattern = {f"^{site.name}": own for site, own in ranks.items() if own != rank} if ragged else {}
     if not ragged:
         pairs = {site: padded(pair, rank) for site, pair in pairs.items()}
-    layers = [site for site in pairs if site.kind != "parameter"]
+    layers = [site for site in pairs if site.kind is not RAW]
     # in the order of PEFT's own wrapping, for import_lora
-    raw = sorted((site for site in pairs if site.kind == "parameter"), key=lambda site: site.depth)
+    raw = sorted((site for site in pairs if site.kind is RAW), key=lambda site: site.depth)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -137,7 +138,7 @@ def lora_of(
         target_parameters=[f"{site.module}.{site.parameter}" for site in raw] or None,
         bias=source.config.bias.replace("flora_only", "lora_only"),
         trainable_token_indices=source.config.trainable_token_indices,
-        fan_in_fan_out=bool(layers) and not raw and all(site.kind == "Conv1D" for site in layers),
+        fan_in_fan_out=bool(layers) and not raw and all(site.kind is LINEAR_TRANSPOSED for site in layers),
         modules_to_save=[*(source.config.modules_to_save or ()), *_modules(others)] or None,
         inference_mode=True,
         **{name: getattr(source.config, name) for name in CARRIED},
@@ -158,13 +159,13 @@ def _named(site: Site, pair: Product, sites: Iterable[Site]) -> list[tuple[str, 
     """PEFT's names and layouts of a product's two tensors."""
     left, right = pair
     stem, names = f"{PREFIX}{site.module}", ("lora_A.weight", "lora_B.weight")
-    if site.kind == "Embedding":
+    if site.kind.lora_form == "embedding":
         names = ("lora_embedding_A", "lora_embedding_B")
-    elif site.kind == "parameter":  # PEFT wraps them in the module's order, which makes the last one the outermost
+    elif site.kind is RAW:  # PEFT wraps them in the module's order, which makes the last one the outermost
         stem += ".base_layer" * (sum(other.module == site.module for other in sites) - 1 - site.depth)
     if left.ndim == 3:  # of a stack: experts slowest in A, fastest in B
         left, right = left.flatten(1), right.transpose(0, 1).flatten(0, 1)
-    elif site.kind == "Conv":
+    elif site.kind.lora_form == "conv":
         left = left.view(*left.shape, *[1] * (right.ndim - 2))
     return [(f"{stem}.{name}", tensor.contiguous()) for name, tensor in zip(names, (right, left), strict=True)]
 
@@ -225,10 +226,10 @@ def _update(key: str, b: Tensor, a: Tensor, config: LoraConfig, is_transposed: b
     if raw:  # PEFT's last one is the outermost
         parameter = raw[len(raw) - 1 - len(inner)].rpartition(".")[2]
         path = module + ".base_layer" * (len(raw) - 1 - len(inner))
-        site = Site("parameter", module, parameter, path, is_transposed=is_transposed)
+        site = Site(RAW, module, parameter, path, is_transposed=is_transposed)
     else:
-        linear = "Conv1D" if config.fan_in_fan_out else "Linear"
-        site = Site("Embedding" if "embedding" in key else linear if a.ndim == 2 else "Conv", module)
+        linear = LINEAR_TRANSPOSED if config.fan_in_fan_out else LINEAR
+        site = Site(EMBEDDING if "embedding" in key else linear if a.ndim == 2 else CONV, module)
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, site.name), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, site.name), config.lora_alpha)
     scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
@@ -237,7 +238,7 @@ def _update(key: str, b: Tensor, a: Tensor, config: LoraConfig, is_transposed: b
     if a.shape[0] != rank:
         core, factors = from_stack(a, b, rank, is_transposed)
     else:
-        core, factors = from_product(b.flatten(1), a, transposed=site.kind in ("Conv1D", "Embedding"))
+        core, factors = from_product(b.flatten(1), a, transposed=site.kind.input_first)
     return Update(site, core, tuple(factors), scale)
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from flora.convert.adapter import PREFIX, Update, bar, summary, write_adapter
 from flora.convert.checkpoint import Checkpoint
 from flora.files import new_folder
-from flora.layers.kinds import Site
+from flora.layers.kinds import CONV, LINEAR
+from flora.layers.sites import Site
 from flora.tuner.config import FloraConfig
 
 CORE = ".flora_layer.param_G"
-KINDS = {2: "Linear", 4: "Conv", 5: "Conv"}
+KINDS = {2: LINEAR, 4: CONV, 5: CONV}
 
 
 def import_official(

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flora import tucker
 from flora.convert.adapter import Adapter, Update
-from flora.layers.kinds import Site, output_mode
+from flora.layers.kinds import RAW, output_mode
+from flora.layers.sites import Site
 
 Product = tuple[Tensor, Tensor]
 
@@ -26,10 +27,10 @@ Product = tuple[Tensor, Tensor]
 def product(update: Update) -> Product:
     """(B, A): (out, q) and (q, in, k …), the scale in B; of a stack (out, q, e) and (q, e, in)."""
     core, factors = update.exact()
-    if update.site.kind == "parameter" and core.ndim == 3:
+    if update.site.kind is RAW and core.ndim == 3:
         left, right = _stack_product(core, factors, update.site.is_transposed)
     else:
-        mode = 0 if update.site.kind == "parameter" else output_mode(update.site.roles)
+        mode = 0 if update.site.kind is RAW else output_mode(update.site.kind.roles)
         left, right = tucker.as_product(core, factors, mode)
     return left.to(update.dtype), right.to(update.dtype)
 

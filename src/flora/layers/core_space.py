@@ -81,7 +81,7 @@ class CoreSpace(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """``factors[n]`` of shape (I_n, r_n), one a mode."""
+        """``factors[n]`` of shape (I_n, r_n), one per mode."""
         # not get_parameter: FSDP1 puts plain views of its flat parameter in their place
         return tuple(getattr(self, f"factor_{n}") for n in range(len(self.shape)))
 

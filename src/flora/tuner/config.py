@@ -1,4 +1,4 @@
-"""``FloraConfig``: what the user asks for. Its fields are also the keys of a job's YAML and of ``flora plan``."""
+"""``FloraConfig``: the user's settings. Its fields are also the keys of a job's YAML and of ``flora plan``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft.config import PeftConfig
+from peft import PeftConfig
 
 from flora.files import replace_file, saved_shapes
 from flora.layers.core_space import STARTS
@@ -24,7 +24,7 @@ BIASES = ("none", "all", "flora_only")
 
 @dataclass
 class FloraConfig(PeftConfig):
-    """Configuration of a FLoRA adapter (paper section 4; defaults from DESIGN.md section 7's measurements).
+    """Configuration of a FLoRA adapter (paper section 4).
 
     Exactly one of ``r`` and ``budget`` says how large the adapter is; with neither, ``r`` is 8.
 
@@ -34,7 +34,7 @@ class FloraConfig(PeftConfig):
 
     r: int | list[int] | None = field(
         default=None,
-        metadata={"help": "Rank of every mode but the kernel's, or one rank a mode. Never above the mode's size."},
+        metadata={"help": "Rank of every mode but the kernel's, or one rank per mode. Never above the mode's size."},
     )
     kernel_rank: int | None = field(
         default=None,
@@ -61,7 +61,7 @@ class FloraConfig(PeftConfig):
         default=None, metadata={"help": "Names of raw parameters to adapt, of 1 to 6 modes (stacked experts, say)."}
     )
     rank_pattern: dict[str, Any] | None = field(
-        default_factory=dict, metadata={"help": "Layer name or regex -> rank, or one rank a mode."}
+        default_factory=dict, metadata={"help": "Layer name or regex -> rank, or one rank per mode."}
     )
     scale: float | str = field(
         default="auto",
@@ -110,11 +110,10 @@ class FloraConfig(PeftConfig):
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Written by flora."})
 
-    # Not fields, so that a config that serves for a second model, or is the pattern of another, starts without them.
-    # PEFT needs the config to stay the object that the user gave, so it can't be copied to keep them out of it.
-    saved_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None  # what the file holds, to be held against the plan
-    solved_ranks: ClassVar[dict[str, list[int]] | None] = None  # what the budget came to, to be saved as ``ranks``
-    sites: ClassVar[dict[str, dict[str, Any]] | None] = None  # where it acts, to be saved as ``weights``
+    # Not fields, so that a config used for a second model, or as the pattern of another, starts without them. A copy
+    # could not hold them either: PEFT keeps the object that the user gave.
+    saved_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None  # of the file's tensors, by name
+    plan: ClassVar[Any] = None  # the ``planning.Plan`` of the model that it was last used for
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,8 +154,11 @@ class FloraConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def to_dict(self) -> dict[str, Any]:
-        found = {"ranks": self.solved_ranks, "weights": self.sites}
-        fields = super().to_dict() | {key: value for key, value in found.items() if value}
+        fields = super().to_dict()
+        if self.plan is not None:
+            fields["weights"] = {weight.name: weight.site.to_dict() for weight in self.plan.rows}
+            if self.budget is not None:
+                fields["ranks"] = {weight.name: list(weight.ranks) for weight in self.plan.rows}
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -172,8 +174,8 @@ class FloraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        # A weights file that is broken, or of another base model, must show before any layer is wrapped. This is the
-        # one moment at which PEFT gives a tuner the path of what it is about to load.
+        # A file that is broken, or of another base model, must be refused before any layer is wrapped. Only here does
+        # PEFT tell a tuner the path that it will load.
         shapes = saved_shapes(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if not kwargs.get("ignore_mismatched_sizes"):
@@ -231,7 +233,7 @@ def check_rank(name: str, value: Any, none: bool = False, many: bool = True) -> 
         return
     if many and isinstance(value, Sequence) and not isinstance(value, str) and value and all(map(is_rank, value)):
         return
-    accepted = "a whole number from 1" + (", or a list of one a mode" if many else "")
+    accepted = "a whole number from 1" + (", or a list of one per mode" if many else "")
     raise ValueError(f"{name} must be {accepted}, got {value!r}")
 
 

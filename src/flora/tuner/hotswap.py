@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 import torch
-from peft.config import PeftConfig
-from peft.utils.save_and_load import load_peft_weights
+from peft import PeftConfig
 from torch import nn
 
 from flora.tuner.layer import FloraLayer
+from flora.tuner.peft_compat import load_peft_weights
 
 
 @torch.no_grad()

@@ -1,25 +1,29 @@
-"""``FloraModel``: the PEFT tuner. It wraps what the plan says, and nothing before the plan has been made in full."""
+"""``FloraModel``: the PEFT tuner. It makes the whole plan first, and then wraps exactly the planned weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
-from peft.utils.integrations import init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from flora import tucker
-from flora.tuner.config import FloraConfig, check_rank
+from flora.tuner.adapted_weight import AdaptedWeight
+from flora.tuner.combine import check_combination, combined_config, fill, summed
+from flora.tuner.config import FloraConfig
 from flora.tuner.layer import FloraLayer
-from flora.tuner.peft_compat import PREFIX, SAVES_BIASES
-from flora.tuner.planning import Row, check_saved, make_plan, plan
+from flora.tuner.peft_compat import (
+    PREFIX,
+    SAVES_BIASES,
+    TARGET_MODULES,
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    get_submodules,
+    init_empty_weights,
+)
+from flora.tuner.planning import PlannedWeight, check_saved, make_plan, plan
 from flora.tuner.targets import SHORTHANDS, canonical_module, unwrapped
 
 
@@ -28,7 +32,7 @@ class FloraModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = FloraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TARGET_MODULES
 
     # ------------------------------------------------------------------------------------------------- injection
 
@@ -39,20 +43,16 @@ class FloraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Plan first: every error of the config against this model shows here, before any layer is touched."""
-        name = _name_of(peft_config, self.peft_config)
         if peft_config.bias != "none" and not SAVES_BIASES:
             raise ValueError(f"bias={peft_config.bias!r} needs PEFT 0.21 or later: this one would not save the biases")
         shorthand = peft_config.target_modules in SHORTHANDS
-        # for names that match nothing PEFT has its own words; it does not know what a shorthand leaves out
+        # PEFT has its own error for names that match nothing, but does not know our shorthands
         made = plan(model, peft_config) if shorthand else make_plan(model, peft_config)
         if peft_config.saved_shapes is not None:
             check_saved(made, peft_config.saved_shapes)
         if shorthand:
             peft_config.target_modules = {row.target for row in made.rows if not row.raw}
-        solved = peft_config.budget is not None
-        peft_config.solved_ranks = {row.name: list(row.ranks) for row in made.rows} if solved else None
-        peft_config.sites = {row.name: row.site.to_dict() for row in made.rows}
-        self.__dict__.setdefault("_plans", {})[name] = made
+        peft_config.plan = made
 
     def _create_and_replace(
         self,
@@ -66,23 +66,23 @@ class FloraModel(BaseTuner):
     ) -> None:
         key = canonical_module(self.model, current_key.removeprefix("_orig_mod."))
         # a layer that only a state_dict names is not in the plan
-        rows = self._plans[adapter_name].rows_of(key) or make_plan(self.model, peft_config, keys=[key]).rows
-        rows = [row for row in rows if not row.raw]  # those come by _inject_parameters
+        rows = peft_config.plan.rows_of(key) or make_plan(self.model, peft_config, keys=[key]).rows
+        rows = [row for row in rows if not row.raw]  # _inject_parameters wraps the raw ones
         if rows:
-            wrap(self.model, rows, adapter_name, peft_config)
+            wrap_module(self.model, rows, adapter_name, peft_config)
 
     def _inject_parameters(
         self, peft_config: FloraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        rows = [row for row in self._plans[adapter_name].rows if row.raw]
+        rows = [row for row in peft_config.plan.rows if row.raw]
         around = tuple(f"{row.module}." for row in rows)
         # of a second adapter: PEFT does not look for layers within what the first one has wrapped
-        within = [row for row in self._plans[adapter_name].rows if not row.raw and row.module.startswith(around)]
+        within = [row for row in peft_config.plan.rows if not row.raw and row.module.startswith(around)]
         for some in (within, rows):
             for module in dict.fromkeys(row.module for row in some):
                 mine = [row for row in some if row.module == module]
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    wrap(model, mine, adapter_name, peft_config)
+                    wrap_module(model, mine, adapter_name, peft_config)
         names = [row.target for row in rows]
         # PEFT 0.20 leaves the bookkeeping to this method; later ones do it with what is returned
         self.targeted_parameter_names.extend(n for n in names if n not in self.targeted_parameter_names)
@@ -93,10 +93,6 @@ class FloraModel(BaseTuner):
 
     # --------------------------------------------------------------------------------------------------- adapters
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._plans.pop(adapter_name, None)
-
     @torch.no_grad()
     def add_weighted_adapter(
         self,
@@ -106,71 +102,29 @@ class FloraModel(BaseTuner):
         combination_type: str = "linear",
         svd_rank: int | None = None,
     ) -> None:
-        """Add an adapter whose update is the weighted sum of others', by cores on the block diagonal.
+        """Add an adapter whose update is the weighted sum of others'.
 
-        "linear" and "cat" are the same sum here, which is exact: the ranks add up, and where they would pass a mode's
-        size they are cut to it without loss (``tucker.block_sum``). "svd" rounds that sum to the ranks of the first of
-        the adapters that a layer has, or to ``svd_rank`` in every mode but the kernel's: to the nearest of these ranks
-        for a matrix, by HOOI for more modes (``tucker.round_ranks``).
+        Args:
+            adapters, weights: names, and one weight per name.
+            adapter_name: of the new adapter.
+            combination_type: "linear" and "cat" are the same exact sum here: the ranks add up, and where they would
+                exceed a mode's size they are cut to it without loss (``tucker.block_sum``). "svd" rounds that sum to
+                smaller ranks: the nearest tensor for a matrix, HOOI for more modes (``tucker.round_ranks``).
+            svd_rank: with "svd", the rank of every mode but the kernel's. By default the ranks of the first of the
+                adapters that a layer has.
+
+        Raises:
+            ValueError: for arguments that do not fit this model. Nothing is changed then.
         """
-        if combination_type not in ("linear", "cat", "svd"):
-            raise ValueError(f"combination_type must be one of linear, cat, svd, got {combination_type!r}")
-        if svd_rank is not None and combination_type != "svd":
-            raise ValueError(f"svd_rank={svd_rank!r} is for combination_type='svd', got {combination_type!r}")
-        check_rank("svd_rank", svd_rank, none=True, many=False)
-        if len(adapters) != len(weights) or not adapters:
-            raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: one weight an adapter is needed")
-        if missing := sorted(set(adapters) - set(self.peft_config)):
-            raise ValueError(f"adapters {missing} do not exist; there are {sorted(self.peft_config)}")
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter {adapter_name!r} exists already; choose another name")
-        saved = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
-        if twice := [module for module in saved if len(set(adapters) & set(module.modules_to_save)) > 1]:
-            raise ValueError(
-                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-                f"{len(twice)} such instance(s)."
-            )
-        sums = {}
-        for layer in self._layers():
-            present = [
-                (name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.tucker_space
-            ]
-            if present:
-                scale, core, factors = _weighted_sum(layer, present)
-                if combination_type == "svd":
-                    core, factors = tucker.round_ranks(core, factors, _rounded_ranks(layer, present[0][0], svd_rank))
-                sums[layer.name] = scale, core, factors
-        rows = [row for name in adapters for row in self._plans[name].rows]
-        full = [module for name in adapters for module in self.peft_config[name].modules_to_save or ()]
-        config = replace(
-            self.peft_config[adapters[0]],
-            r=1,
-            budget=None,
-            rank_pattern={},
-            scale_pattern={},
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            target_modules={row.target for row in rows if not row.raw},
-            target_parameters={row.target for row in rows if row.raw} or None,
-            modules_to_save=list(dict.fromkeys(full)) or None,
-            ranks={name: list(core.shape) for name, (_, core, _) in sums.items()},
-        )
-        self.peft_config[adapter_name] = config
+        check_combination(self.model, self.peft_config, adapters, weights, adapter_name, combination_type, svd_rank)
+        sums = summed(self._layers(), adapters, weights, combination_type, svd_rank)
+        self.peft_config[adapter_name] = combined_config([self.peft_config[name] for name in adapters], sums)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        for layer in self._layers():
-            if adapter_name in layer.tucker_space:
-                scale, core, factors = sums[layer.name]
-                layer.tucker_space[adapter_name].assign(core, factors)
-                layer.tucker_space[adapter_name].scale.copy_(scale)
-        for module in self.model.modules():
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                for source in set(adapters) & set(module.modules_to_save):  # the one that has trained it, if any
-                    module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+        fill(self.model, adapter_name, adapters, sums)
 
     def _layers(self) -> Iterator[FloraLayer]:
         return (module for module in self.model.modules() if isinstance(module, FloraLayer))
@@ -236,66 +190,39 @@ class FloraModel(BaseTuner):
                 handle.remove()
 
 
-def _name_of(peft_config: FloraConfig, configs: dict[str, Any]) -> str:
-    """The adapter that is being added with this config: the latest one, where it served for others before."""
-    return next(name for name, config in reversed(configs.items()) if config is peft_config)
-
-
 def _pass_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -> tuple[tuple, dict]:
     kwargs["adapter_names"] = names
     return args, kwargs
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
-    """A hook that does nothing: nn.TransformerEncoderLayer's fast path reads weights past our forward, but not where a
-    hook is registered."""
+    """A hook that does nothing. nn.TransformerEncoderLayer's fast path reads weights without calling our forward, but
+    only while no hook is registered."""
 
 
-def wrap(model: nn.Module, rows: Sequence[Row], adapter_name: str, config: FloraConfig) -> None:
-    """Give the weights of one module an adapter: one FloraLayer a weight, the first weight's outermost."""
-    parent, layer, name = _get_submodules(model, rows[0].module)
-    wrapped: dict[str, FloraLayer] = {}
+def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name: str, config: FloraConfig) -> None:
+    """Give the weights of one module an adapter: one FloraLayer per weight, the first weight's outermost."""
+    parent, layer, name = get_submodules(model, weights[0].module)
+    wrapped: dict[str, AdaptedWeight] = {}
     inner = layer
     while hasattr(inner, "base_layer"):
-        if isinstance(inner, FloraLayer):
+        if isinstance(inner, AdaptedWeight):
             wrapped[inner.parameter_name] = inner
         inner = inner.base_layer
-    for row in reversed(rows):
-        if row.parameter not in wrapped:
-            layer = wrapped[row.parameter] = FloraLayer(layer, row.name, row.parameter, shared=row.shared)
+    for weight in reversed(weights):
+        if weight.parameter not in wrapped:
+            layer = wrapped[weight.parameter] = FloraLayer(layer, weight.site, weight.shape, weight.shared)
             layer.training = layer.base_layer.training
             if isinstance(parent, nn.TransformerEncoderLayer):
                 layer.register_forward_pre_hook(_no_fast_path)
-        if adapter_name not in wrapped[row.parameter].tucker_space:
-            wrapped[row.parameter].update_layer(
+        if adapter_name not in wrapped[weight.parameter].tucker_space:
+            wrapped[weight.parameter].update_layer(
                 adapter_name,
-                row.ranks,
-                scale=row.scale,
+                weight.ranks,
+                scale=weight.scale,
                 init=config.init if config.init_weights else "random",
                 dropout=config.dropout,
-                execution=config.execution,
+                execution=weight.execution,
                 inference_mode=config.inference_mode,
             )
     setattr(unwrapped(parent), name, layer)
-
-
-def _weighted_sum(layer: FloraLayer, present: Sequence[tuple[str, float]]):
-    """(scale, core, factors) of the weighted sum of a layer's updates, under the first one's scale."""
-    spaces = [layer.tucker_space[name] for name, _ in present]
-    scale = spaces[0].scale.clone()
-    weights = [
-        weight * layer.tucker_scaling[name] * (space.scale / scale).item()
-        for (name, weight), space in zip(present, spaces, strict=True)
-    ]
-    wide = torch.promote_types(spaces[0].core.dtype, torch.float32)
-    core, factors = tucker.block_sum([(s.core.to(wide), [f.to(wide) for f in s.factors]) for s in spaces], weights)
-    return scale, core, factors
-
-
-def _rounded_ranks(layer: FloraLayer, adapter: str, svd_rank: int | None) -> list[int]:
-    """The adapter's ranks, ``svd_rank`` in their place for every mode but the kernel's."""
-    ranks = layer.tucker_space[adapter].ranks
-    return [
-        rank if svd_rank is None or role == "kernel" else svd_rank
-        for rank, role in zip(ranks, layer.roles, strict=True)
-    ]

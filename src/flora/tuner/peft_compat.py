@@ -1,25 +1,46 @@
-"""The only file that touches PEFT's internals and the differences between its versions."""
+"""All that touches PEFT's internals, and the differences between its versions. Other files import them from here."""
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Any, Union
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGET_MODULES
+from peft.utils import _get_submodules as get_submodules
 from peft.utils import register_peft_method
-from peft.utils.integrations import gather_params_ctx
+from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
+from peft.utils.integrations import gather_params_ctx, init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from peft.utils.peft_types import PeftType
+from peft.utils.save_and_load import load_peft_weights
 
 PREFIX = "tucker_"
-# PEFT 0.20 leaves trained biases out of an adapter's file, for every method but its own LoRA
+# PEFT 0.20 saves trained biases only for its own LoRA
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
-__all__ = ["FLORA", "PREFIX", "SAVES_BIASES", "gather_params_ctx", "register"]
+__all__ = [
+    "DUMMY_TARGET_MODULES", "FLORA", "PREFIX", "SAVES_BIASES", "SEQ_CLS_HEAD_NAMES", "TARGET_MODULES",
+    "AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper", "check_adapters_to_merge",
+    "check_target_module_exists", "gather_params_ctx", "get_pattern_key", "get_submodules", "init_empty_weights",
+    "load_peft_weights", "register",
+]  # fmt: skip
 
 
 def _enum_member(name: str) -> PeftType:
-    """A real member of PEFT's enum: a plain string would break every ``.value`` in PEFT and transformers."""
+    """A real member of PEFT's enum: a plain string would break every ``.value`` in PEFT and transformers.
+
+    Raises ImportError if PEFT has a method of that name already.
+    """
     if name in PeftType.__members__:
-        return PeftType[name]
+        raise ImportError(
+            f"this PEFT already has a method {name}, which flora would replace: uninstall the package that adds it, or "
+            "install a PEFT without it"
+        )
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     member._sort_order_ = len(PeftType)
@@ -35,10 +56,6 @@ FLORA = _enum_member("FLORA")
 
 def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     """Make ``config_cls`` and ``model_cls`` known to PEFT as FLORA, also to ``PeftMixedModel`` beside LoRA."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    if FLORA in PEFT_TYPE_TO_TUNER_MAPPING:  # the module is being reloaded
-        return
     register_peft_method(
         name="flora", config_cls=config_cls, model_cls=model_cls, prefix=PREFIX, is_mixed_compatible=True
     )
@@ -46,7 +63,10 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
 
 
 def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> None:
-    """PEFT's MixedModel knows its tuners by name, in module constants and by isinstance: add ours to each."""
+    """Add FLORA to the lists by which PEFT's MixedModel knows its tuners.
+
+    A MixedModel becomes a ``MixedFloraModel`` when it gets its first FLORA adapter; one without stays as it is.
+    """
     import peft.tuners.mixed as package
     import peft.tuners.mixed.model as module
 
@@ -55,21 +75,28 @@ def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> Non
     module.Configs = Union[module.Configs, config_cls]  # noqa: UP007  PEFT reads its __args__
     module.Layers = (*module.Layers, layer_cls)
 
-    def ours_for_our_config(method: str) -> None:
-        theirs, ours = getattr(module.MixedModel, method), getattr(model_cls, method)
+    theirs = module.MixedModel
 
-        def either(self, config, *args, **kwargs):
-            return (ours if isinstance(config, config_cls) else theirs)(self, config, *args, **kwargs)
+    class MixedFloraModel(theirs):  # type: ignore[misc,valid-type]
+        """A MixedModel that hands FLORA's adapters to ``FloraModel``."""
 
-        setattr(module.MixedModel, method, either)
+    def dispatch(method: str) -> None:
+        def by_config(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+            tuner = model_cls if isinstance(config, config_cls) else theirs
+            return getattr(tuner, method)(self, config, *args, **kwargs)
+
+        setattr(MixedFloraModel, method, by_config)
 
     for method in ("_prepare_model", "_create_and_replace", "_inject_parameters"):
-        ours_for_our_config(method)
-    inject = module.MixedModel.inject_adapter
+        dispatch(method)
+    inject = theirs.inject_adapter
 
-    def inject_adapter(self, model, adapter_name, *args, **kwargs):
-        # PeftMixedModel.add_adapter passes itself, which puts "base_model.model." before the name of every layer
-        ours = isinstance(self.peft_config[adapter_name], config_cls)
-        return inject(self, self.model if ours else model, adapter_name, *args, **kwargs)
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self.peft_config[adapter_name], config_cls):
+            return inject(self, model, adapter_name, *args, **kwargs)
+        if type(self) is theirs:
+            self.__class__ = MixedFloraModel
+        # PeftMixedModel.add_adapter passes itself, which would put "base_model.model." before every layer's name
+        return inject(self, self.model, adapter_name, *args, **kwargs)
 
-    module.MixedModel.inject_adapter = inject_adapter
+    theirs.inject_adapter = inject_adapter

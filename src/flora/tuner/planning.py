@@ -1,4 +1,4 @@
-"""Dry run: which weights would be adapted, at which ranks, at what cost. The tuner wraps exactly what this says."""
+"""Plans: which weights an adapter adapts, at which ranks and cost. The tuner wraps exactly these weights."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from flora import ranks as rank_rules
 from flora.layers import kinds
+from flora.layers.kinds import RAW
+from flora.layers.sites import Site
+from flora.ranks import Ranks
 from flora.tuner.config import FloraConfig
+from flora.tuner.peft_compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from flora.tuner.targets import Target, find_targets
 
 
 @dataclass(frozen=True)
-class Row:
-    """One weight that is to be adapted.
+class PlannedWeight:
+    """One weight to adapt.
 
-    ``site``: where it is. ``kind``: the layer's class, "parameter" for a raw one. ``target``: what in
-    ``target_modules`` or ``target_parameters`` (``raw``) names it. ``shared``: other modules hold this weight too.
+    Args:
+        site: which weight of which layer.
+        target: the entry of ``target_modules``, or of ``target_parameters`` if ``raw``, that names it.
+        layer_type: the layer's class, "parameter" for a raw parameter.
+        shape, ranks: (I_1, …, I_N) and (r_1, …, r_N).
+        scale: the s of equation 5, or "auto".
+        execution: "auto", "factored" or "merged", as the layer allows.
+        shared: whether other modules hold this weight too.
     """
 
-    site: kinds.Site
+    site: Site
     target: str
     raw: bool
-    kind: str
+    layer_type: str
     shape: tuple[int, ...]
-    ranks: tuple[int, ...]
+    ranks: Ranks
     scale: float | str
     execution: str
     shared: bool = False
@@ -54,9 +62,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows, and the base model's number of parameters. ``str()`` is the table."""
+    """The weights to adapt, one row each, and the base model's number of parameters. ``str()`` is the table."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[PlannedWeight] = field(default_factory=list)
     base_parameters: int = 0
 
     @property
@@ -66,10 +74,11 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """``total`` as a part of the base model's parameters."""
+        """``total`` as a share of the base model's parameters."""
         return self.total / self.base_parameters if self.base_parameters else 0.0
 
-    def rows_of(self, module: str) -> list[Row]:
+    def rows_of(self, module: str) -> list[PlannedWeight]:
+        """The weights of one module."""
         return [row for row in self.rows if row.module == module]
 
     def __str__(self) -> str:
@@ -77,7 +86,9 @@ class Plan:
             return "×".join(map(str, numbers))
 
         head = ("weight", "kind", "shape", "ranks", "parameters", "execution")
-        lines = [(r.name, r.kind, sizes(r.shape), sizes(r.ranks), f"{r.parameters:,}", r.execution) for r in self.rows]
+        lines = [
+            (r.name, r.layer_type, sizes(r.shape), sizes(r.ranks), f"{r.parameters:,}", r.execution) for r in self.rows
+        ]
         widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
 
         def line(cells: Iterable[str]) -> str:
@@ -92,7 +103,8 @@ class Plan:
 
 
 def plan(model: nn.Module, config: FloraConfig) -> Plan:
-    """What ``get_peft_model(model, config)`` would adapt. The model is not touched; the meta device is enough.
+    """The weights that ``get_peft_model(model, config)`` would adapt. The model stays as it is; it may be on the meta
+    device.
 
     Raises:
         ValueError: naming layer, shape, value given and what is accepted.
@@ -106,39 +118,45 @@ def plan(model: nn.Module, config: FloraConfig) -> Plan:
 
 
 def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None = None) -> Plan:
-    """As ``plan``, but empty where nothing matches. ``keys`` names the layers in place of the config."""
+    """As ``plan``, but empty if nothing matches. ``keys`` names the layers in place of the config."""
     targets = find_targets(model, config, keys)
-    described = []
-    for target in targets:
-        try:
-            described.append(kinds.describe(target.layer, target.parameter))
-        except ValueError as error:
-            raise ValueError(f"layer {target.module!r} ({type(target.layer).__name__}): {error}") from None
+    sites, shapes = _sites(targets)
     base_parameters = count_base_parameters(model)
-    ranks = _solve(targets, described, config, base_parameters)
     scales = _from_pattern("scale_pattern", config.scale_pattern, targets)
+    ranks = _ranks(config, targets, sites, shapes, base_parameters)
     rows = [
-        Row(
-            site=kinds.Site.of(target.layer, kind, target.module, target.parameter, path),
-            target=target.named,
+        PlannedWeight(
+            site=site,
+            target=target.entry,
             raw=target.raw,
-            kind="parameter" if kind is None else type(target.layer).__name__,
+            layer_type=site.kind.name if site.kind is RAW else type(target.layer).__name__,
             shape=shape,
-            ranks=rank,
+            ranks=own_ranks,
             scale=config.scale if scale is None else scale,
-            execution=kinds.possible(config.execution, kind, target.layer, shape),
+            execution=kinds.possible(config.execution, site.kind, target.layer, shape),
             shared=target.shared,
         )
-        for target, (kind, shape, _), rank, scale, path in zip(
-            targets, described, ranks, scales, _paths(targets), strict=True
-        )
+        for target, site, shape, own_ranks, scale in zip(targets, sites, shapes, ranks, scales, strict=True)
     ]
     return Plan(rows, base_parameters)
 
 
+def _sites(targets: list[Target]) -> tuple[list[Site], list[tuple[int, ...]]]:
+    """Site and shape of every target."""
+    sites, shapes = [], []
+    for target, path in zip(targets, _paths(targets), strict=True):
+        try:
+            kind, shape, _ = kinds.describe(target.layer, target.parameter)
+        except ValueError as error:
+            raise ValueError(f"layer {target.module!r} ({type(target.layer).__name__}): {error}") from None
+        sites.append(Site.of(target.layer, kind, target.module, target.parameter, path))
+        shapes.append(shape)
+    return sites, shapes
+
+
 def _paths(targets: list[Target]) -> list[str]:
-    """Where each one's wrapper is in the adapted model: a wrapper a weight lies around its module. Raw parameters are
-    wrapped last, and within either sort the first one is outermost."""
+    """The module name of each target's wrapper in the adapted model. Every weight has a wrapper of its own around its
+    module. Raw parameters are wrapped last, and within either group the first is outermost."""
     order: dict[str, list[str]] = {}
     for target in sorted(targets, key=lambda target: not target.raw):
         order.setdefault(target.module, []).append(target.name)
@@ -153,13 +171,13 @@ def _paths(targets: list[Target]) -> list[str]:
 
 
 def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError where an adapter's file doesn't have exactly the core spaces of the plan."""
-    expected: dict[str, tuple[tuple[int, ...], Row]] = {}
+    """Raise ValueError unless an adapter's file has exactly the core spaces of the plan."""
+    expected: dict[str, tuple[tuple[int, ...], PlannedWeight]] = {}
     for row in made.rows:
         stem = f"{row.site.stem}.tucker_space."
         expected[stem + "core"] = (row.ranks, row)
         expected |= {f"{stem}factor_{n}": (pair, row) for n, pair in enumerate(zip(row.shape, row.ranks, strict=True))}
-    if not expected.keys() & saved.keys():  # PEFT maps names of a base model whose modules have been renamed since
+    if not expected.keys() & saved.keys():  # PEFT renames the modules of older base models
         needed = Counter((key.rpartition(".")[2], shape) for key, (shape, _) in expected.items())
         if needed == Counter((key.rpartition(".")[2], s) for key, s in saved.items() if not key.endswith(".scale")):
             return
@@ -172,7 +190,9 @@ def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:
                 "base model?"
             )
     if extra := sorted(key for key in saved if key not in expected and not key.endswith(".scale")):
-        raise ValueError(f"the adapter's file has {extra[0]!r}, which is no weight of this base model that is adapted")
+        raise ValueError(
+            f"unexpected key {extra[0]!r} in the adapter's file: this base model has no such adapted weight"
+        )
 
 
 def count_base_parameters(model: nn.Module) -> int:
@@ -188,34 +208,52 @@ def count_base_parameters(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def _solve(
-    targets: list[Target], described: list[tuple], config: FloraConfig, base_parameters: int
-) -> list[tuple[int, ...]]:
-    """Ranks: those saved with the adapter, else what patterns, ``r`` or the budget ask for."""
+def _ranks(
+    config: FloraConfig, targets: list[Target], sites: list[Site], shapes: list[tuple[int, ...]], base_parameters: int
+) -> list[Ranks]:
+    """Ranks of every target: those of the file that is being loaded, else those that the config lists, else those that
+    its patterns, ``r`` or budget come to."""
+    fixed = _fixed_ranks(config, targets, sites, shapes)
+    for given in (_file_ranks(config, sites), _listed_ranks(config, sites)):
+        if given and all(rank_rules.fits(ranks, shape) for ranks, shape in zip(given, shapes, strict=True)):
+            return given
+    if config.budget is None or not targets:
+        return [weight.fixed for weight in fixed]
+    budget = config.budget if isinstance(config.budget, int) else int(config.budget * base_parameters)
+    return rank_rules.solve_budget(fixed, budget, config.kernel_rank)
+
+
+def _file_ranks(config: FloraConfig, sites: list[Site]) -> list[Ranks] | None:
+    keys = [f"{site.stem}.tucker_space.core" for site in sites]
+    shapes = config.saved_shapes or {}
+    return [shapes[key] for key in keys] if all(key in shapes for key in keys) else None
+
+
+def _listed_ranks(config: FloraConfig, sites: list[Site]) -> list[Ranks] | None:
+    names = [site.name for site in sites]
+    return [tuple(config.ranks[name]) for name in names] if config.ranks and set(config.ranks) == set(names) else None
+
+
+def _fixed_ranks(
+    config: FloraConfig, targets: list[Target], sites: list[Site], shapes: list[tuple[int, ...]]
+) -> list[rank_rules.Weight]:
+    """The weights with the ranks that patterns or ``r`` fix; None for those that the budget decides."""
     weights = []
     patterns = _from_pattern("rank_pattern", config.rank_pattern, targets)
-    for target, rank, (_, shape, roles) in zip(targets, patterns, described, strict=True):
-        weight = rank_rules.Weight(shape, roles)
-        asked = config.r if rank is None else rank
+    for target, site, shape, pattern in zip(targets, sites, shapes, patterns, strict=True):
+        weight = rank_rules.Weight(shape, site.kind.roles_of(shape))
+        r = config.r if pattern is None else pattern
         try:
-            fixed = None if asked is None else rank_rules.given_ranks(weight, asked, config.kernel_rank)
+            fixed = None if r is None else rank_rules.given_ranks(weight, r, config.kernel_rank)
         except ValueError as error:
             raise ValueError(f"layer {target.name!r}: {error}") from None
-        weights.append(rank_rules.Weight(shape, roles, fixed))
-    names = [target.name for target in targets]
-    if config.ranks and set(config.ranks) == set(names):
-        saved = [tuple(config.ranks[name]) for name in names]
-        if all(rank_rules.fits(ranks, weight.shape) for ranks, weight in zip(saved, weights, strict=True)):
-            return saved
-    if config.budget is None or not weights:
-        return [weight.fixed for weight in weights]
-    budget = config.budget if isinstance(config.budget, int) else int(config.budget * base_parameters)
-    return rank_rules.solve_budget(weights, budget, config.kernel_rank)
+        weights.append(rank_rules.Weight(weight.shape, weight.roles, fixed))
+    return weights
 
 
 def _from_pattern(field_name: str, patterns: dict, targets: list[Target]) -> list:
-    """The pattern's value for every weight, None where no pattern matches. PEFT's rule: a name, the end of a name, or a
-    regex for either; of a weight or of the layer that has it. A pattern that matches nothing is an error."""
+    """The pattern's value for every weight, None if no pattern matches. By PEFT's rule a pattern is a name, the end of
+    one, or a regex for either, of a weight or of its layer. A pattern that matches nothing is an error."""
     values, unused = [], set(patterns)
     for target in targets:
         found = None

@@ -1,4 +1,4 @@
-"""What is targeted: from the config's names, patterns and shorthands to the weights of a model."""
+"""Targets: from the config's names, patterns and shorthands to the weights of a model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.peft_types import TaskType
+from peft import TaskType
 from torch import nn
 
 from flora.layers import kinds
+from flora.layers.weights import full_name, parameter_of, shape_of
 from flora.tuner.config import FloraConfig
+from flora.tuner.peft_compat import (
+    DUMMY_TARGET_MODULES,
+    SEQ_CLS_HEAD_NAMES,
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    check_target_module_exists,
+)
 
 SHORTHANDS = ("all-linear", "all-weights")
 # PEFT trains the whole head itself for these, which it can't do with adapters in it
@@ -23,16 +28,19 @@ HEAD_NAMES = (*SEQ_CLS_HEAD_NAMES, "head", "heads", "fc", "lm_head", "qa_outputs
 
 @dataclass(frozen=True)
 class Target:
-    """One weight that the config asks for.
+    """One weight that the config names.
 
-    ``module`` and ``parameter``: where it is. ``named``: what in ``target_modules``, or in ``target_parameters``
-    (``raw``), names it. ``layer``: the base layer. ``weight``: its parameter, None where it is computed. ``shared``:
-    whether other modules hold it too.
+    Args:
+        module, parameter: the layer's name, and the weight's name in the layer.
+        entry: the entry of ``target_modules``, or of ``target_parameters`` if ``raw``, that names it.
+        layer: the base layer.
+        weight: its parameter; None if the layer computes it.
+        shared: whether other modules hold it too.
     """
 
     module: str
     parameter: str
-    named: str
+    entry: str
     raw: bool
     layer: nn.Module
     weight: nn.Parameter | None
@@ -40,23 +48,23 @@ class Target:
 
     @property
     def name(self) -> str:
-        return kinds.full_name(self.module, self.parameter)
+        return full_name(self.module, self.parameter)
 
 
 def find_targets(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None = None) -> list[Target]:
-    """The weights that the config names, or those of the layers ``keys``; a shorthand leaves shared weights out.
+    """The weights that the config names, or those of the layers ``keys``. A shorthand leaves shared weights out.
 
-    Raises ValueError for a layer that can't be adapted, a name that matches no parameter, and a weight named twice.
+    Raises ValueError for a layer that cannot be adapted, a name that matches no parameter, or a weight named twice.
     """
     layers = dict(base_layers(model))
     shared = _shared_weights(layers)
     wanted = _matching(model, layers, config) if keys is None else [(key, "", key, False) for key in keys]
     found: dict[str, Target] = {}
-    for key, own, named, raw in wanted:
+    for key, own, entry, raw in wanted:
         for module, parameter in _places(model, key, own, config):
             layer = layers[module]
-            weight = kinds.owner(layer, parameter)._parameters.get(kinds.leaf(parameter))
-            target = Target(module, parameter, named, raw, layer, weight, shared=id(weight) in shared)
+            weight = parameter_of(layer, parameter)
+            target = Target(module, parameter, entry, raw, layer, weight, shared=id(weight) in shared)
             before = found.setdefault(target.name, target)
             if before is not target and (raw or before.raw):
                 raise ValueError(f"{target.name!r} is targeted twice: by target_modules and by target_parameters")
@@ -69,9 +77,9 @@ def find_targets(model: nn.Module, config: FloraConfig, keys: Iterable[str] | No
 
 
 def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by name, wrapped ones as their base layer, without what adapters have put in.
+    """Every module of the base model by name: base layers in place of their wrappers, and no modules of adapters.
 
-    The names are the same where torch.compile has wrapped the model.
+    torch.compile's wrapper does not change the names.
     """
     seen: set[nn.Module] = set()
 
@@ -87,12 +95,12 @@ def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The base layer of a wrapped one; any other module itself."""
+    """The base layer of a wrapper; any other module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _matching(model: nn.Module, layers: dict, config: FloraConfig) -> Iterator[tuple[str, str, str, bool]]:
-    """(module, parameter or "", named, raw) for everything that the config names, in the model's order."""
+    """(module, parameter or "", entry, raw) for everything that the config names, in the model's order."""
     if config.target_modules == DUMMY_TARGET_MODULES:
         return
     if config.target_modules in SHORTHANDS:
@@ -139,7 +147,7 @@ def shorthand_names(model: nn.Module, config: FloraConfig) -> list[str]:
         kind = kinds.kind_of(layer)
         if not name or kind is None or any(head is layer for head in heads):
             continue
-        if linear_only and kind.name not in ("Linear", "Conv1D"):
+        if linear_only and not kind.is_matrix:
             continue
         if not linear_only and canonical_module(model, name) != name:
             continue  # comes with its attention
@@ -209,7 +217,7 @@ def _refuse_weights_met_twice(targets: list[Target]) -> None:
         first = seen.setdefault(id(target.weight), target)
         if target.weight is not None and first is not target:
             raise ValueError(
-                f"{first.name!r} and {target.name!r} share one weight of shape {list(kinds.shape_of(target.weight))}: "
+                f"{first.name!r} and {target.name!r} share one weight of shape {list(shape_of(target.weight))}: "
                 "target only one of them, or untie them first"
             )
 

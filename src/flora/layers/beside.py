@@ -1,0 +1,125 @@
+"""How an update of each kind of layer runs beside the layer, without W + delta.
+
+*Factored* functions take (layer, core, factors) and then what the layer's own ``forward`` takes. They return what the
+update adds to the layer's output. *Fused* functions take (layer, weight, bias, core, factors, input, execution), all
+numbers of one type, and return the output of layer and update together. The scale is in the core. The order of the
+factors is the order of the weight's modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flora.layers.convolution import Geometry, convolution
+from flora.layers.matrix import matrix
+from flora.layers.weights import run_with_weights
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def linear(layer, core, factors, input):
+    output_factor, input_factor = factors
+    return F.linear(F.linear(F.linear(input, input_factor.mT), core), output_factor)
+
+
+def linear_transposed(layer, core, factors, x):  # transformers' Conv1D: weight (in, out)
+    input_factor, output_factor = factors
+    return F.linear(F.linear(F.linear(x, input_factor.mT), core.mT), output_factor)
+
+
+def linear_fused(layer, weight, bias, core, factors, input, execution):
+    return matrix(input, weight, bias, core, *factors, execution)
+
+
+def linear_transposed_fused(layer, weight, bias, core, factors, x, execution):
+    input_factor, output_factor = factors
+    return matrix(x, weight.mT, bias, core.mT, output_factor, input_factor, execution)
+
+
+def _pointwise(input: Tensor, weight: Tensor, spatial: int, groups: int) -> Tensor:
+    """1×…×1 convolution by ``weight`` (out, in/groups)."""
+    return _CONV[spatial](input, weight.reshape(*weight.shape, *[1] * spatial), groups=groups)
+
+
+def _kernel(core: Tensor, kernel_factors: Sequence[Tensor]) -> Tensor:
+    """G ×_3 C ×_4 D (equation 6): (r, r', r_3, …) -> (r, r', k, …)."""
+    basis = kernel_factors[0]
+    for factor in kernel_factors[1:]:
+        basis = torch.kron(basis, factor)
+    sizes = [factor.shape[0] for factor in kernel_factors]
+    return (core.flatten(2) @ basis.mT).unflatten(2, sizes)
+
+
+def conv(layer, core, factors, input):
+    output_factor, input_factor, *kernel_factors = factors
+    spatial, groups = len(kernel_factors), layer.groups
+    thin = _pointwise(input, input_factor.mT.repeat(groups, 1), spatial, groups)
+    kernel = _kernel(core, kernel_factors)
+    thin = layer._conv_forward(thin, kernel.repeat(groups, *[1] * (spatial + 1)), None)
+    return _pointwise(thin, output_factor, spatial, groups)
+
+
+def conv_fused(layer, weight, bias, core, factors, input, execution):
+    padding = layer._reversed_padding_repeated_twice  # numbers for both ends of each mode, even if given as "same"
+    if layer.padding_mode != "zeros" or padding[::2] != padding[1::2]:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        input, padding = F.pad(input, padding, mode=mode), [0] * len(padding)
+    no_output_padding = (0,) * len(layer.stride)
+    geometry = Geometry(layer.stride, tuple(padding[::-2]), layer.dilation, False, no_output_padding, layer.groups)
+    return _convolve(weight, bias, core, factors, input, geometry, execution)
+
+
+def conv_transposed_fused(layer, weight, bias, core, factors, input, execution):
+    geometry = Geometry(layer.stride, layer.padding, layer.dilation, True, layer.output_padding, layer.groups)
+    return _convolve(weight, bias, core, factors, input, geometry, execution)
+
+
+def _convolve(weight, bias, core, factors, input, geometry, execution):
+    first, second, *kernel_factors = factors
+    single = input.ndim < weight.ndim  # a sample without a batch
+    x = input.unsqueeze(0) if single else input
+    output = convolution(x, weight, bias, _kernel(core, kernel_factors), first, second, geometry, execution)
+    return output.squeeze(0) if single else output
+
+
+def conv_transposed(layer, core, factors, input, *args, **kwargs):
+    input_factor, output_factor, *kernel_factors = factors
+    spatial, groups = len(kernel_factors), layer.groups
+    down = input_factor.reshape(groups, -1, input_factor.shape[1]).mT.flatten(0, 1)  # (g·r, i/g)
+    thin = _pointwise(input, down, spatial, groups)
+    kernel = _kernel(core, kernel_factors).repeat(groups, *[1] * (spatial + 1))
+    weights = {"weight": kernel}
+    if layer.bias is not None:
+        weights["bias"] = kernel.new_zeros(groups * kernel.shape[1])
+    thin = run_with_weights(layer, weights, (thin, *args), kwargs)
+    return _pointwise(thin, output_factor.repeat(groups, 1), spatial, groups)
+
+
+def embedding(layer, core, factors, input):
+    row_factor, output_factor = factors
+    update = F.linear(F.linear(F.embedding(input, row_factor), core.mT), output_factor)
+    if layer.padding_idx is not None:  # as in the base layer, the padding row gets no gradient
+        update = update.where((input != layer.padding_idx).unsqueeze(-1), update.detach())
+    if hasattr(layer, "embed_scale"):
+        update = update * layer.embed_scale
+    return update
+
+
+def embedding_bag(layer, core, factors, input, offsets=None, per_sample_weights=None):
+    row_factor, output_factor = factors
+    bags = F.embedding_bag(
+        input,
+        row_factor,
+        offsets,
+        mode=layer.mode,
+        per_sample_weights=per_sample_weights
+        if per_sample_weights is None
+        else per_sample_weights.to(row_factor.dtype),
+        include_last_offset=layer.include_last_offset,
+        padding_idx=layer.padding_idx,
+    )
+    return F.linear(F.linear(bags, core.mT), output_factor)

@@ -1,0 +1,79 @@
+"""Where an update acts, in words that a file can hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from flora.layers.kinds import LINEAR, Kind, kind_named
+from flora.layers.weights import full_name
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted weight, with all that a converter must know of its layer.
+
+    Args:
+        kind: the row of the layer, ``RAW`` for a raw parameter.
+        module, parameter: the layer's name in the base model, and the weight's name in the layer.
+        path: the layer's name in the adapted model if wrappers change it, else "".
+        groups, dilated, padding_mode: a convolution's options.
+        beside: whether the update of the weight can also run beside the layer.
+        is_transposed: stacked matrices are (…, in, out) and not (…, out, in), as transformers and PEFT call it.
+    """
+
+    kind: Kind
+    module: str
+    parameter: str = "weight"
+    path: str = ""
+    groups: int = 1
+    dilated: bool = False
+    padding_mode: str = "zeros"
+    beside: bool = True
+    is_transposed: bool = False
+
+    @classmethod
+    def of(cls, layer: nn.Module, kind: Kind, module: str, parameter: str, path: str = "") -> Site:
+        """The site of a layer's weight."""
+        return cls(
+            kind=kind,
+            module=module,
+            parameter=parameter,
+            path=path if path != module else "",
+            groups=getattr(layer, "groups", 1),
+            dilated=any(step != 1 for step in getattr(layer, "dilation", ())),
+            padding_mode=getattr(layer, "padding_mode", "zeros"),
+            beside=kind.can_factor(layer),
+            is_transposed=bool(getattr(layer, "is_transposed", False)),
+        )
+
+    @classmethod
+    def from_dict(cls, name: str, facts: dict[str, Any]) -> Site:
+        """The inverse of ``to_dict``. Raises TypeError or ValueError for facts that ``to_dict`` does not write."""
+        return cls(**{"module": name, **facts, "kind": kind_named(facts.get("kind", LINEAR.name))})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, under ``name``: the kind's name, and every other fact that differs from its default."""
+        facts = {field.name: getattr(self, field.name) for field in fields(self)}
+        facts = {field.name: facts[field.name] for field in fields(self) if facts[field.name] != field.default}
+        if self.module == self.name:
+            del facts["module"]
+        return facts | {"kind": self.kind.name}
+
+    @property
+    def name(self) -> str:
+        """The layer's name, followed by the weight's unless that is plainly "weight"."""
+        return full_name(self.module, self.parameter)
+
+    @property
+    def stem(self) -> str:
+        """The start of its tensors' names in an adapter's file, after "base_model.model."."""
+        return self.path or self.module
+
+    @property
+    def depth(self) -> int:
+        """The number of wrapped weights of the same module that come before it."""
+        return (len(self.stem) - len(re.sub(r"(\.base_layer)+$", "", self.stem))) // len(".base_layer")

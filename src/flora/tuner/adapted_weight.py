@@ -1,0 +1,264 @@
+"""A frozen weight and its core spaces: adding adapters, their scale, merging, and what models see of the layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora.layers import kinds
+from flora.layers.core_space import CoreSpace, add_updates, drop_ranks, unified_scale
+from flora.layers.kinds import RAW
+from flora.layers.sites import Site
+from flora.layers.weights import leaf, owner
+from flora.tuner.peft_compat import BaseTunerLayer, check_adapters_to_merge, gather_params_ctx
+
+
+class AdaptedWeight(nn.Module, BaseTunerLayer):
+    """A layer whose weight of shape (I_1, …, I_N) gets the update of one ``CoreSpace`` per adapter.
+
+    Several weights of one layer (attention's projections, a pair of expert stacks) are adapted by several of these, one
+    around the other, each with its own weight.
+
+    Args:
+        base_layer: the layer, or the ``AdaptedWeight`` of another weight of it.
+        site: which weight of which layer, for the kind of layer and for error messages.
+        shape: the weight's.
+        shared: whether other modules hold the same weight. Merging then gives this layer a weight of its own.
+
+    Attributes:
+        tucker_space: adapter name -> its ``CoreSpace``.
+        tucker_scaling: adapter name -> a run-time multiplier, 1 at first, which is not saved.
+    """
+
+    adapter_layer_names = ("tucker_space",)
+    other_param_names = ("tucker_scaling", "tucker_dropout", "tucker_execution")
+
+    def __init__(self, base_layer: nn.Module, site: Site, shape: Sequence[int], shared: bool = False) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.site, self.name, self.parameter_name = site, site.name, site.parameter
+        self.kind, self.weight_shape = site.kind, tuple(shape)
+        self.roles = site.kind.roles_of(self.weight_shape)
+        self.shared = shared
+        self.tucker_space = nn.ModuleDict()
+        self.tucker_scaling: dict[str, float] = {}
+        self.tucker_dropout: dict[str, float] = {}
+        self.tucker_execution: dict[str, str] = {}
+        self.merged_adapters: list[str] = []
+        self._kept: list[nn.Parameter] = []  # a list, or torch would count it among the layer's parameters
+        self._active_adapter: list[str] = []
+        if self.kind is not RAW:  # PEFT's names for them, whatever the kind of layer
+            self.in_features, self.out_features = kinds.features(self.get_base_layer(), self.weight_shape, self.roles)
+
+    # -------------------------------------------------------------------------------------------- seen from outside
+
+    def __getattr__(self, name: str) -> Any:
+        # models read in_features, kernel_size, embed_dim … of a layer: those are the base layer's
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            kind = vars(self).get("kind")  # None before __init__ has set it, and while a copy is being made
+            if kind is None or name == "base_layer" or (name.startswith("_") and name not in kind.private):
+                raise
+            return self._seen_from_outside(name)
+
+    def _seen_from_outside(self, name: str) -> Any:
+        """An attribute of the base layer. Its weight has the updates in it, for models that read a layer's weight and
+        never call the layer (Swin's and EVA's attention)."""
+        if name != self.parameter_name:
+            return getattr(self.base_layer, name)
+        off = self.disable_adapters or self.merged
+        return self._weight_with([] if off else self._present(self.active_adapters))
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, with the active updates in it."""
+        return self._seen_from_outside("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self._seen_from_outside("bias")
+
+    @property
+    def base_parameter(self) -> nn.Parameter:
+        """The frozen weight itself, (I_1, …, I_N)."""
+        return getattr(owner(self.get_base_layer(), self.parameter_name), leaf(self.parameter_name))
+
+    # ----------------------------------------------------------------------------------------------------- adapters
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        ranks: Sequence[int],
+        scale: float | str = "auto",
+        init: str = "factor",
+        dropout: float = 0.0,
+        execution: str = "auto",
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter, or replace the one with that name.
+
+        Args:
+            ranks: (r_1, …, r_N).
+            scale: the s of equation 5, or "auto" (``unified_scale``).
+            init: a key of ``core_space.STARTS``.
+            execution: as ``kinds.possible`` gives it for this layer.
+        """
+        weight, layer = self.base_parameter, self.get_base_layer()
+        if not self.tucker_space:
+            self._active_adapter = [adapter_name]
+        unit = scale == "auto"
+        if unit:
+            with gather_params_ctx(weight):
+                fan_in = kinds.fan_in(self.weight_shape, self.roles)
+                scale = 1.0 if weight.is_meta else unified_scale(weight, fan_in, ranks)
+        space = CoreSpace(self.weight_shape, ranks, float(scale), device=weight.device, dtype=weight.dtype)
+        space.start(init, kinds.output_mode(self.roles), unit)
+        self.kind.after_start(layer, space)
+        self.tucker_space[adapter_name] = space
+        self.tucker_scaling[adapter_name] = 1.0
+        self.tucker_dropout[adapter_name] = dropout
+        self.tucker_execution[adapter_name] = execution
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name in self.tucker_space and not self.tucker_space[adapter_name].core.is_meta:
+            weight = self.base_parameter
+            self.tucker_space[adapter_name].to(device or weight.device, dtype=weight.dtype)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the adapter's update by ``scale`` from now on (1 is how it was trained)."""
+        if adapter in self.tucker_scaling:
+            self.tucker_scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the run-time multiplier of all active adapters."""
+        for adapter in self._present(self.active_adapters):
+            self.tucker_scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the run-time multiplier of all active adapters by ``scale``; without one, set it to 1."""
+        for adapter in self._present(self.active_adapters):
+            self.tucker_scaling[adapter] = 1.0 if scale is None else self.tucker_scaling[adapter] / scale
+
+    def _present(self, adapters: Sequence[str]) -> list[str]:
+        return [adapter for adapter in adapters if adapter in self.tucker_space]
+
+    # -------------------------------------------------------------------------------------------- updates as tensors
+
+    def _dropout(self, adapter: str) -> float:
+        return self.tucker_dropout[adapter] if self.training else 0.0
+
+    def _scaled(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:
+        """The core with both scales in it, and the factors."""
+        core, factors = self.tucker_space[adapter]()
+        scaling = self.tucker_scaling[adapter]
+        return (core if scaling == 1 else core * scaling), factors
+
+    def _dropped(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:
+        """Scaled core and factors, in training with ranks dropped out."""
+        core, factors = self._scaled(adapter)
+        p = self._dropout(adapter)
+        return core, drop_ranks(factors, kinds.input_mode(self.roles), p) if p > 0 else factors
+
+    def _weight_with(self, adapters: Sequence[str]) -> Tensor:
+        weight = self.base_parameter
+        return add_updates(weight, [self._dropped(a) for a in adapters]) if adapters else weight
+
+    # ------------------------------------------------------------------------------------------------------ merging
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""
+        return self.tucker_space[adapter].delta() * self.tucker_scaling[adapter]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of the given (else the active) adapters to the weight.
+
+        Summed in float32 at least and rounded once. Raises ValueError, with the weight left as it was, where an update
+        is not finite; with ``safe_merge`` also where the merged weight is not.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if names:
+            keep = not self._kept and (self.shared or self.kind.changes_weight(self.get_base_layer()))
+            merged = self._merged_weight(names, safe_merge, in_place=not (keep or safe_merge))
+            if keep:
+                # other holders must not see the merged weight; and subtracting does not bring back a weight that the
+                # layer itself has changed since
+                self._kept = [self.base_parameter]
+                self._replace_parameter(nn.Parameter(merged, requires_grad=self.base_parameter.requires_grad))
+            else:
+                self.base_parameter.data = merged
+            self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def _merged_weight(self, adapters: Sequence[str], safe_merge: bool, in_place: bool = False) -> Tensor:
+        self._check_numbers(adapters)
+        weight = self.base_parameter
+        merged = add_updates(weight.data, [self._scaled(adapter) for adapter in adapters], in_place)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
+                f"layer {self.name!r}, shape {list(self.weight_shape)}, {weight.dtype} can't hold the sum"
+            )
+        return merged
+
+    def _check_numbers(self, adapters: Sequence[str]) -> None:
+        for adapter in adapters:
+            space = self.tucker_space[adapter]
+            if not all(torch.isfinite(tensor).all() for tensor in (space.core, *space.factors)):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
+                    f"layer {self.name!r}, shape {list(self.weight_shape)}, its core or factors are not finite"
+                )
+
+    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise the errors of ``merge``, and change nothing. Without ``safe_merge`` it forms no full weight."""
+        names = [a for a in self._present(adapter_names or self.active_adapters) if a not in self.merged_adapters]
+        if safe_merge and names:
+            self._merged_weight(names, safe_merge)
+        else:
+            self._check_numbers(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the merged updates out of the weight again."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        else:
+            names, self.merged_adapters = self.merged_adapters, []
+            if self._kept:
+                self._replace_parameter(self._kept.pop())
+            else:
+                spaces = (self._scaled(name) for name in self._present(names))
+                spaces = [(-core, factors) for core, factors in spaces]
+                self.base_parameter.data = add_updates(self.base_parameter.data, spaces, in_place=True)
+
+    def _replace_parameter(self, parameter: nn.Parameter) -> None:
+        holder = owner(self.get_base_layer(), self.parameter_name)
+        holder.register_parameter(leaf(self.parameter_name), parameter)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with the updates merged if asked, its weights' identity kept."""
+        layer: nn.Module = self
+        while isinstance(layer, AdaptedWeight):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's own converter (``convert_to_lora``) accepts it: it knows matrices of linear layers only."""
+        return self.kind.is_matrix
+
+    def __repr__(self) -> str:
+        return "flora." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
