@@ -170,5 +170,5 @@ def test_a_bad_plan_is_one_line(override, named, llama):
 
 
 def test_plan_of_no_model_is_one_line(tmp_path):
-    assert_refused(flora("plan", tmp_path / "none"), "none: no such folder")
+    assert_refused(flora("plan", tmp_path / "none"), "none: no such file or folder")
     assert_refused(flora("plan", tmp_path), str(tmp_path))

@@ -1,23 +1,76 @@
-"""Files on disk: whole or not at all, and never unpickled."""
+"""Files on disk and on the hub: written whole or not at all, and never unpickled."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 WEIGHTS = "adapter_model.safetensors"
+
+# ---------------------------------------------------------------------------------------------- path or name on the hub
+
+
+def user_path(path: str | os.PathLike) -> Path:
+    """The path that a user gave, with ``~`` expanded."""
+    return Path(os.path.expanduser(path))
+
+
+def local_path(source: str | os.PathLike) -> Path | None:
+    """The path of a model, an adapter or a data set that a user named; None if it is a name on the hub.
+
+    This is the only rule for path against hub name. What exists here is a path. A ``Path`` is a path, and so is a
+    string that starts with ".", "/" or "~", that has more than one slash, or whose first part is a folder here. Any
+    other string, NAME or OWNER/NAME, is a name on the hub.
+
+    Raises:
+        ValueError: if it is a path and does not exist.
+    """
+    path, name = user_path(source), os.fspath(source)
+    if path.exists():
+        return path
+    first, slash, _ = name.partition("/")
+    must_be_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(slash and Path(first).is_dir())
+    if must_be_path or not isinstance(source, str):
+        raise ValueError(f"{name}: no such file or folder")
+    return None
+
+
+def from_hub(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Download a repository's files that match ``patterns``, and return their folder.
+
+    Raises:
+        ValueError: if the hub does not return them.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(f"{name!r} is not a file or folder here, and the hub returned: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """Write to the yielded temporary path; it takes the place of ``path`` at the end, if nothing went wrong."""
+def replace_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path to write to. It replaces ``path`` at the end, unless an error was raised."""
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -28,11 +81,26 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Fill the yielded temporary folder; it becomes ``path`` at the end, if nothing went wrong.
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """As ``replace_file``, for a path that does not exist yet.
 
-    Raises FileExistsError where there is something already.
+    Raises:
+        FileExistsError: if it exists.
     """
+    if user_path(path).exists():
+        raise FileExistsError(f"{path} exists already; name a new file, or remove it first")
+    with replace_file(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder to fill. It becomes ``path`` at the end, unless an error was raised.
+
+    Raises:
+        FileExistsError: if ``path`` exists and is not an empty folder.
+    """
+    path = user_path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; name a new folder, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,47 +113,70 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def from_hub(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder with those files of what is on the hub under this name; ValueError where it does not give them."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: naming the file, if it cannot be written (a full disk).
+    """
+    from safetensors.torch import save_file
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name!r} is no file and no folder, and the hub does not give it: {reason}") from error
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[safe_open]:
-    """A safetensors file, to be read tensor by tensor. Raises ValueError where it is none."""
+def open_tensors(path: str | os.PathLike) -> Iterator[safe_open]:
+    """Open a safetensors file, to read it tensor by tensor.
+
+    Raises:
+        ValueError: if the file cannot be opened, or is not a whole safetensors file. Errors of the caller's own block
+            pass through.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        file = safe_open(user_path(path), framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    with file:
+        yield file
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is no JSON object."""
+    """Read a JSON object. Raises ValueError if the file holds anything else."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not whole: {error}") from error
+        raise ValueError(f"{path} is not a whole JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; a JSON object is needed")
     return content
 
 
-def saved_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of the core spaces' tensors in an adapter's folder, by their names in the base model; the header alone is
-    read. None for a folder without weights, or a name on the hub: there is nothing to read yet.
+def saved_shapes(
+    source: str | os.PathLike, subfolder: str | None = None, **download: Any
+) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of an adapter's core spaces, by their tensors' names in the base model. Only the header is read.
 
-    Raises ValueError where the weights are not a whole FLoRA adapter.
+    Args:
+        source: what ``PeftModel.from_pretrained`` takes: a folder, else a name on the hub, which is asked for the file.
+        subfolder: the adapter's folder in ``source``.
+        download: arguments of ``huggingface_hub.hf_hub_download``: revision, token, cache_dir …
+
+    Returns:
+        None if there are no weights: a folder that holds only a config, or a name for which the hub returns no file.
+
+    Raises:
+        ValueError: if the weights are not a whole FLoRA adapter.
     """
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
+    path: Path | None = Path(source, subfolder or "", WEIGHTS)
+    if not Path(source).is_dir():
+        path = _weights_from_hub(os.fspath(source), subfolder, download)
+    if path is None or not path.is_file():
         return None
     with open_tensors(path) as file:
         keys = list(file.keys())
@@ -98,3 +189,13 @@ def saved_shapes(folder: str | os.PathLike) -> dict[str, tuple[int, ...]] | None
         if not dtypes[key].startswith(("F", "BF")):
             raise ValueError(f"{path}: {key!r} has dtype {dtypes[key]}; a floating-point one is needed")
     return {key.removeprefix("base_model.model."): shapes[key] for key in ours}
+
+
+def _weights_from_hub(name: str, subfolder: str | None, download: dict[str, Any]) -> Path | None:
+    """The adapter's weights in the hub's cache. None if the hub returns none: PEFT asks it again and reports that."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, WEIGHTS, subfolder=subfolder, **download))
+    except Exception:  # of the hub's and its HTTP client's many classes
+        return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora.files import read_json
+from flora.files import local_path, read_json
 
 
 def empty_model(name: str) -> nn.Module:
@@ -26,10 +26,9 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def _build(name: str, weights: bool) -> nn.Module:
     """Raises ValueError where ``name`` is no model of either library."""
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"{name}: no such folder")
+    source = str(local_path(name) or name)
     try:
-        return (_diffusers if _is_diffusers(name) else _transformers)(name, weights)
+        return (_diffusers if _is_diffusers(source) else _transformers)(source, weights)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
 

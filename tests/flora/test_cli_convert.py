@@ -86,7 +86,7 @@ def test_a_command_says_what_it_wrote_and_verifies_it(folder, command, written, 
 
 MISTAKES = {
     "no_folder": ("export lora nowhere OUT/x", "nowhere"),
-    "no_model": ("export lora adapter OUT/y --verify ./nowhere", "no such folder"),
+    "no_model": ("export lora adapter OUT/y --verify ./nowhere", "no such file or folder"),
     "two_sizes": ("compress adapter OUT/x --rank 2 --energy 0.5", "energy"),
     "no_number": ("compress adapter OUT/x --budget many", "--budget many"),
     "exists": ("export lora adapter base", "exists already"),

@@ -385,7 +385,7 @@ def shards_of(folder: Path) -> Path:
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 SPOILT = {
-    "no-folder": (lambda base, adapter: shutil.rmtree(base), "is no file and no folder"),
+    "no-folder": (lambda base, adapter: shutil.rmtree(base), "no such file or folder"),
     "no-weights": (lambda base, adapter: (base / "model.safetensors").unlink(), "no weights of a model"),
     "adapter-as-base": (lambda base, adapter: (shutil.rmtree(base), shutil.copytree(adapter, base)), "an adapter's"),
     "cut-off": (lambda base, adapter: shorten(base / "model.safetensors"), "not a whole safetensors file"),
@@ -422,7 +422,7 @@ SPOILT = {
     "sum-not-finite": (
         lambda base, adapter: rewrite(base, lambda t: {k: v * float("inf") for k, v in t.items()}), "is not finite in",
     ),
-    "config": (lambda base, adapter: (base / "config.json").write_text("{"), "config.json is not whole"),
+    "config": (lambda base, adapter: (base / "config.json").write_text("{"), "config.json is not a whole JSON file"),
 }  # fmt: skip
 
 
@@ -529,5 +529,5 @@ def test_a_name_on_the_hub(monkeypatch, tmp_path):
 
 def test_a_name_that_the_hub_does_not_give(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="'someone/some-model' is no file and no folder"):
+    with pytest.raises(ValueError, match="'someone/some-model' is not a file or folder here"):
         Checkpoint.open("someone/some-model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flora.files import WEIGHTS, from_hub, open_tensors
+from flora.files import WEIGHTS, from_hub, local_path, open_tensors
 from flora.layers.sites import Site
 from flora.ranks import parameter_count
 from flora.tuner.config import FloraConfig
@@ -138,9 +137,8 @@ def bar(items: Iterable, total: int, label: str, show: bool) -> Iterable:
 
 
 def adapter_folder(source: str | Path) -> Path:
-    """An adapter's folder; what has the form of a name on the hub, and is no folder here, comes from there."""
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not Path(str(source).partition("/")[0]).is_dir()
-    return from_hub(str(source), ["adapter_*"]) if on_hub else Path(source)
+    """The folder of an adapter that is given by its path or by its name on the hub."""
+    return local_path(source) or from_hub(str(source), ["adapter_*"])
 
 
 def read_config(folder: Path, peft_type: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from flora.files import WEIGHTS, from_hub, open_tensors, read_json
+from flora.files import WEIGHTS, from_hub, local_path, open_tensors, read_json
 
 # transformers', then diffusers' name of the weights, without the suffix
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -64,10 +64,10 @@ class TensorFiles:
             ValueError: where there are no weights, a file is not whole or holds anything but tensors, or the hub does
                 not give the model.
         """
-        path = Path(source)
-        if path.is_file():
+        path = local_path(source)
+        if path is not None and path.is_file():
             return cls._read(str(source), None, [path], {})
-        folder = path if path.is_dir() else _model_from_hub(str(source), revision)
+        folder = path or _model_from_hub(str(source), revision)
         paths, index = _weight_files(folder)
         return cls._read(str(source), folder, paths, index)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -174,10 +173,11 @@ class FloraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         # A file that is broken, or of another base model, must be refused before any layer is wrapped. Only here does
         # PEFT tell a tuner the path that it will load.
-        shapes = saved_shapes(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        download, _, _ = cls._split_kwargs(kwargs)
+        shapes = saved_shapes(pretrained_model_name_or_path, subfolder, **download)
         if not kwargs.get("ignore_mismatched_sizes"):
             config.saved_shapes = shapes
         return config
