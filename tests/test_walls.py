@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # the rooms of each package, every one after what it may import
 ROOMS = {
     "flora": ["tucker", "ranks", "files", "models", "layers", "tuner", "convert", "cli"],
-    "flora_lab": ["tasks", "methods", "settings", "analysis", "run", "cli"],
+    "flora_lab": ["errors", "tasks", "methods", "settings", "analysis", "run", "cli"],
 }
 EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",
           "scipy", "pycocotools", "ray")  # fmt: skip
@@ -29,7 +29,7 @@ NEVER = [
     ("flora/layers/*.py", ("peft", "transformers"), True),
     ("flora_lab/**/*.py", ("timm", "diffusers", "datasets", "lycoris", "sklearn", "ray"), False),
     ("flora_lab/analysis/measure.py", ("matplotlib",), True),
-    *((f"flora_lab/analysis/{name}.py", ("torch",), True) for name in ("drawing", "page", "plots", "rows", "tables")),
+    *((f"flora_lab/analysis/{name}.py", ("torch",), True) for name in ("drawing", "page", "plots", "results", "rows", "tables", "traces")),
 ]  # fmt: skip
 
 

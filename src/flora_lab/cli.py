@@ -1,4 +1,4 @@
-"""The laboratory's commands: `flora train`, `flora compare` and `flora analyse`. They join by entry point."""
+"""The laboratory's commands: `flora train`, `flora compare` and `flora analyse`. They join `flora` by entry point."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,31 +6,34 @@ from contextlib import contextmanager
 import click
 
 from flora.cli import KeyedCommand, Refused, as_overrides, described_keys
+from flora_lab.errors import ConfigError, TrialsFailed
 
 
 def job_keys() -> Iterator[tuple[str, str]]:
+    """Every key of a job, with its help."""
     with job_errors():
-        from flora_lab.settings import Config, Method
+        from flora_lab.settings import Config, Variant
         from flora_lab.tasks import TASKS
 
         yield from described_keys(Config)
-        yield from described_keys(Method, "methods.NAME.")
+        yield from described_keys(Variant, "methods.NAME.")
         for task in TASKS.values():
             yield from described_keys(task, "task.")
 
 
 @contextmanager
 def job_errors() -> Iterator[None]:
-    """Turn what a person can mend into one line and exit code 2."""
+    """A user's mistake becomes one line and exit code 2; trials that failed, a line each and exit code 1."""
     try:
         from flora.models import quiet
-        from flora_lab.settings import ConfigError
 
         quiet()
         try:
             yield
         except (ConfigError, OSError) as error:
             raise Refused(str(error)) from error
+        except TrialsFailed as error:
+            raise click.ClickException(str(error)) from error
     except ModuleNotFoundError as error:
         raise Refused(f"{error.name} is not installed: pip install 'flora-peft[train]'") from error
 
@@ -39,14 +42,14 @@ def job_errors() -> Iterator[None]:
 @click.argument("config")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
 def train(config: str, overrides: tuple[str, ...]) -> None:
-    """Run the job that the YAML file CONFIG describes.
+    """Train every variant of the job in the YAML file CONFIG, and print a table.
 
-    Any key can be set after it: `flora train configs/digits.yaml seed=1 training.epochs=3`, or `--seed 1`. An
-    interrupted run goes on when it is started again. For several processes: `accelerate launch -m flora.cli train ...`.
+    Any key can be set on the command line: `flora train configs/digits.yaml seed=1 training.epochs=3`, or `--seed 1`.
+    Started again, an interrupted job resumes. For several processes: `accelerate launch -m flora.cli train ...`.
     """
     given = as_overrides(overrides)
     with job_errors():
-        from flora_lab.run.job import train as run
+        from flora_lab.run.train import train as run
         from flora_lab.settings import load_config
 
         run(load_config(config, given))
@@ -55,16 +58,16 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 @click.command(cls=KeyedCommand, keys=job_keys)
 @click.argument("config")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-@click.option("--methods", metavar="A,B", help="Some of the job's methods [all].")
-@click.option("--budgets", metavar="N,N", help="comparison.budgets: trainable parameters of an adapter, head aside.")
+@click.option("--methods", metavar="A,B", help="Some of the job's variants [all].")
+@click.option("--budgets", metavar="N,N", help="comparison.budgets: trainable parameters of an adapter, without head.")
 @click.option("--seeds", metavar="N,N", help="comparison.seeds")
 @click.option("--engine", type=click.Choice(["local", "ray"]), help="comparison.engine")
-@click.option("--workers", metavar="N", help="comparison.workers: runs at a time.")
+@click.option("--workers", metavar="N", help="comparison.workers: trials that run at the same time.")
 def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys: str | None) -> None:
-    """Compare the methods of the job that CONFIG describes: at equal budgets, over seeds, each at its learning rate.
+    """Compare the variants of the job in CONFIG: at equal budgets, over seeds, each at its best learning rate.
 
-    Every run appends a row to results.jsonl in the job's folder; started again, with more methods, budgets or seeds if
-    you like, it goes on from there. At its end it writes report.html beside them.
+    Every trial appends a row to results.jsonl in the job's folder, and at the end report.html is written beside it.
+    Started again, also with more variants, budgets or seeds, the comparison runs what is missing.
     """
     lists = [f"comparison.{key}=[{value}]" for key, value in keys.items() if value and key in ("budgets", "seeds")]
     single = [f"comparison.{key}={value}" for key, value in keys.items() if value and key in ("engine", "workers")]
@@ -80,11 +83,11 @@ def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys
 @click.argument("folders", nargs=-1, required=True)
 @click.option("--out", default=".", show_default=True, help="Folder for report.html, its figures and tables.")
 def analyse(folders: tuple[str, ...], out: str) -> None:
-    """Make one report of the comparisons in FOLDERS: tables and figures, in a page that needs no network."""
+    """Make one report of the comparisons in FOLDERS: tables and figures, on a page that needs no network."""
     with job_errors():
         from flora_lab.analysis import analyse as run
 
         try:
             click.echo(str(run(folders, out)))
-        except ValueError as error:  # a line that is no row
+        except ValueError as error:  # a line that is not a valid row
             raise Refused(str(error)) from error

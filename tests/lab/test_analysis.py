@@ -25,11 +25,12 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import flora_lab
 from flora import FloraConfig
-from flora_lab.analysis import analyse, fields, measure, plots, tables
+from flora_lab.analysis import analyse, fields, measure, plots, tables, traces
 from flora_lab.analysis.drawing import apart
 from flora_lab.analysis.measure import Norms, amplification, deltas, spectra
-from flora_lab.analysis.rows import chosen, left_out, read, results
-from flora_lab.analysis.style import LOOKS, label, order
+from flora_lab.analysis.results import chosen, left_out, summarise
+from flora_lab.analysis.rows import read
+from flora_lab.analysis.style import COLOURS, label, styles
 from flora_lab.methods import METHODS, adapt
 
 # ------------------------------------------------------------------------------------------------------- measured
@@ -46,25 +47,25 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.linear(torch.tanh(self.conv(x)).mean((2, 3)))))
 
 
-def adapted(way: str) -> tuple[Net, nn.Module]:
+def adapted(method: str) -> tuple[Net, nn.Module]:
     """The model before, and after something has been learned."""
     before = Net()
-    model = adapt(way, copy.deepcopy(before), ["head"], 400, {}).model
+    model = adapt(method, copy.deepcopy(before), ["head"], 400, {}).model
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "head" not in name and not (name.endswith("bias") and way == "full"):
+        if parameter.requires_grad and "head" not in name and not (name.endswith("bias") and method == "full"):
             parameter.data += 0.2 * torch.randn_like(parameter)
     return before, model
 
 
-UPDATING = [way for way in METHODS if way not in ("head", "bitfit", "houlsby", "pfeiffer")]
+UPDATING = [method for method in METHODS if method not in ("head", "bitfit", "houlsby", "pfeiffer")]
 
 
-@pytest.mark.parametrize("way", UPDATING)
-def test_the_base_model_with_the_deltas_computes_what_the_adapted_model_computes(way):
-    before, model = adapted(way)
+@pytest.mark.parametrize("method", UPDATING)
+def test_the_base_model_with_the_deltas_computes_what_the_adapted_model_computes(method):
+    before, model = adapted(method)
     base = {name: p.detach().clone() for name, p in before.named_parameters() if "head" not in name}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = deltas(model, base if way == "full" else None)
+    found = deltas(model, base if method == "full" else None)
     assert found.keys() == {"conv.weight", "linear.weight"}
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     for name, delta in found.items():
@@ -73,12 +74,12 @@ def test_the_base_model_with_the_deltas_computes_what_the_adapted_model_computes
     torch.testing.assert_close(model.eval()(x), before(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", sorted(set(METHODS) - set(UPDATING)))
-def test_what_updates_no_weight_has_no_deltas(way):
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(UPDATING)))
+def test_what_updates_no_weight_has_no_deltas(method):
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = BertForSequenceClassification(BertConfig(**size, vocab_size=9))
     base = {name: p.detach().clone() for name, p in model.named_parameters() if "classifier" not in name}
-    model = adapt(way, model, ["classifier"], 400, {}).model
+    model = adapt(method, model, ["classifier"], 400, {}).model
     assert deltas(model, base) == spectra(model, base) == {}
 
 
@@ -143,22 +144,22 @@ def test_norms_follow_a_training():
         norms.on_step_end(None, state, None, model=model)
     norms.on_train_end(None, state, None, model=model)
     norms.on_train_end(None, state, None, model=model)
-    assert [row[0] for row in norms.rows] == [1, 4, 16, 36, 64, 90]
+    assert [row[0] for row in norms.records] == [1, 4, 16, 36, 64, 90]
     expected = [delta.norm().item() for delta in deltas(model).values()]
-    assert norms.rows[0][1] == pytest.approx(sum(expected) / len(expected)) and norms.seconds > 0
+    assert norms.records[0][1] == pytest.approx(sum(expected) / len(expected)) and norms.seconds > 0
     with pytest.raises(ValueError, match="points=0"):
         Norms(0)
 
 
-@pytest.mark.parametrize("way", ["flora", "dora", "locon"])
-def test_a_training_that_diverged_is_no_error(way):
-    _, model = adapted(way)
+@pytest.mark.parametrize("method", ["flora", "dora", "locon"])
+def test_a_training_that_diverged_is_no_error(method):
+    _, model = adapted(method)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "linear" in name:
             parameter.data.fill_(math.nan)
     norms, state = Norms(), SimpleNamespace(global_step=1, is_world_process_zero=True)
     norms.on_train_end(None, state, None, model=model)
-    assert math.isnan(norms.rows[0][1]) and math.isfinite(norms.rows[0][2])
+    assert math.isnan(norms.records[0][1]) and math.isfinite(norms.records[0][2])
     assert math.isnan(spectra(model)["delta"][0])
 
 
@@ -183,9 +184,17 @@ def test_quantiles_run_from_first_to_last(values):
 # --------------------------------------------------------------------------------------------------------- chosen
 
 
-def row(method="lora", budget=1000, seed=0, rate=1e-3, value=0.5, test=None, task="task", **more):
+def options_of(variant):
+    """As the shipped jobs name their variants: flora-core, flora-0.4."""
+    method, _, rest = variant.partition("-")
+    number = rest.replace(".", "", 1).isdecimal()
+    return method, {"scale": float(rest)} if number else {"init": rest} if rest else {}
+
+
+def row(variant="lora", budget=1000, seed=0, rate=1e-3, value=0.5, test=None, job="task", **more):
+    method, options = options_of(variant)
     return {
-        "task": task, "metric": "accuracy", "method": method, "way": method.split("-")[0], "options": {},
+        "job": job, "metric": "accuracy", "variant": variant, "method": method, "options": options,
         "budget": budget, "seed": seed, "learning_rate": rate, "validation": {"accuracy": value},
         "test": {"accuracy": value if test is None else test}, "adapter_parameters": budget or 0,
         "head_parameters": 10, "model_parameters": 9999, "epochs": 4, "steps": 40, "seconds": 20.0, "memory": 2**28,
@@ -193,37 +202,37 @@ def row(method="lora", budget=1000, seed=0, rate=1e-3, value=0.5, test=None, tas
     }  # fmt: skip
 
 
-def grid(method="lora", budget=1000, best=1e-3, seeds=range(5), level=0.8, **more):
-    """A method's runs as a comparison makes them."""
-    draw = random.Random(f"{method}{budget}{more.get('task')}")
+def grid(variant="lora", budget=1000, best=1e-3, seeds=range(5), level=0.8, **more):
+    """A variant's rows as a comparison makes them."""
+    draw = random.Random(f"{variant}{budget}{more.get('job')}")
     trials = [(0, rate) for rate in (1e-4, 1e-3, 1e-2)] + [(seed, best) for seed in seeds if seed]
     return [
-        row(method, budget, seed, rate, level + draw.gauss(0, 0.01) - 0.1 * (rate != best), **more)
+        row(variant, budget, seed, rate, level + draw.gauss(0, 0.01) - 0.1 * (rate != best), **more)
         for seed, rate in trials
     ]
 
 
-def comparison(tasks=("cifar-shift", "cola", "camvid"), budgets=(10_000, 30_000, 100_000), seeds=range(5)):
-    """Rows as large as they get: every method, and a scale sweep."""
-    ways = [*METHODS, "flora-core", "flora-gradient"]
+def comparison(jobs=("cifar-shift", "cola", "camvid"), budgets=(10_000, 30_000, 100_000), seeds=range(5)):
+    """As many rows as there can be: every method, and a scale sweep."""
+    variants = [*METHODS, "flora-core", "flora-gradient"]
     rows = []
-    for task, (n, way) in itertools.product(tasks, enumerate(ways)):
-        updates = way.split("-")[0] in UPDATING
+    for job, (n, variant) in itertools.product(jobs, enumerate(variants)):
+        updates = variant.split("-")[0] in UPDATING
         more = {
-            "notes": ["rank 4 on 55 layers"] if way == "lora" else [],
+            "notes": ["rank 4 on 55 layers"] if variant == "lora" else [],
             "curve": [[epoch, (0.6 + 0.02 * n) * (1 - math.exp(-epoch / 4))] for epoch in range(1, 21)],
             "norms": [[step, 0.01 * n * step**0.5, 0.02 * n * step**0.4] for step in (1, 4, 9, 16, 25)] * updates,
             "spectra": {"delta": [math.exp(-i / (n + 1)) for i in range(32)]} if updates else {},
         }
-        if way.startswith("flora"):
+        if variant.startswith("flora"):
             more["spectra"]["core"] = [math.exp(-i / 20) for i in range(32)]
-        for budget in budgets if METHODS[way.split("-")[0]].size else [None]:
-            size = {"full": 414_912, "head": 0, "bitfit": 2032}.get(way, budget)
+        for budget in budgets if METHODS[variant.split("-")[0]].size else [None]:
+            size = {"full": 414_912, "head": 0, "bitfit": 2032}.get(variant, budget)
             level = 0.6 + 0.02 * n + 0.01 * budgets.index(budget or budgets[0])
-            rows += grid(way, budget, seeds=seeds, level=level, task=task, **more)
-            rows = [row | ({"adapter_parameters": size} if row["method"] == way else {}) for row in rows]
-    for task, scale in itertools.product(tasks, (0.04, 0.4, 4)):
-        rows += grid(f"flora-s{scale:g}", budgets[0], seeds=seeds, level=0.8, task=task, options={"scale": scale})
+            rows += grid(variant, budget, seeds=seeds, level=level, job=job, **more)
+            rows = [row | ({"adapter_parameters": size} if row["variant"] == variant else {}) for row in rows]
+    for job, scale in itertools.product(jobs, (0.04, 0.4, 4)):
+        rows += grid(f"flora-{scale:g}", budgets[0], seeds=seeds, level=0.8, job=job)
     return rows
 
 
@@ -231,9 +240,9 @@ def test_the_best_on_validation_is_chosen_the_lower_of_equals():
     rows = [row(rate=rate, value=value) for rate, value in ((1e-2, 0.7), (1e-3, 0.7), (1e-4, 0.6), (1e-1, math.nan))]
     rows += [row(seed=1, rate=1e-3), row(seed=2, rate=1e-2)]
     assert [(run["seed"], run["learning_rate"]) for run in chosen(rows)] == [(0, 1e-3), (1, 1e-3)]
-    assert results(rows)[0].edge is None
-    assert results([r for r in rows if r["learning_rate"] != 1e-4])[0].edge == "lowest"
-    assert results([r for r in rows if r["learning_rate"] < 1e-2])[0].edge == "highest"
+    assert summarise(rows)[0].edge is None
+    assert summarise([r for r in rows if r["learning_rate"] != 1e-4])[0].edge == "lowest"
+    assert summarise([r for r in rows if r["learning_rate"] < 1e-2])[0].edge == "highest"
 
 
 @settings(max_examples=30)
@@ -241,14 +250,14 @@ def test_the_best_on_validation_is_chosen_the_lower_of_equals():
 def test_the_test_split_chooses_nothing(draw):
     rows = grid() + grid("flora") + grid("full", None)
     changed = [r | {"test": {"accuracy": draw.random()}} for r in rows]
-    keys = ("method", "budget", "seed", "learning_rate")
+    keys = ("variant", "budget", "seed", "learning_rate")
     assert [[r[key] for key in keys] for r in chosen(rows)] == [[r[key] for key in keys] for r in chosen(changed)]
 
 
 def test_statistics_and_the_paired_test():
     rows = grid("flora", 1000) + grid("flora", 2000, level=0.9)
     rows += grid("lora", 2000, seeds=range(4)) + grid("full", None)
-    found = {(result.method, result.budget): result for result in results(rows)}
+    found = {(result.variant, result.budget): result for result in summarise(rows)}
     mine, reference = found["lora", 2000], found["flora", 2000]
     values = torch.tensor(list(mine.values.values()), dtype=torch.float64)
     assert mine.mean == pytest.approx(values.mean()) and mine.std == pytest.approx(values.std())
@@ -271,22 +280,26 @@ def test_statistics_and_the_paired_test():
 )
 def test_no_test_where_there_is_none(others):
     ours = [row("flora", seed=seed, value=0.5 + 0.1 * seed) for seed in range(3)]
-    (result,) = [result for result in results(ours + others) if result.method == "lora"]
+    (result,) = [result for result in summarise(ours + others) if result.method == "lora"]
     assert result.p is None and result.gain is None
+
+
+def on_disk(line):
+    return fields.to_disk(line) if isinstance(line, dict) else line
 
 
 def write(path: Path, *lines) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(on_disk(line))) + "\n" for line in lines))
     return path
 
 
 def test_rows_are_read_from_files_and_folders(tmp_path):
     file = write(tmp_path / "a" / "results.jsonl", row(value=0.1), row(seed=1), row(value=0.2), "")
-    write(tmp_path / "b" / "c" / "results.jsonl", row(task="other"))
+    write(tmp_path / "b" / "c" / "results.jsonl", row(job="other"))
     rows = read([tmp_path])
-    assert [(r["task"], r["seed"]) for r in rows] == [("task", 1), ("task", 0), ("other", 0)]
-    assert rows[1]["test"] == {"accuracy": 0.2}  # of a run that is there twice, the last
+    assert [(r["job"], r["seed"]) for r in rows] == [("task", 1), ("task", 0), ("other", 0)]
+    assert rows[1]["test"] == {"accuracy": 0.2}  # of a trial that is there twice, the last row
     file.write_text(file.read_text() + '{"task": "ta')
     with pytest.warns(UserWarning, match=r"results.jsonl, line 5: cut short, left out"):
         assert len(read([file])) == 2
@@ -295,18 +308,21 @@ def test_rows_are_read_from_files_and_folders(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: not whole JSON"),
-        ("[1]", "line 1: a list; a JSON object is needed"),
-        ({"task": "t"}, "line 1: no 'metric'"),
+        ("{", "line 1: incomplete JSON"),
+        ("[1]", "line 1: expected a JSON object, got a list"),
+        ({"job": "t"}, "line 1: missing key 'metric'"),
         (
             {key: value for key, value in row().items() if key != "adapter_parameters"},
-            "line 1: no 'adapter_parameters'",
+            "line 1: missing key 'adapter_parameters'",
         ),
         (row() | {"test": 0.5}, "line 1: test=0.5; expected an object with a number at 'accuracy'"),
         (row() | {"validation": {}}, "line 1: validation={}; expected an object with a number at 'accuracy'"),
         (row() | {"test": {"accuracy": "0.5"}}, "line 1: test={'accuracy': '0.5'}; expected an object with a number"),
         (row() | {"validation": {"accuracy": None}}, "line 1: validation={'accuracy': None}; expected an object with"),
-        (row() | {"metric": "f", "validation": {"f": 1}, "test": {"f": 1}}, "line 2: metric='accuracy' of task 'task'"),
+        (
+            row() | {"metric": "f", "validation": {"f": 1}, "test": {"f": 1}},
+            "line 2: metric='accuracy' for task 'task'",
+        ),
     ],
 )
 def test_what_is_no_row_is_named(tmp_path, line, message):
@@ -318,7 +334,7 @@ def test_what_is_no_row_is_named(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("key", "values", "expected"),
     [
-        ("task", (None, 7), "a string"),
+        ("job", (None, 7), "a string"),
         ("metric", (["a"],), "a string"),
         ("left_out", (None,), "a string"),
         ("seed", (None, 0.5, True), "a whole number"),
@@ -336,14 +352,16 @@ def test_what_is_no_row_is_named(tmp_path, line, message):
 def test_a_value_that_is_not_accepted_is_named(tmp_path, key, values, expected):
     for value in values:
         file = write(tmp_path / "results.jsonl", row(seed=1), row() | {key: value})
-        with pytest.raises(ValueError, match=re.escape(f"{file}, line 2: {key}={value!r}; expected {expected}") + "$"):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{file}, line 2: {fields.on_disk(key)}={value!r}; expected {expected}") + "$"
+        ):
             read([file])
 
 
 def test_what_is_needed_is_enough(tmp_path):
-    needed = {key: row()[key] for key in (*fields.SUBJECT, *fields.RAN)}
+    needed = {key: row()[key] for key in (*fields.SUBJECT, *fields.OUTCOME)}
     rows = [needed | dict.fromkeys(("seconds", "memory", "curve", "norms", "spectra", "options", "notes")), needed]
-    analyse([write(tmp_path / "results.jsonl", *rows, needed | {"method": "flora", "budget": 7})], tmp_path / "out")
+    analyse([write(tmp_path / "results.jsonl", *rows, needed | {"variant": "flora", "budget": 7})], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -351,18 +369,16 @@ def test_what_is_needed_is_enough(tmp_path):
     [
         ("settings", "5f3a", "90c1", "task 'cola'"),
         ("options", {}, {"r": 4}, "task 'cola', method 'lora'"),
-        ("way", "lora", "dora", "task 'cola', method 'lora'"),
+        ("method", "lora", "dora", "task 'cola', method 'lora'"),
     ],
 )
-def test_different_runs_under_one_name_are_told_apart(tmp_path, key, one, two, of):
-    mine = write(tmp_path / "glue" / "cola" / "results.jsonl", row(task="cola", seed=1), row(task="cola") | {key: one})
-    other = write(
-        tmp_path / "quick" / "cola" / "results.jsonl", row("flora", task="cola"), row(task="cola") | {key: two}
-    )
-    line = f"{other}, line 2: {key}={two!r} of {of}, which has {one!r} in {mine}, line "
-    with pytest.raises(ValueError, match=re.escape(line) + ".*analyse them apart, or rename the output or the method"):
+def test_rows_that_contradict_each_other_are_named(tmp_path, key, one, two, of):
+    mine = write(tmp_path / "glue" / "cola" / "results.jsonl", row(job="cola", seed=1), row(job="cola") | {key: one})
+    other = write(tmp_path / "quick" / "cola" / "results.jsonl", row("flora", job="cola"), row(job="cola") | {key: two})
+    line = f"{other}, line 2: {fields.on_disk(key)}={two!r} for {of}, but {one!r} in {mine}, line "
+    with pytest.raises(ValueError, match=re.escape(line) + ".*analyse them separately, or rename one output"):
         read([tmp_path])
-    write(other, row("flora", task="cola", settings=None), row(task="other") | {key: two})
+    write(other, row("flora", job="cola", settings=None), row(job="other") | {key: two})
     assert len(read([tmp_path])) == 4
 
 
@@ -371,7 +387,7 @@ def test_nothing_to_read_is_named(tmp_path):
         read([tmp_path])
     with pytest.raises(ValueError, match="no such file"):
         read([tmp_path / "results.jsonl"])
-    with pytest.raises(ValueError, match=r"no runs in .*results.jsonl"):
+    with pytest.raises(ValueError, match=r"no rows in .*results.jsonl"):
         read([write(tmp_path / "results.jsonl")])
 
 
@@ -380,7 +396,7 @@ def test_nothing_to_read_is_named(tmp_path):
 
 def test_a_comparison_as_a_table():
     rows = grid("flora", level=0.9) + grid("lora", best=1e-2) + grid("full", None, level=0.95, memory=None)
-    table = tables.comparison(results(rows))
+    table = tables.comparison(summarise(rows))
     assert table.columns[:4] == ["method", "budget", "test accuracy × 100", "p vs FLoRA"]
     assert [line[0] for line in table.lines] == ["full fine-tuning", "LoRA", "FLoRA"]
     assert table.bold == {(2, 2)} and "**" in table.markdown().splitlines()[-1]
@@ -392,25 +408,26 @@ def test_a_comparison_as_a_table():
 def test_variants_stand_after_their_method_by_their_numbers():
     names = ["flora-4", "flora-13", "flora", "flora-0.4", "lora", "flora-core", "other"]
     expected = ["lora", "flora", "flora-core", "flora-0.4", "flora-4", "flora-13", "other"]
-    assert sorted(names, key=order) == expected
+    found = styles(map(row, names)).values()
+    assert [style.variant for style in sorted(found, key=lambda style: style.order)] == expected
 
 
 def test_methods_that_were_tried_with_more_learning_rates_are_named():
     rows = grid("flora") + grid("dora") + grid("lora")
-    assert "tried" not in tables.comparison(results(rows)).note
+    assert "tried" not in tables.comparison(summarise(rows)).note
     rows += [row(budget=b, rate=rate) for b in (1000, 9) for rate in (3e-4, 3e-3, 3e-2)] + grid(budget=9)
-    assert "Learning rates tried: 3, but 6 with LoRA." in tables.comparison(results(rows)).note
+    assert "Learning rates tried: 3, but 6 with LoRA." in tables.comparison(summarise(rows)).note
 
 
 def test_time_and_memory_over_loras():
     rows = grid("lora") + grid("flora", seconds=30.0, memory=2**29) + grid("full", None, epoch_seconds=2.5)
-    lines = {line[0]: line[1:] for line in tables.costs(results(rows)).lines}
+    lines = {line[0]: line[1:] for line in tables.costs(summarise(rows)).lines}
     assert lines["FLoRA"] == ["1,000", "7.5", "1.50", "512 MiB", "2.00"]
     assert lines["full fine-tuning"][:3] == ["–", "2.5", "0.50"]
 
 
 def test_what_was_left_out_is_said_once():
-    reason = {"task": "task", "metric": "accuracy", "method": "dora", "way": "dora", "left_out": "no room"}
+    reason = {"job": "task", "metric": "accuracy", "variant": "dora", "method": "dora", "left_out": "no room"}
     rows = [reason | {"budget": budget} for budget in (5, 5, 9)] + [row(budget=b, notes=["rank 2"]) for b in (5, 9)]
     assert len(left_out(rows)) == 2
     assert tables.remarks(rows) == [
@@ -418,27 +435,49 @@ def test_what_was_left_out_is_said_once():
         "task, LoRA, budget 5 / 9: rank 2",
     ]
     assert left_out([*rows, row("dora", 5)]) == [rows[2]]
-    assert tables.comparison(results(rows[:3])).lines == []
+    assert tables.comparison(summarise(rows[:3])).lines == []
 
 
 def test_values_that_are_no_shares_are_not_multiplied_and_what_diverged_is_said():
     rows = [row(value=-3.25), row("flora", value=12.5), row("dora", value=math.nan)]
-    cells = {line[0]: line[2] for line in tables.comparison(results(rows)).lines}
+    cells = {line[0]: line[2] for line in tables.comparison(summarise(rows)).lines}
     assert cells == {"LoRA": "-3.25", "FLoRA": "12.50", "DoRA": "diverged (1 of 1)"}
 
 
-def test_names_for_a_reader():
-    assert [label(name) for name in ("flora", "flora-core", "lora-r8", "mine", "x-y")] == [
-        "FLoRA", "FLoRA, core start", "LoRA, r8", "mine", "x-y",
-    ]  # fmt: skip
-    assert set(METHODS) <= set(LOOKS) and len(set(LOOKS.values())) == len(LOOKS)
+def test_labels_come_from_the_method_and_its_options():
+    cases = [("flora", {}), ("flora", {"init": "core"}), ("flora", {"scale": 0.4}), ("lora", {"r": 8}), ("x-y", {})]
+    expected = ["FLoRA", "FLoRA, core start", "FLoRA, scale=0.4", "LoRA, r=8", "x-y"]
+    assert [label(*case) for case in cases] == expected
+    assert set(METHODS) <= set(COLOURS) and len(set(COLOURS.values())) == len(COLOURS)
+
+
+def test_a_name_that_the_user_gave_shows_only_where_labels_would_be_equal():
+    rows = [row("flora", method="lora"), row("mine", method="flora"), row("yours", method="flora", options={"r": 2})]
+    found = [style.label for style in styles(rows).values()]
+    assert found == ["LoRA", "FLoRA", "FLoRA, r=2"]
+    rows += [row("lora"), row("slow", method="flora")]
+    found = [style.label for style in styles(rows).values()]
+    assert found == ["LoRA (flora)", "FLoRA (mine)", "FLoRA, r=2", "LoRA", "FLoRA (slow)"]
+
+
+def test_the_reference_is_plain_flora_whatever_its_name():
+    def tested(**others):
+        rows = [line for name, more in others.items() for line in grid(name, **more)]
+        return {result.variant: result.p for result in summarise(rows)}
+
+    mine = {"method": "flora", "options": {}}
+    found = tested(mine=mine, lora={}, flora={"method": "dora", "options": {}})
+    assert found["mine"] is None and found["lora"] is not None and found["flora"] is not None
+    found = tested(mine=mine, flora={}, lora={})
+    assert found["flora"] is None and found["mine"] is not None
+    assert set(tested(lora={}, mine={"method": "flora", "options": {"r": 2}}).values()) == {None}
 
 
 # -------------------------------------------------------------------------------------------------------- figures
 
 
 def names(rows) -> list[str]:
-    return [picture.name for picture in plots.pictures(results(rows))]
+    return [picture.name for picture in plots.pictures(summarise(rows))]
 
 
 def test_a_figure_is_made_of_what_was_recorded():
@@ -447,18 +486,18 @@ def test_a_figure_is_made_of_what_was_recorded():
     assert names(grid(curve=[[1, 0.5]]) + grid("full", None, curve=[[1, 0.5]])) == ["methods"]
     assert names(grid() + grid("full", None)) == ["methods", "curves"]
     assert names(grid(budget=10, curve=[]) + grid(budget=20, curve=[])) == ["methods", "budgets"]
-    scales = [r for s in (0.4, 4) for r in grid(f"flora-{s}", curve=[], options={"scale": s})]
+    scales = [r for s in (0.4, 4) for r in grid(f"flora-{s}", curve=[])]
     assert names(scales) == ["scales"]
     assert names(grid(curve=[], norms=[[1, 0.5, 0.0], [2, 1.0, 3.0]])) == ["norms"]
     assert names(grid(curve=[], spectra={"delta": [1.0, 0.1, 0.0]})) == ["spectra"]
-    three = [r for task in "abc" for way in ("lora", "flora") for r in grid(way, task=task, curve=[])]
-    assert names(three) == ["methods"] * 3 + ["gains"] == names(three + grid("flora", task="d", curve=[]))
+    three = [r for job in "abc" for method in ("lora", "flora") for r in grid(method, job=job, curve=[])]
+    assert names(three) == ["methods"] * 3 + ["gains"] == names(three + grid("flora", job="d", curve=[]))
     assert names([row(value=math.nan), row("flora", value=math.nan)]) == []
 
 
 def test_figures_go_into_a_page_together():
     rows = grid() + grid("flora") + grid("full", None)
-    drawn = [picture.svg() for picture in plots.pictures(results(rows))]
+    drawn = [picture.svg() for picture in plots.pictures(summarise(rows))]
     ids = [name for svg in drawn for name in re.findall(r'\bid="([^"]+)"', svg)]
     assert len(ids) == len(set(ids)) > 10
     for svg in drawn:
@@ -479,7 +518,7 @@ def test_labels_stay_apart(heights, gap):
 
 def test_what_train_leaves(tmp_path):
     rows = [row("full", None, more=1) | {"loaded_difference": 0.0, "merged_difference": 1e-6}, row(notes=["rank 2"])]
-    plots.figure(rows, "accuracy", tmp_path / "curves.png")
+    traces.figure(rows, "accuracy", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     lines = tables.summary(rows).splitlines()
     assert lines[0].split(" | ")[1:] == ["test accuracy", "trainable: adapter + head", "seconds", "on disk |"]
@@ -487,7 +526,7 @@ def test_what_train_leaves(tmp_path):
 
 
 def test_everything_is_written(tmp_path):
-    file = write(tmp_path / "results.jsonl", *grid(task="a/b <i>"), *grid("flora", task="a/b <i>"))
+    file = write(tmp_path / "results.jsonl", *grid(job="a/b <i>"), *grid("flora", job="a/b <i>"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         page = analyse([file], tmp_path / "out")
@@ -501,7 +540,7 @@ def test_everything_is_written(tmp_path):
 def test_the_walls_inside():
     folder = Path(flora_lab.__file__).parent / "analysis"
     walls = {"measure": "matplotlib"} | dict.fromkeys(
-        ("fields", "rows", "style", "tables", "drawing", "plots", "page"), "torch"
+        ("fields", "rows", "results", "style", "tables", "drawing", "plots", "traces", "page"), "torch"
     )
     for name, forbidden in walls.items():
         nodes = list(ast.walk(ast.parse((folder / f"{name}.py").read_text())))

@@ -6,7 +6,6 @@ import posixpath
 import subprocess
 import sys
 import time
-from queue import SimpleQueue
 
 import psutil
 import pytest
@@ -15,7 +14,7 @@ from click.testing import CliRunner
 from test_train import SHORT, places, with_methods
 
 from flora.cli import main
-from flora_lab.run.compare import ENGINES, _on_device
+from flora_lab.run.engines import ENGINES, Killed, take_device
 
 GRID = ["comparison.seeds=[0,1]", "comparison.rates=[1,3]"]
 
@@ -147,7 +146,7 @@ def test_what_was_left_out_runs_once_it_can(tmp_path):
         (["--seeds", "99999999999"], "comparison.seeds=[99999999999]: expected at most 4294967295"),
         (["--budgets", "1", "--methods", "lora"], "methods.lora: "),
         (["methods.-evil.method=flora"], "methods.-evil: expected a name of letters, digits"),
-        (["methods.logs.method=flora"], "methods.logs: a run's folder has another use for that name"),
+        (["methods.logs.method=flora"], "methods.logs: this name is reserved"),
         (["methods.lora.method=loro"], "expected some of"),
     ],
 )
@@ -193,15 +192,44 @@ def test_rows_tell_runs_of_other_settings_apart(finished, tmp_path):
     assert settings not in {row["settings"] for row in plain(tmp_path)}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failed_trial_costs_no_other_and_is_retried(workers, tmp_path):
+    job = [*with_methods(tmp_path, "head", "full"), *SHORT, *GRID, f"comparison.workers={workers}"]
+    obstacle = tmp_path / "run" / "trials" / "head-s0-lr0.3"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("a file where the trial's folder should be")
+    failed = flora_compare(*job)
+    assert failed.exit_code == 1, failed.output
+    assert "Error: 1 trial failed; start again to retry:\n  head-s0-lr0.3: NotADirectoryError: " in failed.stderr
+    assert "Traceback" in failed.stderr and "full fine-tuning" in failed.stdout
+    ended = [(row["method"], row["seed"]) for row in map(json.loads, lines(tmp_path))]
+    # its learning rate is not known yet, so the other seeds wait
+    assert sorted(ended) == [("full", 0), ("full", 0), ("full", 1), ("head", 0)]
+    obstacle.unlink()
+    retried = flora_compare(*job)
+    assert retried.exit_code == 0, retried.output
+    assert [(row["method"], row["seed"]) for row in map(json.loads, lines(tmp_path))][4:] == [("head", 0), ("head", 1)]
+
+
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_every_task_runs_and_an_error_costs_no_other_result(engine):
     found, failed = [], 0
-    for result in ENGINES[engine](posixpath.join, [("folder", part) for part in ("1", "2", None, "3")], 2):
+    for call, result in ENGINES[engine](posixpath.join, [("folder", part) for part in ("1", "2", None, "3")], 2):
         try:
             found.append(result())
+            assert found[-1] == posixpath.join(*call)
         except TypeError:
             failed += 1
+            assert call == ("folder", None)
     assert sorted(found) == ["folder/1", "folder/2", "folder/3"] and failed == 1
+
+
+def test_a_killed_process_costs_no_other_result():
+    kill = "import os; os.kill(os.getpid(), 9)"
+    results = dict(ENGINES["local"](exec, [("1",), (kill,), ("2",)], 2))
+    assert results["1",]() is results["2",]() is None
+    with pytest.raises(Killed, match="perhaps for lack of memory"):
+        results[kill,]()
 
 
 @pytest.mark.parametrize(("given", "seen"), [(None, "0,1"), ("2,3", "2,3"), ("GPU-a,GPU-b", "GPU-a,GPU-b")])
@@ -212,9 +240,7 @@ def test_every_worker_sees_one_of_the_gpus_that_were_given(given, seen, monkeypa
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if given:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-        free = SimpleQueue()
-        free.put(index)
-        monkeypatch.setattr("flora_lab.run.compare._free", free, raising=False)
-        found.append(_on_device(os.environ.get, "CUDA_VISIBLE_DEVICES"))
+        take_device(index)
+        found.append(os.environ["CUDA_VISIBLE_DEVICES"])
     first, second = seen.split(",")
     assert found == [first, second, first]

@@ -13,13 +13,15 @@ from selenium.webdriver.chrome.service import Service
 from test_analysis import comparison
 
 from flora_lab.analysis import page, tables
-from flora_lab.analysis.rows import by_task, results
+from flora_lab.analysis.results import by_job, summarise
 from flora_lab.methods import METHODS
 
 SIZES = {"phone": (360, 800), "desk": (1280, 900)}
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-HOSTILE = {"task": "cola", "metric": "accuracy", "method": "dora", "budget": 7, "left_out": "<script>x()"}
+HOSTILE = {
+    "job": "cola", "metric": "accuracy", "variant": "dora", "method": "dora", "budget": 7, "left_out": "<script>x()",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +109,8 @@ def test_tables_hold_the_rows(browser, rows):
         """return [...document.querySelectorAll('table')].map(table => [...table.rows].map(
             row => [...row.cells].map(cell => cell.textContent)))"""
     )
-    tasks = by_task(results(rows)).values()
-    made = [make(of) for make in (tables.comparison, tables.costs) for of in tasks]
+    jobs = by_job(summarise(rows)).values()
+    made = [make(of) for make in (tables.comparison, tables.costs) for of in jobs]
     assert shown == [[table.columns, *table.lines] for table in made]
     assert len(made[0].lines) == 3 + 3 * (len(METHODS) - 3 + 2) + 3
     bold = browser.execute_script("return document.querySelector('table').querySelectorAll('b').length")

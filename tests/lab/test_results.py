@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from flora_lab.analysis import rows, tables
+from flora_lab.analysis import tables
+from flora_lab.analysis.results import summarise
+from flora_lab.analysis.rows import read
 
 DOCS = Path(__file__).parents[2] / "docs"
 FILES = sorted((DOCS / "results").glob("*.jsonl"))
@@ -16,8 +18,8 @@ def test_there_are_rows():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_tables_are_those_of_the_rows(file):
-    found = rows.results(rows.read([file]))
+    results = summarise(read([file]))
     page = (DOCS / "results.md").read_text(encoding="utf-8")
-    assert {result.task for result in found} == {file.stem}
-    assert tables.comparison(found).markdown() in page
-    assert all(len(result.runs) == len({run["seed"] for run in result.runs}) for result in found)
+    assert {result.job for result in results} == {file.stem}
+    assert tables.comparison(results).markdown() in page
+    assert all(len(result.rows) == len({row["seed"] for row in result.rows}) for result in results)

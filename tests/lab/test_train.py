@@ -21,8 +21,9 @@ from test_task_images import parquet
 from transformers import TrainingArguments
 
 from flora.cli import main
-from flora_lab.run.train import _Trainer, arguments
-from flora_lab.run.trial import _save, plan
+from flora_lab.run.fit import _Trainer, arguments
+from flora_lab.run.preflight import preflight
+from flora_lab.run.saved import save
 from flora_lab.settings import Training, load_config
 from flora_lab.tasks.image_classification import ImageClassification
 
@@ -103,7 +104,7 @@ LEFT_OUT = {"cifar-shift": {"houlsby", "pfeiffer"}}  # it asks for adapters of t
 def test_every_config_is_set_up_and_runs_two_steps(path, tmp_path):
     overrides = [*tiny(path, tmp_path), *SHORT, *places(tmp_path), "comparison.seeds=[0]", "comparison.rates=[1]"]
     config = load_config(path, overrides)
-    reasons = plan(config, list(config.methods), [config.budget])
+    reasons = preflight(config, list(config.methods), [config.budget])
     assert {name for name, _budget in reasons} == set(config.methods)
     left_out = {name for (name, _budget), reason in reasons.items() if reason}
     assert left_out == LEFT_OUT.get(path.stem, set())
@@ -189,7 +190,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
         (run / name).write_text("# mine")
     for more in ([], ["fresh=true"]):
         result = flora_train(*with_methods(tmp_path, "head"), *SHORT, *more)
-        assert result.exit_code == 2 and "none of flora's" in result.stderr and "fresh" not in result.stderr
+        assert result.exit_code == 2 and "was not written by flora" in result.stderr and "fresh" not in result.stderr
     assert {path.name for path in run.rglob("*")} == {"config.yaml", "logs", "mine.txt"}
 
 
@@ -219,18 +220,27 @@ def test_what_does_not_pass_through_the_model_is_said_before_any_training(tmp_pa
 
 def test_a_process_takes_one_gpu_and_no_frozen_weight_decays(tmp_path, monkeypatch):
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"], use_dora=True))
-    trainer = _Trainer(model, arguments(Training(), 0, tmp_path), eval_dataset=[])
+    trainer = _Trainer(model, arguments(Training(), 1, 0, tmp_path), eval_dataset=[])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     decayed = trained & set(trainer.get_decay_parameter_names(model))
     assert [name.split(".")[-3] for name in sorted(decayed)] == ["lora_A", "lora_B"] and len(trained) == 3
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
-    assert arguments(Training(), 0, tmp_path)._n_gpu == 1
+    assert arguments(Training(), 1, 0, tmp_path)._n_gpu == 1
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "job.yaml").write_text(Path(DIGITS).read_text())
+    keys = [f"{key}=~/{key}" for key in ("output", "cache", "task.data.path", "task.source.path", "task.model.weights")]
+    config = load_config("~/job.yaml", keys)
+    found = [config.output, config.cache, config.task.data.path, config.task.source.path, config.task.model.weights]
+    assert found == [str(tmp_path / key.partition("=")[0]) for key in keys]
 
 
 def test_tied_weights_are_saved_once(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    _save(model, tmp_path / "trained")
+    save(model, tmp_path / "trained")
     assert set(load_file(tmp_path / "trained" / "model.safetensors")) == {"0.weight", "0.bias", "1.bias"}
 
 
@@ -272,6 +282,20 @@ def test_a_method_that_cannot_run_is_left_out_and_said(tmp_path):
     assert nothing.exit_code == 2 and "methods.lora: LoRA of rank 1 has" in nothing.stderr
 
 
+def test_a_failed_variant_costs_no_other_and_is_retried(tmp_path):
+    job = [*with_methods(tmp_path, "head", "full"), *SHORT]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "head").write_text("a file where the variant's folder should be")
+    failed = flora_train(*job)
+    assert failed.exit_code == 1, failed.output
+    assert "1 trial failed; start again to retry:\n  head-s0-lr0.1: NotADirectoryError: " in failed.stderr
+    assert "| full fine-tuning " in failed.stdout and [row["method"] for row in rows_of(tmp_path)] == ["full"]
+    (tmp_path / "run" / "head").unlink()
+    retried = flora_train(*job)
+    assert retried.exit_code == 0 and "| head only " in retried.stdout
+    assert [row["method"] for row in rows_of(tmp_path)] == ["full", "head"]
+
+
 def test_two_processes_train_one_run(tmp_path):
     keys = [*with_methods(tmp_path, "lora", "flora"), *SHORT]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -296,4 +320,4 @@ def test_a_damaged_base_model_is_named(tmp_path):
     (weights,) = (tmp_path / "cache").iterdir()
     weights.write_bytes(weights.read_bytes()[:-10])
     result = flora_train(*arguments, f"output={tmp_path / 'other'}")
-    assert result.exit_code == 2 and "is damaged" in result.output and "delete it" in result.output
+    assert result.exit_code == 2 and "is corrupt" in result.output and "delete it" in result.output

@@ -1,4 +1,4 @@
-"""What every figure is made of: paper and ink, pens, names at the ends of lines, and the way out as PNG or SVG."""
+"""What all figures share: canvas, pens, names at the ends of lines, and output as PNG or SVG. No torch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.analysis.style import OURS, label, look
+from flora_lab.analysis.style import OURS, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 4.6  # inches: made for a phone, where a figure's text is then about as large as the page's
-INK, GRID = "#1b1f24", "#8a8f96"  # the page replaces the ink by its own colour of text
+WIDTH = 4.6  # inches: on a phone a figure's text is then about as large as the page's
+INK, GRID = "#1b1f24", "#8a8f96"  # the page replaces the ink by its own text colour
 LEGEND = {"ncols": 2, "frameon": False, "fontsize": 9, "labelcolor": INK}
 
-Curves = dict[str, list[tuple[float, float]]]
+Curves = dict[Style, list[tuple[float, float]]]  # of each variant, points (x, y)
 
 
 @dataclass(frozen=True)
 class Picture:
-    task: str | None  # None where it is of several
+    job: str | None  # None if it shows several
     name: str
     title: str
     caption: str
@@ -34,14 +34,14 @@ class Picture:
 
     @property
     def file(self) -> str:
-        """Name of its PNG: letters, digits, points and dashes."""
-        return re.sub(r"[^\w.-]+", "-", f"{self.task or 'all'}-{self.name}") + ".png"
+        """Name of its PNG: letters, digits, dots and dashes."""
+        return re.sub(r"[^\w.-]+", "-", f"{self.job or 'all'}-{self.name}") + ".png"
 
     def png(self, path: Path) -> None:
         self.chart.savefig(path, dpi=180, format="png", facecolor="white")
 
     def svg(self) -> str:
-        """To stand in a page: text as text in the page's font and colour, no name that another figure has too."""
+        """For the page: text stays text, in the page's font and colour; no id occurs in another figure too."""
         from matplotlib import rc_context
 
         buffer = io.StringIO()
@@ -80,38 +80,33 @@ def canvas(panels: int = 1, width: float = WIDTH, height: float = 3.6, polar: bo
     return chart, *every
 
 
-def size(method: str, size: float) -> float:
-    return size * (1.25 if method == OURS else 1.0)
+def size(style: Style, size: float) -> float:
+    return size * (1.25 if style.ours else 1.0)
 
 
-def pen(method: str) -> dict[str, Any]:
-    colour, marker = look(method)
-    ours = method == OURS
+def pen(style: Style) -> dict[str, Any]:
+    """matplotlib's keywords for a variant's line: FLoRA's is thick and in front, those of its variants are dashed."""
     return {
-        "color": colour,
-        "marker": marker,
-        "markersize": size(method, 4),
-        "linewidth": 2.4 if ours else 1.3,
-        "linestyle": "--" if method.startswith(f"{OURS}-") else "-",
-        "zorder": 4 if ours else 3,
+        "color": style.colour,
+        "marker": style.marker,
+        "markersize": size(style, 4),
+        "linewidth": 2.4 if style.ours else 1.3,
+        "linestyle": "--" if style.method == OURS and not style.plain else "-",
+        "zorder": 4 if style.ours else 3,
     }
 
 
 def draw(
-    axes: Axes,
-    lines: Curves,
-    names: dict[str, str] | None = None,
-    log: bool = False,
-    floor: float = 0.0,
+    axes: Axes, lines: Curves, names: dict[Style, str] | None = None, log: bool = False, floor: float = 0.0
 ) -> None:
-    """A line a method, named at its end. On a logarithmic axis what is not above ``floor`` is left out."""
+    """One line per variant, named at its end. On a logarithmic axis, values up to ``floor`` are left out."""
     ends = {}
-    for method, points in lines.items():
+    for style, points in lines.items():
         kept = [(x, y) for x, y in points if y > floor or not log]
         if kept:
             marker = {} if len(kept) < 3 else {"marker": ""}
-            axes.plot(*zip(*kept, strict=True), **pen(method) | marker)
-            ends[method] = kept[-1]
+            axes.plot(*zip(*kept, strict=True), **pen(style) | marker)
+            ends[style] = kept[-1]
     if log:
         from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
@@ -122,27 +117,26 @@ def draw(
     name_ends(axes, ends, names)
 
 
-def name_ends(axes: Axes, ends: dict[str, tuple[float, float]], names: dict[str, str] | None = None) -> None:
-    """Each name right of the axes, with a thread to its line's end, moved up or down so that no two overlap. The axes'
-    limits are then fixed."""
+def name_ends(axes: Axes, ends: dict[Style, tuple[float, float]], names: dict[Style, str] | None = None) -> None:
+    """Write each name to the right of the axes, with a thin line to its curve's end, moved up or down so that no two
+    overlap. Fixes the limits of the axes."""
     axes.autoscale_view()
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     axes.set_xlim(axes.get_xlim())
     scale = axes.transScale + axes.transLimits
-    at = {method: scale.transform(end) for method, end in ends.items()}
+    at = {style: scale.transform(end) for style, end in ends.items()}
     gap = 0.17 / (axes.figure.get_figheight() / len(axes.figure.axes) - 0.7)  # a line of text, in axes' heights
-    for method, place in zip(at, apart([y for _, y in at.values()], gap), strict=True):
-        colour, weight = look(method)[0], "bold" if method == OURS else "normal"
-        outside = {"color": colour, "transform": axes.transAxes, "clip_on": False}
-        (x, y), text = at[method], (names or {}).get(method) or label(method)
+    for style, place in zip(at, apart([y for _, y in at.values()], gap), strict=True):
+        weight = "bold" if style.ours else "normal"
+        outside = {"color": style.colour, "transform": axes.transAxes, "clip_on": False}
+        (x, y), text = at[style], (names or {}).get(style) or style.label
         axes.plot([x, 1.045], [y, place], linewidth=0.6, alpha=0.6, **outside)
         axes.text(1.06, place, text, va="center", fontsize=9, fontweight=weight, **outside)
 
 
 def apart(heights: list[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
-    """The heights, moved as little as it takes that no two are nearer than ``gap``, and inside ``low`` to ``high`` if
-    there is room for all: labels that do not overlap."""
+    """The heights, moved so that no two are closer than ``gap``, and within ``low`` to ``high`` if all have room."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = list(heights)
     high = max(high, low + gap * (len(heights) - 1))
@@ -158,7 +152,7 @@ def apart(heights: list[float], gap: float, low: float = 0.0, high: float = 1.0)
 
 
 def plain_ticks(axes: Axes) -> None:
-    """1k, 30k, 2M on a logarithmic axis, few enough not to touch."""
+    """1k, 30k, 2M on a logarithmic axis, few enough not to overlap."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_xlim()
@@ -169,5 +163,5 @@ def plain_ticks(axes: Axes) -> None:
 
 
 def folded(text: str) -> str:
-    """A long name in two lines."""
+    """A long name, broken into lines."""
     return "\n".join(textwrap.wrap(text.replace("_", " "), 16))

@@ -1,4 +1,8 @@
-"""What a row may hold: the keys that tables and figures read, and what is accepted of each. Plain rows, no torch."""
+"""The keys of a row: their names in memory and on disk, and the values that are accepted. No torch.
+
+A row is what one trial leaves in results.jsonl, or says why a variant was left out. Three keys are older on disk than
+the words that the code uses for them (`ON_DISK`); only this module knows the names on disk.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,49 @@ from collections.abc import Callable
 from typing import Any
 
 Row = dict[str, Any]
-SUBJECT = ("task", "metric", "method", "budget")  # of a method that was left out, too
-RAN = ("seed", "learning_rate", "validation", "test", "adapter_parameters", "head_parameters")
+ON_DISK = {"job": "task", "variant": "method", "method": "way"}  # in memory: in results.jsonl
+IN_MEMORY = {disk: memory for memory, disk in ON_DISK.items()}
+
+SUBJECT = ("job", "metric", "variant", "budget")  # required of every row
+OUTCOME = ("seed", "learning_rate", "validation", "test", "adapter_parameters", "head_parameters")  # of a trial's row
 
 
-def check(row: Any, where: str) -> None:
-    """Raises ValueError for what is no row: one that lacks a key, or has a value that is not accepted. A key that is
-    not needed may be null; one that is not read may hold anything."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a {type(row).__name__}; a JSON object is needed")
-    needed = (*SUBJECT, "left_out") if "left_out" in row else (*SUBJECT, *RAN)
-    for key in needed:
+def to_disk(row: Row) -> dict[str, Any]:
+    return {on_disk(key): value for key, value in row.items()}
+
+
+def from_disk(content: Any, where: str) -> Row:
+    """The row that a line of results.jsonl holds. Raises ValueError, starting with ``where``, if it is not valid."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected a JSON object, got a {type(content).__name__}")
+    row = {IN_MEMORY.get(key, key): value for key, value in content.items()}
+    check(row, where)
+    return row
+
+
+def on_disk(key: str) -> str:
+    """The name that a key has in results.jsonl."""
+    return ON_DISK.get(key, key)
+
+
+def check(row: Row, where: str) -> None:
+    """Raise ValueError, starting with ``where``, if a required key is missing or a value is not accepted.
+
+    An optional key may be null. Unknown keys may hold anything.
+    """
+    required = (*SUBJECT, "left_out") if "left_out" in row else (*SUBJECT, *OUTCOME)
+    for key in required:
         if key not in row:
-            raise ValueError(f"{where}: no {key!r}")
-    for what, (keys, accepted) in ACCEPTED.items():
+            raise ValueError(f"{where}: missing key {on_disk(key)!r}")
+    for expected, (keys, accepts) in ACCEPTED.items():
         for key in keys:
-            missing = row.get(key) is None and key not in needed
-            if not (missing or accepted(row[key])):
-                raise ValueError(f"{where}: {key}={row[key]!r:.80}; expected {what}")
+            absent = row.get(key) is None and key not in required
+            if not (absent or accepts(row[key])):
+                raise ValueError(f"{where}: {on_disk(key)}={row[key]!r:.80}; expected {expected}")
     for split in ("validation", "test") if "left_out" not in row else ():
-        metric, found = row["metric"], row[split]
-        if not (isinstance(found, dict) and _number(found.get(metric))):
-            raise ValueError(f"{where}: {split}={found!r:.80}; expected an object with a number at {metric!r}")
+        metric, numbers = row["metric"], row[split]
+        if not (isinstance(numbers, dict) and _number(numbers.get(metric))):
+            raise ValueError(f"{where}: {split}={numbers!r:.80}; expected an object with a number at {metric!r}")
 
 
 def _text(value: Any) -> bool:
@@ -40,7 +65,7 @@ def _whole(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return _whole(value) or isinstance(value, float)  # NaN too: a run that diverged
+    return _whole(value) or isinstance(value, float)  # NaN included: the trial diverged
 
 
 def _above_zero(value: Any) -> bool:
@@ -52,7 +77,7 @@ def _list(each: Callable[[Any], bool], length: int | None = None) -> Callable[[A
 
 
 ACCEPTED: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
-    "a string": (("task", "metric", "method", "way", "settings", "left_out", "machine"), _text),
+    "a string": (("job", "metric", "variant", "method", "settings", "left_out", "machine"), _text),
     "a whole number": (("seed", "adapter_parameters", "head_parameters"), _whole),
     "a whole number or null": (("budget",), lambda value: value is None or _whole(value)),
     "a number above 0": (("learning_rate",), _above_zero),

@@ -1,4 +1,4 @@
-"""Numbers of a model's updates ΔW, whatever the method that makes them: size, amplification, spectra."""
+"""What is measured of a model's updates ΔW, for every method: size, amplification, spectra. No matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 
 import torch
@@ -18,31 +18,31 @@ from transformers.trainer_callback import ExportableState
 from flora.layers.core_space import CoreSpace
 from flora.tucker import project, unfold
 
-# Of an unfolding's singular values, those count that are above this times the largest. An update of rank r that was
-# formed in float32 has rounding of about 1e-7 beyond its rank, and a Gram matrix in float64 resolves 1e-8.
+# Singular values of an unfolding count towards its rank above this share of the largest. An update of rank r that was
+# computed in float32 has rounding errors of about 1e-7 beyond its rank; a Gram matrix in float64 resolves 1e-8.
 TOLERANCE = 1e-5
-SKETCH = 64  # columns of the random sketch; an unfolding of lower rank is found with it, exactly
-POINTS = 32  # of a spectrum
+SKETCH = 64  # columns of the random sketch; it gives the range of any unfolding of lower rank exactly
+POINTS = 32  # per spectrum
 
 Weights = Mapping[str, Tensor]
 
 
 def deltas(model: nn.Module, base: Weights | None = None) -> dict[str, Tensor]:
-    """Every update ΔW (I_1, …, I_N), in float64, under the name of its weight in the base model.
+    """Every update ΔW (I_1, …, I_N), in float64, by the name of its weight in the base model.
 
-    Of PEFT's tuners of any kind (active adapters, with the base weight taken off for those that scale it, as DoRA);
-    of LyCORIS' modules; and of weights that are trained themselves, those named in ``base``, the weights before
-    training (leave out the head). Nothing for BitFit and bottleneck adapters: no weight is updated. NaN where a layer
-    is no longer finite.
+    Covers the active adapters of all PEFT tuners (for those that rescale the weight, such as DoRA, ΔW is the adapted
+    weight minus the base weight), LyCORIS modules, and weights that are trained directly. For the latter, ``base``
+    holds the weights before training, without the head's. BitFit and bottleneck adapters have no updates: they change
+    no weight. The update of a layer with values that are not finite is NaN.
 
-    Raises ValueError where an adapter is merged.
+    Raises ValueError if an adapter is merged.
     """
     return {name: delta for name, delta, _ in updates(model, base)}
 
 
 @torch.no_grad()
 def updates(model: nn.Module, base: Weights | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """``deltas`` one by one, each with the weight W that it changes, both float64 and (I_1, …, I_N)."""
+    """``deltas`` one by one: (name, ΔW, W), with ΔW and the weight W that it changes in float64, (I_1, …, I_N)."""
     inside = ()
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not (inside and path.startswith(inside)):
@@ -50,7 +50,7 @@ def updates(model: nn.Module, base: Weights | None = None) -> Iterator[tuple[str
             yield from _tuner_updates(path.removeprefix("base_model.model."), module)
     names = {id(module): path for path, module in model.named_modules()}
     for module in model.modules():
-        if hasattr(module, "get_diff_weight") and hasattr(module, "org_module"):  # LyCORIS'
+        if hasattr(module, "get_diff_weight") and hasattr(module, "org_module"):  # LyCORIS
             weight = module.org_weight
             path = names.get(id(module.org_module[0]), module.lora_name)
             yield f"{path}.weight", _wide(module.get_diff_weight(shape=weight.shape)[0]), _wide(weight)
@@ -61,11 +61,11 @@ def updates(model: nn.Module, base: Weights | None = None) -> Iterator[tuple[str
 
 
 def _tuner_updates(path: str, layer: BaseTunerLayer) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """By merging a float64 copy: what a method does to its weight, be it sum, rescaling or rotation."""
+    """Found by merging a copy in float64, so that it does not matter whether a method adds, rescales or rotates."""
     if layer.merged:
-        raise ValueError(f"layer {path!r} is merged: unmerge it, its update can't be told from its weight")
+        raise ValueError(f"layer {path!r} is merged: unmerge it, so that its update can be told from its weight")
     layer = copy.deepcopy(layer)
-    if any(parameter.is_mps for parameter in layer.parameters()):  # it has no float64
+    if any(parameter.is_mps for parameter in layer.parameters()):  # MPS has no float64
         layer.cpu()
     layer.double()
     tuners = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
@@ -73,11 +73,11 @@ def _tuner_updates(path: str, layer: BaseTunerLayer) -> Iterator[tuple[str, Tens
     before = {name: p.detach().clone() for name, p in layer.get_base_layer().named_parameters() if p.ndim > 1}
     whole = all(p.isfinite().all() for p in layer.parameters())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an attention's own projection has been merged with it
+        warnings.simplefilter("ignore")  # PEFT's attention has merged its output projection already
         for tuner in tuners if whole else ():
             tuner.merge()
     for name, weight in before.items():
-        merged = attrgetter(name)(layer.get_base_layer())  # PEFT's attention makes plain tensors of its parameters
+        merged = attrgetter(name)(layer.get_base_layer())  # PEFT's attention turns its parameters into plain tensors
         if name in adapted or not torch.equal(weight, merged):
             delta = merged.detach() - weight if whole else weight * math.nan
             yield f"{path}.{name.replace('base_layer.', '')}", delta, weight
@@ -91,16 +91,15 @@ def _wide(tensor: Tensor) -> Tensor:
 def amplification(delta: Tensor, weight: Tensor) -> float:
     """Feature amplification factor of an update, both (I_1, …, I_N): ‖ΔW‖_F / ‖W ×₁ U₁ᵀ … ×_N U_Nᵀ‖_F.
 
-    U_n is an orthonormal basis of the range of ΔW's mode-n unfolding, its numerical rank by ``TOLERANCE``. For a
-    matrix these are the left and right singular vectors, and it is the paper's ‖ΔW‖_F / ‖Uᵀ W V‖_F (section 6.2.2,
-    after Hu et al.). 0 for an update of zero, NaN for one that diverged; inf where the weight has nothing in those
-    directions.
+    U_n is an orthonormal basis of the range of ΔW's mode-n unfolding, whose numerical rank follows from ``TOLERANCE``.
+    For a matrix, U_1 and U_2 are the singular vectors, and the factor is the paper's ‖ΔW‖_F / ‖Uᵀ W V‖_F (section
+    6.2.2, after Hu et al.). 0 if ΔW is zero, NaN if it is not finite, inf if W is zero in those directions.
     """
     delta, weight = _wide(delta), _wide(weight)
     norm = delta.norm().item()
     if norm == 0 or not math.isfinite(norm):
         return norm
-    # The range of each mode is that of the whole when the other modes have been put in theirs: the tensor shrinks.
+    # Projecting one mode on its range does not change the ranges of the others, and makes the tensor smaller.
     for mode in sorted(range(delta.ndim), key=lambda n: delta.shape[n]):
         basis = _range(unfold(delta, mode))
         if basis is not None:
@@ -111,14 +110,14 @@ def amplification(delta: Tensor, weight: Tensor) -> float:
 
 
 def _range(matrix: Tensor) -> Tensor | None:
-    """Orthonormal basis (I, rank) of the numerical range of (I, J); None where that is the whole space."""
+    """Orthonormal basis (I, rank) of the numerical range of ``matrix`` (I, J); None if that is the whole space."""
     if min(matrix.shape) > 4 * SKETCH:
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(matrix.shape[1], SKETCH, generator=generator, dtype=matrix.dtype)
         sketch = torch.linalg.qr(matrix @ random.to(matrix.device)).Q
         seen = sketch.mT @ matrix
-        # what the sketch misses, by Pythagoras, against a lower bound of the largest singular value: if that is only
-        # rounding, the rank is no higher than the sketch's
+        # By Pythagoras, what the sketch misses. If that is rounding, measured by a lower bound of the largest singular
+        # value, then the rank is not higher than the sketch's.
         missed = matrix.norm() ** 2 - seen.norm() ** 2
         if missed <= TOLERANCE**2 * seen.norm() ** 2 / SKETCH:
             inner = _range(seen)
@@ -133,11 +132,12 @@ def _range(matrix: Tensor) -> Tensor | None:
 
 
 class Norms(TrainerCallback, ExportableState):
-    """Records how updates grow (paper, Fig. 4): ``rows`` of [step, mean ‖ΔW‖_F, mean amplification] over all updates.
+    """Records how updates grow (paper, Fig. 4): ``records`` of [step, mean ‖ΔW‖_F, mean amplification].
 
-    About ``points`` times in a training, the first steps more often (step k² of n²), and at its end. The mean of the
-    amplification leaves out what is not finite. ``base`` is for full fine-tuning, see ``deltas``. ``seconds`` is the
-    time that measuring took, to be taken off the training's. Both lie in the Trainer's checkpoints, and go on from one.
+    The means are over all updates; amplifications that are not finite are left out. Measures about ``points`` times,
+    more often early in the training (step k² of n²), and at the end. ``base`` is for full fine-tuning, see ``deltas``.
+    ``seconds`` is the time spent on measuring, to be subtracted from the training's. The Trainer saves both in its
+    checkpoints, and a resumed training continues them.
     """
 
     def __init__(self, points: int = 20, base: Weights | None = None) -> None:
@@ -145,15 +145,15 @@ class Norms(TrainerCallback, ExportableState):
             raise ValueError(f"points={points}: expected 1 or more")
         self.points = points
         self.base = base
-        self.rows: list[list[float]] = []
+        self.records: list[list[float]] = []
         self.seconds = 0.0
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"rows": self.rows, "seconds": self.seconds}}
+        return {"args": {}, "attributes": {"rows": self.records, "seconds": self.seconds}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step and (found := state.stateful_callbacks.get("Norms")):  # of a checkpoint
-            self.rows, self.seconds = found["attributes"]["rows"], found["attributes"]["seconds"]
+        if state.global_step and (saved := state.stateful_callbacks.get("Norms")):  # resumed from a checkpoint
+            self.records, self.seconds = saved["attributes"]["rows"], saved["attributes"]["seconds"]
         self._steps = {1, *(-(-state.max_steps * k**2 // self.points**2) for k in range(1, self.points + 1))}
 
     def on_step_end(self, args, state, control, model, **kwargs):
@@ -161,7 +161,7 @@ class Norms(TrainerCallback, ExportableState):
             self._record(state, model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        if not self.rows or self.rows[-1][0] != state.global_step:  # it was stopped early
+        if not self.records or self.records[-1][0] != state.global_step:  # stopped early
             self._record(state, model)
 
     def _record(self, state, model: nn.Module) -> None:
@@ -173,21 +173,21 @@ class Norms(TrainerCallback, ExportableState):
         ]
         if numbers:
             sizes, factors = zip(*numbers, strict=True)
-            self.rows.append([state.global_step, _mean(sizes), _mean([f for f in factors if math.isfinite(f)])])
+            self.records.append([state.global_step, _mean(sizes), _mean([f for f in factors if math.isfinite(f)])])
         self.seconds += time.perf_counter() - started
 
 
-def _mean(numbers) -> float:
-    return sum(numbers) / len(numbers) if len(numbers) else 0.0
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 @torch.no_grad()
 def spectra(model: nn.Module, base: Weights | None = None) -> dict[str, list[float]]:
-    """Singular values over the largest, ``POINTS`` each, as means over weights and modes; no key where there are none.
+    """Singular values relative to the largest, ``POINTS`` each, as means over weights and modes.
 
-    "delta": the leading ones of each update's unfoldings along its two longest modes (of a matrix, its singular
-    values), zero beyond what a weight has. "core": of a FLoRA core's unfoldings, from its first rank to its last,
-    whatever the ranks are: the point i of n is the quantile i / (n - 1).
+    "delta": the leading singular values of each update's unfoldings along its two longest modes (for a matrix, its
+    singular values), padded with zeros. "core": those of the unfoldings of FLoRA's cores; since ranks differ, point i
+    of n is the value at i / (n - 1) of the way from the first to the last. A key without values is left out.
     """
     curves: dict[str, list[Tensor]] = {"delta": [], "core": []}
     for _, delta, _ in updates(model, base):
@@ -201,13 +201,11 @@ def spectra(model: nn.Module, base: Weights | None = None) -> dict[str, list[flo
                 if rank > 1:
                     values = _singular_values(unfold(_wide(space.core), mode))
                     curves["core"].append(_quantiles(values))
-    return {
-        name: torch.stack([curve.cpu() for curve in found]).mean(0).tolist() for name, found in curves.items() if found
-    }
+    return {name: torch.stack([one.cpu() for one in some]).mean(0).tolist() for name, some in curves.items() if some}
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
-    """The largest first, over the largest; zeros for a matrix of zeros, NaN for one that is not finite."""
+    """Descending, relative to the largest; zeros for a zero matrix, NaN for one with values that are not finite."""
     if not matrix.isfinite().all():
         return matrix.new_full([min(matrix.shape)], math.nan)
     values = torch.linalg.svdvals(matrix)
@@ -215,7 +213,7 @@ def _singular_values(matrix: Tensor) -> Tensor:
 
 
 def _quantiles(values: Tensor) -> Tensor:
-    """POINTS values, evenly spaced from first to last, linear between neighbours."""
+    """POINTS values, evenly spaced from the first to the last, by linear interpolation."""
     if len(values) == 1:
         return values.expand(POINTS)
     places = torch.linspace(0, len(values) - 1, POINTS, dtype=values.dtype, device=values.device)

@@ -1,4 +1,4 @@
-"""One page of everything: tables, figures and how they were made, with nothing to fetch and nothing to run."""
+"""One page with all tables and figures, and how they were made: no scripts, nothing to load from a network."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import jinja2
 
 from flora.files import replace_file
 from flora_lab.analysis.drawing import Picture
+from flora_lab.analysis.fields import Row
 from flora_lab.analysis.plots import pictures
-from flora_lab.analysis.rows import Row, by_task, results
+from flora_lab.analysis.results import by_job, summarise
 from flora_lab.analysis.tables import Table, comparison, costs, remarks
 
 TEMPLATE = "report.html.jinja"
 
 
 def write(rows: Sequence[Row], path: Path, drawn: Sequence[Picture] | None = None) -> None:
-    """The page of these rows, in one file. ``drawn`` are their figures, if they have been made already."""
-    found = results(rows)
-    drawn = pictures(found) if drawn is None else drawn
+    """Write the page of these rows to ``path``. ``drawn``: their figures, if they have been made already."""
+    results = summarise(rows)
+    drawn = pictures(results) if drawn is None else drawn
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = page.get_template(TEMPLATE).render(
-        tasks=[
+        jobs=[
             {
-                "name": task,
+                "name": job,
                 "table": _html(comparison(of)),
                 "costs": _html(costs(of)),
-                "pictures": [_inline(picture) for picture in drawn if picture.task == task],
+                "pictures": [_inline(picture) for picture in drawn if picture.job == job],
             }
-            for task, of in by_task(found).items()
+            for job, of in by_job(results).items()
         ],
-        across=[_inline(picture) for picture in drawn if picture.task is None],
+        across=[_inline(picture) for picture in drawn if picture.job is None],
         remarks=remarks(rows),
         facts=facts(rows),
     )
@@ -41,17 +42,17 @@ def write(rows: Sequence[Row], path: Path, drawn: Sequence[Picture] | None = Non
 
 
 def facts(rows: Sequence[Row]) -> list[str]:
-    """What was run, on what, and for how long."""
+    """What was run, on which machines, and for how long."""
     ran = [row for row in rows if "left_out" not in row]
-    methods, seeds = {row["method"] for row in ran}, {row["seed"] for row in ran}
+    variants, seeds = {row["variant"] for row in ran}, {row["seed"] for row in ran}
     hours = sum(row.get("seconds") or 0 for row in ran) / 3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
-    lines = [f"{len(methods)} methods, {len(seeds)} seeds: {len(ran)} runs, {time} of training."]
+    lines = [f"{len(variants)} methods, {len(seeds)} seeds: {len(ran)} runs, {time} of training."]
     return lines + [f"Ran on: {machine}" for machine in dict.fromkeys(row.get("machine") for row in ran) if machine]
 
 
 def _html(table: Table) -> dict:
-    """For the template: cells with whether they are bold, and whether a line starts a new budget."""
+    """For the template: each cell and whether it is bold; for each line, whether it starts a new budget."""
     lines = []
     for n, line in enumerate(table.lines):
         new = n > 0 and "budget" in table.columns and line[1] != table.lines[n - 1][1]

@@ -1,17 +1,23 @@
-"""How a method is called and drawn, the same wherever it stands. No torch, no matplotlib.
+"""How a variant is named and drawn, the same in every table and figure. No matplotlib.
 
-Colours are dark enough for text on white (the page brightens them on dark), and markers differ where colours are near.
+A label is made of the method and the options of a variant; the name that the user gave the variant is shown only
+where two variants would have one label. Colours are dark enough for text on white (the page brightens them on dark),
+and markers differ where colours are close.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from flora_lab.analysis.fields import Row
 from flora_lab.methods import METHODS
 
 OURS = "flora"
-VARIANTS = {"core": "core start", "factor": "factor start", "gradient": "gradient start", "official": "official start"}
-LOOKS = {  # colour, marker
+STARTS = ("core", "factor", "gradient", "official")  # values of FLoRA's option `init`
+COLOURS = {  # colour and marker of a method, or of a method and its start
     "full": ("#737373", "s"),
     "head": ("#7f7f7f", "v"),
     "bitfit": ("#8d6e63", "<"),
@@ -32,23 +38,63 @@ LOOKS = {  # colour, marker
 OTHERS = [("#7a6a9b", "d"), ("#4f8f8f", ">"), ("#9b7a5a", "*"), ("#5f7fae", "8"), ("#8a8a3a", "<")]
 
 
-def label(method: str) -> str:
-    """For a reader: "flora" -> "FLoRA", "flora-core" -> "FLoRA, core start", "lora-r8" -> "LoRA, r8"; a name that
-    starts with no method's as it is."""
-    way, _, variant = method.partition("-")
-    if way not in METHODS:
+@dataclass(frozen=True)
+class Style:
+    """How one variant is named and drawn.
+
+    ``plain``: it stands for its method: it bears the method's name or, if no variant does, has no options. ``order``:
+    sorts variants by their method's place in the registry, then by the first number in their options.
+    """
+
+    variant: str
+    method: str
+    label: str
+    colour: str
+    marker: str
+    plain: bool
+    order: tuple[int, float, str]
+
+    @property
+    def ours(self) -> bool:
+        """Whether this is plain FLoRA, which the others are compared with."""
+        return self.plain and self.method == OURS
+
+
+def styles(rows: Iterable[Row]) -> dict[tuple[str, str], Style]:
+    """The style of every (job, variant) in the rows."""
+    subjects = {(row["job"], row["variant"]): (row["method"], row.get("options") or {}) for row in rows}
+    variants: dict[str, set[str]] = {}  # by label
+    for (_, variant), subject in subjects.items():
+        variants.setdefault(label(*subject), set()).add(variant)
+    made = {}
+    for (job, variant), (method, options) in subjects.items():
+        text = label(method, options)
+        if len(variants[text]) > 1 and variant != method:
+            text = f"{text} ({variant})"
+        namesake = subjects.get((job, method), (None, {}))[0]  # the method of the variant that bears the method's name
+        plain = variant == method or (not options and namesake != method)
+        made[job, variant] = _style(variant, method, options, text, plain)
+    return made
+
+
+def label(method: str, options: Mapping[str, Any]) -> str:
+    """For a reader: "FLoRA", "FLoRA, core start", "LoRA, r=8"; an unknown method as it is."""
+    if method not in METHODS:
         return method
-    return METHODS[way].label + (f", {VARIANTS.get(variant, variant.replace('-', ' '))}" if variant else "")
+    parts = [
+        f"{value} start" if key == "init" and value in STARTS else f"{key}={value}"
+        for key, value in options.items()
+        if isinstance(value, str | int | float)
+    ]
+    return ", ".join([METHODS[method].label, *parts])
 
 
-def look(method: str) -> tuple[str, str]:
-    """Colour and marker; a method that is not in the table gets the same ones every time."""
-    return LOOKS.get(method) or OTHERS[zlib.crc32(method.encode()) % len(OTHERS)]
+def _style(variant: str, method: str, options: Mapping[str, Any], text: str, plain: bool) -> Style:
+    key = f"{method}-{options['init']}" if options.keys() == {"init"} else method if plain else None
+    colour, marker = COLOURS.get(key) or OTHERS[zlib.crc32(text.encode()) % len(OTHERS)]
+    place = list(METHODS).index(method) if method in METHODS else len(METHODS)
+    number = next((float(value) for value in options.values() if isinstance(value, int | float)), -1.0)
+    return Style(variant, method, text, colour, marker, plain, (place, number, text))
 
 
-def order(method: str) -> tuple[int, float, str]:
-    """To sort by: as the registry has it, variants after their method, by number where they have one, others last."""
-    ways = list(METHODS)
-    way, _, variant = method.partition("-")
-    number = float(variant) if variant.replace(".", "", 1).isdecimal() else -1.0
-    return (ways.index(way) if way in METHODS else len(ways), number, method)
+FLORA = _style(OURS, OURS, {}, label(OURS, {}), plain=True)

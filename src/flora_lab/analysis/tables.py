@@ -1,4 +1,4 @@
-"""Tables of results: for a terminal, a README (Markdown) and the page. Plain rows, no torch."""
+"""Tables of results: for a terminal, a README (Markdown) and the page. No torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from flora_lab.analysis.rows import SIGNIFICANT, Result, Row, finite, left_out, main_budget, score
-from flora_lab.analysis.style import label, order
+from flora_lab.analysis.fields import Row
+from flora_lab.analysis.results import SIGNIFICANT, Result, finite, left_out, main_budget, ordered, plain, score
+from flora_lab.analysis.style import styles
 
 NONE = "–"
 EDGES = {"lowest": " ↓", "highest": " ↑"}
@@ -16,7 +17,7 @@ EDGES = {"lowest": " ↓", "highest": " ↑"}
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as a person reads them; the first column is text, the others are numbers."""
+    """Cells as text, line by line; the first column is aligned to the left, the others to the right."""
 
     title: str
     columns: list[str]
@@ -25,7 +26,7 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """Aligned: the same text reads well in a terminal and in a README."""
+        """Aligned, so that it reads well in a terminal too."""
         lines = [
             [f"**{cell}**" if (n, column) in self.bold else cell for column, cell in enumerate(line)]
             for n, line in enumerate(self.lines)
@@ -39,16 +40,16 @@ class Table:
         )
 
 
-# ------------------------------------------------------------------------------------------------- one run a method
+# ---------------------------------------------------------------------------------------------- one trial per variant
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, a line a run: what `flora train` prints."""
-    metric = rows[0]["metric"]
+    """Markdown, one line per trial: what `flora train` prints."""
+    metric, style = rows[0]["metric"], styles(rows)
     columns = [f"test {metric}", "trainable: adapter + head", "seconds", "on disk"]
     lines = [
         [
-            label(row["method"]),
+            style[row["job"], row["variant"]].label,
             f"{100 * score(row, 'test'):.1f} %",
             _parameters(row),
             f"{row['seconds']:.0f}",
@@ -60,10 +61,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The table, and below it what each method says of itself."""
-    lines = [table(rows), ""]
+    """The table, and below it the notes of each method and how exactly its adapter came back from disk."""
+    lines, style = [table(rows), ""], styles(rows)
     for row in rows:
-        name = label(row["method"])
+        name = style[row["job"], row["variant"]].label
         lines += [f"{name}: {note}" for note in row["notes"]]
         if "loaded_difference" in row:
             lines.append(
@@ -77,11 +78,11 @@ def _parameters(row: Row) -> str:
     return f"{row['adapter_parameters']:,} + {row['head_parameters']:,}"
 
 
-# --------------------------------------------------------------------------------------------------- a comparison
+# ------------------------------------------------------------------------------------------------------- a comparison
 
 
 def factor(results: Iterable[Result]) -> int:
-    """100 where all of a task's values are shares or correlations, which the field reports that way; else 1."""
+    """100 if all values of a job are shares or correlations, which are usually given in percent; else 1."""
     return 100 if all(abs(value) <= 1 for result in results for value in result.values.values()) else 1
 
 
@@ -89,62 +90,61 @@ def metric_name(results: Sequence[Result]) -> str:
     return f"{results[0].metric} × 100" if factor(results) == 100 else results[0].metric
 
 
-def ordered(results: Iterable[Result]) -> list[Result]:
-    """By budget, none first; in a budget as ``style.order`` has it."""
-    return sorted(results, key=lambda result: (result.budget or 0, order(result.method)))
-
-
 def comparison(results: Sequence[Result]) -> Table:
-    """One task, a line a method and budget."""
+    """One job, one line per variant and budget."""
     if not results:
-        return Table("", ["method"], [])  # nothing could run
-    times = factor(results)
-    cost = ["adapter + head", "learning rate", "runs", "s / epoch", "peak memory"]
-    results = ordered(results)
+        return Table("", ["method"], [])  # no variant could run
+    times, results = factor(results), ordered(results)
     best = {r.budget: max((o.mean for o in results if o.budget == r.budget), key=finite) for r in results}
-    main = main_budget(result.budget for result in results)
-    lines, bold = [], set()
-    for n, result in enumerate(results):
-        if result.budget is not None and result.mean == best[result.budget]:
-            bold.add((n, 2))
-        lines.append(
-            [
-                label(result.method),
-                budget(result),
-                _plus_minus(result, times),
-                _p(result),
-                _parameters(result.runs[0]),
-                f"{result.learning_rate:g}" + EDGES.get(result.edge, ""),
-                str(len(result.runs)),
-                seconds(result.epoch_seconds),
-                size(result.memory),
-            ]
-        )
+    bold = {(n, 2) for n, r in enumerate(results) if r.budget is not None and r.mean == best[r.budget]}
+    lines = [
+        [
+            result.label,
+            budget(result),
+            _plus_minus(result, times),
+            _p(result),
+            _parameters(result.rows[0]),
+            f"{result.learning_rate:g}" + EDGES.get(result.edge, ""),
+            str(len(result.rows)),
+            seconds(result.epoch_seconds),
+            size(result.memory),
+        ]
+        for result in results
+    ]
+    columns = ["method", "budget", f"test {metric_name(results)}", "p vs FLoRA", "adapter + head", "learning rate"]
+    columns += ["runs", "s / epoch", "peak memory"]
+    return _without_empty(Table(results[0].job, columns, lines, bold, _note(results)))
+
+
+def _note(results: Sequence[Result]) -> str:
+    """How to read a comparison: only the marks that it has."""
     notes = ["Mean ± standard deviation over seeds; in bold the best at its budget."]
     if any(result.p is not None for result in results):
-        at = f" of the same budget (or of {main:,}, without one)" if len(best.keys() - {None}) > 1 else ""
+        main = main_budget(result.budget for result in results)
+        several = len({result.budget for result in results} - {None}) > 1
+        at = f" of the same budget (or of {main:,}, without one)" if several else ""
         notes.append(f"p: paired t-test, ▲ above and ▼ below FLoRA{at} at p < {SIGNIFICANT:g}.")
-    tried = dict.fromkeys((label(result.method), len(result.rates)) for result in results)
-    usual = statistics.mode(rates for _, rates in tried)
-    others = [f"{rates} with {name}" for name, rates in tried if rates != usual]
+    grids = dict.fromkeys((result.label, len(result.rates)) for result in results)
+    usual = statistics.mode(rates for _, rates in grids)
+    others = [f"{rates} with {name}" for name, rates in grids if rates != usual]
     if others:
         notes.append(f"Learning rates tried: {usual}, but {', '.join(others)}.")
     if any(result.edge for result in results):
         notes.append("↓ ↑: the lowest or highest learning rate of its grid, so a wider one may do better.")
-    columns = ["method", "budget", f"test {metric_name(results)}", "p vs FLoRA", *cost]
-    return _without_empty(Table(results[0].task, columns, lines, bold, " ".join(notes)))
+    return " ".join(notes)
 
 
 def costs(results: Sequence[Result]) -> Table:
-    """Time of an epoch and peak memory, as they are and over LoRA's (paper, Table 4)."""
+    """Time of an epoch and peak memory, absolute and relative to LoRA's (paper, Table 4)."""
     lines = []
     results = ordered(results)
+    lora = plain(results, "lora")
     for result in results:
-        same = [r for r in results if r.method == "lora" and (result.budget is None or r.budget == result.budget)]
+        same = [other for other in lora if result.budget in (None, other.budget)]
         reference = same[0] if same else None
         lines.append(
             [
-                label(result.method),
+                result.label,
                 budget(result),
                 seconds(result.epoch_seconds),
                 _ratio(result.epoch_seconds, reference and reference.epoch_seconds),
@@ -157,24 +157,27 @@ def costs(results: Sequence[Result]) -> Table:
         "Medians over seeds. × LoRA: over LoRA’s at the same budget, for a method without one at LoRA’s lowest. "
         "Runs that share a machine slow each other down."
     )
-    return _without_empty(Table(results[0].task, columns, lines, note=note))
+    return _without_empty(Table(results[0].job, columns, lines, note=note))
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What did not run, and why; then what the methods say of themselves. Each once, with the budgets it holds for."""
-    missing = {id(row) for row in left_out(rows)}
-    said: dict[tuple[bool, str, str, str], list[int]] = {}
+    """What did not run, and why; then the notes of the methods. Each once, with the budgets that it holds for."""
+    missing, style = {id(row) for row in left_out(rows)}, styles(rows)
+    texts: dict[tuple[bool, str, str, str], list[int]] = {}
     for row in rows:
-        told = [f"left out: {row['left_out']}"] if id(row) in missing else row.get("notes") or ()
-        for text in told:
-            budgets = said.setdefault((id(row) not in missing, row["task"], row["method"], text), [])
+        ran = id(row) not in missing
+        for text in (row.get("notes") or ()) if ran else [f"left out: {row['left_out']}"]:
+            budgets = texts.setdefault((ran, row["job"], style[row["job"], row["variant"]].label, text), [])
             if row["budget"] is not None and row["budget"] not in budgets:
                 budgets.append(row["budget"])
     lines = []
-    for (_, task, method, text), budgets in sorted(said.items(), key=lambda item: item[0][0]):
+    for (_, job, name, text), budgets in sorted(texts.items(), key=lambda item: item[0][0]):
         at = f", budget {' / '.join(f'{budget:,}' for budget in sorted(budgets))}" if budgets else ""
-        lines.append(f"{task}, {label(method)}{at}: {text}")
+        lines.append(f"{job}, {name}{at}: {text}")
     return lines
+
+
+# -------------------------------------------------------------------------------------------------------------- cells
 
 
 def budget(result: Result) -> str:
@@ -184,7 +187,7 @@ def budget(result: Result) -> str:
 def _plus_minus(result: Result, times: int) -> str:
     lost = sum(not math.isfinite(value) for value in result.values.values())
     if lost:
-        return f"diverged ({lost} of {len(result.runs)})"
+        return f"diverged ({lost} of {len(result.rows)})"
     spread = "" if result.std is None else f" ± {times * result.std:.2f}"
     return f"{times * result.mean:.2f}{spread}"
 
@@ -211,7 +214,7 @@ def _ratio(value: float | None, reference: float | None) -> str:
 
 
 def _without_empty(table: Table) -> Table:
-    """Columns that nothing is known of are not shown."""
+    """The table without the columns that have no value in any line."""
     kept = [n for n in range(len(table.columns)) if any(line[n] != NONE for line in table.lines)]
     return replace(
         table,

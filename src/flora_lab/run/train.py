@@ -1,211 +1,36 @@
-"""One training loop for every task and method: transformers' Trainer, and so are its checkpoints, several processes,
-mixed precision. What is added: a fit that was interrupted goes on, logs have their place, one bar shows how it goes.
-"""
+"""`flora train`: one trial per variant, one after the other."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import median
-
-import torch
-from accelerate import PartialState
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
-
 from flora.files import replace_file
-from flora_lab.settings import Training
-from flora_lab.tasks import Examples, Task
+from flora_lab.analysis import tables, traces
+from flora_lab.analysis.fields import Row
+from flora_lab.errors import TrialsFailed
+from flora_lab.run.job import Job, learning_rate
+from flora_lab.run.preflight import preflight
+from flora_lab.run.trial import Trial
+from flora_lab.settings import Config
 
 
-def fit(
-    name: str,
-    model: nn.Module,
-    task: Task,
-    data: dict[str, Examples],
-    keys: Training,
-    seed: int,
-    folder: Path,
-    logs: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-    bar: bool = True,
-) -> Fitted:
-    """Train on data["train"], or go on where an interrupted fit in `folder` stopped."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    keys = replace(keys, max_steps=steps(keys, data["train"]))  # Trainer's would lengthen a training, too
-    trainer = _Trainer(
-        model,
-        arguments(keys, seed, folder / "checkpoints"),
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        data_collator=task.collate,
-        compute_metrics=task.metrics,
-        preprocess_logits_for_metrics=task.reduce,
-        # the method's first: a checkpoint is whole when they have written theirs
-        callbacks=[*callbacks, checkpoints, Progress(name, task.metric, bar)],
-    )
-    trainer.remove_callback(PrinterCallback)  # the bar says it
-    if trainer.is_world_process_zero():
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
-    trainer.train(resume_from_checkpoint=checkpoints.last)
-    trainer.remove_callback(TensorBoardCallback)  # it would begin a second log with what is evaluated later
-    return Fitted(trainer, checkpoints.seconds(), median(checkpoints.epochs) if checkpoints.epochs else None)
+def train(config: Config) -> list[Row]:
+    """Train every variant of the job at its budget, and print a table. The rows, one per variant.
 
-
-@dataclass(frozen=True)
-class Fitted:
-    """``seconds``: of the whole fit, over all its starts. ``epoch_seconds``: of an epoch's steps alone, the median."""
-
-    trainer: Trainer
-    seconds: float
-    epoch_seconds: float | None
-
-    @property
-    def model(self) -> nn.Module:
-        """What was trained, without what several processes or mixed precision put around it."""
-        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)
-
-
-class _Trainer(Trainer):
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Not DoRA's magnitudes: with them the frozen weight itself would decay, where others' updates do."""
-        return [name for name in super().get_decay_parameter_names(model) if "magnitude_vector" not in name]
-
-
-def steps(keys: Training, examples: Examples) -> int:
-    """Optimizer steps of a whole training."""
-    batch = keys.batch_size * PartialState(cpu=no_accelerator()).num_processes
-    epochs = keys.epochs * -(-len(examples) // batch)
-    return min(epochs, keys.max_steps or epochs)
-
-
-def arguments(keys: Training, seed: int, folder: Path) -> TrainingArguments:
-    made = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=keys.epochs,
-        max_steps=keys.max_steps or -1,
-        per_device_train_batch_size=keys.batch_size,
-        per_device_eval_batch_size=keys.eval_batch_size or keys.batch_size,
-        dataloader_num_workers=keys.loaders,
-        learning_rate=keys.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=keys.warmup_steps,
-        weight_decay=keys.weight_decay,
-        bf16=keys.mixed_precision == "bf16",
-        fp16=keys.mixed_precision == "fp16",
-        seed=seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
-        save_total_limit=2,  # one is whole while the next is being written
-        use_cpu=no_accelerator(),
-        report_to="none",  # TensorBoard is added by `fit`, with a folder of ours
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    # Trainer would take all GPUs into one process, and multiply the batch; several processes are accelerate's
-    made._n_gpu = min(made.n_gpu, 1)
-    return made
-
-
-def no_accelerator() -> bool:
-    """To be said aloud: without it accelerate starts no process group, and transformers refuses bf16."""
-    return not torch.accelerator.is_available()
-
-
-class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as whole once every process has written its part, with the seconds of training up to there.
-
-    Beside it lie the statistics of batch normalisation, which a PEFT checkpoint leaves out though training moves them.
+    Raises ConfigError for a mistake in the job, TrialsFailed after all others have ended.
     """
-
-    MARK, STATISTICS = "complete.json", "statistics.safetensors"
-
-    def __init__(self, folder: Path):
-        marks = sorted(folder.glob(f"checkpoint-*/{self.MARK}"), key=lambda mark: int(mark.parent.name.split("-")[1]))
-        self.last = str(marks[-1].parent) if marks else None
-        before = json.loads(marks[-1].read_text())["seconds"] if marks else 0.0
-        PartialState().wait_for_everyone()  # every process has looked before one deletes
-        if PartialState().is_main_process:
-            for checkpoint in folder.glob("checkpoint-*"):
-                if not (checkpoint / self.MARK).exists():
-                    shutil.rmtree(checkpoint)
-        self.started = time.perf_counter() - before
-        self.epochs: list[float] = []
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.last and statistics(model):
-            load_statistics(model, Path(self.last, self.STATISTICS))
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.epoch_started = time.perf_counter()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.epochs.append(time.perf_counter() - self.epoch_started)
-
-    def on_save(self, args, state, control, model=None, **kwargs):
-        PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            if found := statistics(model):
-                save_file(found, folder / self.STATISTICS)
-            with replace_file(folder / self.MARK) as file:
-                file.write_text(json.dumps({"seconds": self.seconds()}))
-
-
-def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Running means and variances: no parameters, but moved by training."""
-    return {
-        f"{name}.{key}": buffer.detach().cpu().clone()
-        for name, module in model.named_modules()
-        if isinstance(module, _NormBase)
-        for key, buffer in module.named_buffers(recurse=False)
-    }
-
-
-def load_statistics(model: nn.Module, file: Path) -> None:
-    buffers = dict(model.named_buffers())
-    for name, tensor in load_file(file).items():
-        buffers[name].copy_(tensor)
-
-
-class Progress(TrainerCallback):
-    """One bar a fit, with the last validation metric at its end."""
-
-    def __init__(self, name: str, metric: str, shown: bool):
-        self.name, self.metric, self.shown = name, metric, shown
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            desc=f"{self.name:>10}",
-            initial=state.global_step,
-            total=state.max_steps,
-            unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 60,  # a log file needs no moving bar
-            disable=not (self.shown and state.is_world_process_zero),
-        )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if f"eval_{self.metric}" in metrics:  # the validation split's; the test split has a prefix of its own
-            self.bar.set_postfix_str(f"{self.metric} {metrics[f'eval_{self.metric}']:.3f}", refresh=False)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+    job = Job(config)
+    reasons = preflight(config, list(config.methods), [config.budget])
+    job.open()
+    file = job.base_file()
+    runnable = [pair for pair, reason in reasons.items() if not reason]
+    trials = [Trial(*pair, config.seed, learning_rate(config, pair[0])) for pair in runnable]
+    failures = job.run({trial: job.folder / trial.variant for trial in trials}, file)
+    rows = job.rows_of(trials)
+    if job.main and rows:
+        curves = job.folder / "curves.png"
+        with replace_file(curves) as path:
+            traces.figure(rows, config.task.metric, path)
+        lines = [tables.summary(rows), *(f"{name} was left out: {why}" for (name, _), why in reasons.items() if why)]
+        print("\n" + "\n".join(lines) + f"\n\neverything is in {job.folder}, the learning curves in {curves}")
+    if failures:
+        raise TrialsFailed({trial.name: reason for trial, reason in failures.items()})
+    return rows

@@ -25,7 +25,9 @@ OUTPUTS = ("classifier", "score", "classification_head", "logits_proj")  # what 
 
 @dataclass
 class Sentences(Portions):
-    path: str = field(default="nyu-mll/glue", metadata={"help": "a hub name, or a folder with train.tsv and dev.tsv"})
+    path: str = field(
+        default="nyu-mll/glue", metadata={"help": "a hub name, or a folder with train.tsv and dev.tsv", "path": True}
+    )
     max_length: int = field(default=128, metadata={"help": "tokens of an example, at the most", "least": 8})
     skip_broken: bool = field(
         default=False, metadata={"help": "leave out a TSV's lines with too many or few fields (QQP's own has some)"}

@@ -23,7 +23,9 @@ OUTPUTS = (*HEADS, "dist_head")  # SwiftFormer has two
 class Images(Pictures):
     """Which images there are, and how they are shown."""
 
-    path: str = field(default=DIGITS, metadata={"help": "digits (scikit-learn's), a folder, parquet, or a hub name"})
+    path: str = field(
+        default=DIGITS, metadata={"help": "digits (scikit-learn's), a folder, parquet, or a hub name", "path": True}
+    )
     image: str = field(default="image", metadata={"help": "column of the pictures"})
     label: str = field(default="label", metadata={"help": "column of their classes; a test split without is not used"})
     classes: list[int] = field(default_factory=list, metadata={"help": "the classes to tell apart, without it all"})

@@ -27,7 +27,10 @@ class CocoImages(Pictures):
 
     path: str = field(
         default="data",
-        metadata={"help": "a folder with NAME.json or annotations/instances_NAME.json, and images in folders NAME"},
+        metadata={
+            "help": "a folder with NAME.json or annotations/instances_NAME.json, and images in folders NAME",
+            "path": True,
+        },
     )
     drop_empty: bool = field(default=False, metadata={"help": "leave objects without area out; else they are refused"})
     augment: bool = field(default=False, metadata={"help": "mirror train's at random"})

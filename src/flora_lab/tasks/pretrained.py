@@ -16,11 +16,15 @@ from flora.files import open_tensors
 
 @dataclass
 class Pretrained:
-    name: str | None = field(default=None, metadata={"help": "a transformers model: its folder, or name on the hub"})
+    name: str | None = field(
+        default=None, metadata={"help": "a transformers model: its folder, or name on the hub", "path": True}
+    )
     config: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "in place of a name: model_type and the fields of its config"}
     )
-    weights: str | None = field(default=None, metadata={"help": "a safetensors file of its weights, for a config"})
+    weights: str | None = field(
+        default=None, metadata={"help": "a safetensors file of its weights, for a config", "path": True}
+    )
 
     def load(self, kind: str, head: tuple[str, ...], **overrides: Any) -> nn.Module:
         """The model as transformers' Auto class ``kind``, with ``overrides`` in its config.

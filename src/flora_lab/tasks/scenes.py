@@ -18,7 +18,10 @@ class Scenes(Pictures):
 
     path: str = field(
         default="data",
-        metadata={"help": "parquet, a hub name, or a folder with images/ and annotations/ of equal stems"},
+        metadata={
+            "help": "parquet, a hub name, or a folder with images/ and annotations/ of equal stems",
+            "path": True,
+        },
     )
     image: str = field(default="image", metadata={"help": "column of the pictures"})
     annotation: str = field(default="annotation", metadata={"help": "column of their labels, a picture of one channel"})

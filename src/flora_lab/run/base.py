@@ -1,0 +1,68 @@
+"""The base model that all trials of a job start from: trained here first if its task asks for it, and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+from transformers import set_seed
+
+from flora.files import replace_file
+from flora_lab.errors import ConfigError
+from flora_lab.run.fit import fit
+from flora_lab.settings import Config
+from flora_lab.tasks import Task
+from flora_lab.tasks.pretrained import load_weights
+
+
+def base_file(config: Config, folder: Path, main: bool, wait: Callable[[], None]) -> Path | None:
+    """The file of the base model's weights, trained now if it is missing; None if the task's model is pre-trained.
+
+    The file's name has a hash of all the keys that decide on the weights. Raises ConfigError if it is corrupt.
+    """
+    task = config.task.source_task()
+    if task is None:
+        return None
+    keys = {"task": asdict(task), "pretraining": asdict(config.pretraining), "seed": config.seed}
+    file = Path(config.cache, f"{task.name}-{digest(keys)}.safetensors")
+    if not file.exists():
+        _pretrain(config, task, file, folder, main, wait)
+    base_model(config.task, file, config.seed)  # a corrupt file is reported here, before any trial
+    return file
+
+
+def _pretrain(config: Config, task: Task, file: Path, folder: Path, main: bool, wait: Callable[[], None]) -> None:
+    set_seed(config.seed)
+    data, place = task.splits(config.seed), folder / "pretraining"
+    fitted = fit("base", task.build(), task, data, config.pretraining, config.seed, place, folder / "logs" / "base")
+    wait()  # other processes may still be reading their checkpoints
+    if main:
+        with replace_file(file) as temporary:
+            tensors = fitted.model.state_dict()  # copied one by one, since safetensors refuses tied tensors
+            save_file({name: t.contiguous().clone().cpu() for name, t in tensors.items()}, temporary)
+        shutil.rmtree(place)
+    wait()
+
+
+def base_model(task: Task, file: Path | None, seed: int) -> nn.Module:
+    """The base model with a new head, drawn from the seed. Raises ConfigError if the file is corrupt."""
+    set_seed(seed)
+    model = task.build()
+    if file:
+        try:
+            load_weights(model, str(file), tuple(task.head(model)))
+        except ValueError as error:
+            raise ConfigError(f"{file} is corrupt ({error}): delete it, and it will be trained again") from error
+    return model
+
+
+def digest(keys: Any) -> str:
+    """A short hash of keys and their values."""
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]

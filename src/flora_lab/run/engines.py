@@ -1,0 +1,89 @@
+"""Where the trials of a comparison run: in processes of this machine, or on Ray's machines.
+
+Each engine yields, as a call ends, the call's arguments and a function that returns its result or raises its error.
+An error, or a process that is killed, affects only its own call.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing.connection import wait
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+Ended = Iterator[tuple[tuple, Callable[[], Any]]]
+
+
+class Killed(RuntimeError):
+    """The process of a call was ended from outside."""
+
+
+def local(work: Callable[..., Any], calls: list[tuple], workers: int) -> Ended:
+    """Processes on this machine, a new one per call, each with its own GPU if there are several."""
+    free: SimpleQueue[int] = SimpleQueue()
+    for index in range(workers):
+        free.put(index)
+    threads = ThreadPoolExecutor(workers)
+    try:
+        futures = {threads.submit(_in_process, work, call, free): call for call in calls}
+        yield from ((futures[future], future.result) for future in as_completed(futures))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _in_process(work: Callable[..., Any], call: tuple, free: SimpleQueue[int]) -> Any:
+    """``free``: the indices of the devices that no process uses."""
+    index = free.get()
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (index,)) as process:
+            return process.submit(work, *call).result()
+    except BrokenProcessPool as error:
+        raise Killed("its process was killed, perhaps for lack of memory") from error
+    finally:
+        free.put(index)
+
+
+def _begin(index: int) -> None:
+    """The first thing that a new process does."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    take_device(index)
+
+
+def _end_with_parent() -> None:
+    """Otherwise the trials of a killed comparison would go on beside those of its next start."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def take_device(index: int) -> None:
+    """Let this process see one of several GPUs; to be called before it uses any."""
+    count = torch.cuda.device_count()
+    if count > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index % count]
+
+
+def on_ray(work: Callable[..., Any], calls: list[tuple], workers: int) -> Ended:
+    """Ray's machines, one GPU per call if they have some; ``workers`` calls run at the same time."""
+    import ray
+
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    remote, waiting, running = ray.remote(work).options(**needs), list(calls), {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            call = waiting.pop(0)
+            running[remote.remote(*call)] = call
+        done, _ = ray.wait(list(running))
+        yield from ((running.pop(one), partial(ray.get, one)) for one in done)
+
+
+ENGINES: dict[str, Callable[[Callable[..., Any], list[tuple], int], Ended]] = {"local": local, "ray": on_ray}

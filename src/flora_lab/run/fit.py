@@ -1,0 +1,210 @@
+"""One training loop for every task and method: transformers' Trainer, with its checkpoints, mixed precision and support
+for several processes. Added here: an interrupted fit resumes, logs go to a folder of ours, one bar shows the progress.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from flora.files import replace_file
+from flora_lab.settings import Training
+from flora_lab.tasks import Examples, Task
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    task: Task,
+    data: dict[str, Examples],
+    keys: Training,
+    seed: int,
+    folder: Path,
+    logs: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    bar: bool = True,
+) -> Fit:
+    """Train on data["train"], from the last checkpoint in ``folder`` if an earlier fit there was interrupted."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    trainer = _Trainer(
+        model,
+        arguments(keys, steps(keys, data["train"]), seed, folder / "checkpoints"),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        data_collator=task.collate,
+        compute_metrics=task.metrics,
+        preprocess_logits_for_metrics=task.reduce,
+        # the method's callbacks first: a checkpoint is complete when they have written their part
+        callbacks=[*callbacks, checkpoints, Progress(name, task.metric, bar)],
+    )
+    trainer.remove_callback(PrinterCallback)  # the bar says it
+    if trainer.is_world_process_zero():
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
+    trainer.train(resume_from_checkpoint=checkpoints.last)
+    trainer.remove_callback(TensorBoardCallback)  # later evaluations would start a second log
+    return Fit(trainer, checkpoints.seconds(), median(checkpoints.epochs) if checkpoints.epochs else None)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``seconds``: of the whole fit, over all its starts. ``epoch_seconds``: of an epoch's steps alone, the median."""
+
+    trainer: Trainer
+    seconds: float
+    epoch_seconds: float | None
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model, without the wrappers of distributed or mixed-precision training."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)
+
+
+class _Trainer(Trainer):
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All but DoRA's magnitudes: their decay would shrink the frozen weight, not only its update."""
+        return [name for name in super().get_decay_parameter_names(model) if "magnitude_vector" not in name]
+
+
+def steps(keys: Training, examples: Examples) -> int:
+    """Optimizer steps of the whole training: those of its epochs, or ``max_steps`` if that is less."""
+    batch = keys.batch_size * PartialState(cpu=no_accelerator()).num_processes
+    steps = keys.epochs * -(-len(examples) // batch)
+    return min(steps, keys.max_steps or steps)
+
+
+def arguments(keys: Training, total: int, seed: int, folder: Path) -> TrainingArguments:
+    """Trainer's arguments; ``total``: optimizer steps (Trainer's own ``max_steps`` would also lengthen a training)."""
+    made = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total,
+        per_device_train_batch_size=keys.batch_size,
+        per_device_eval_batch_size=keys.eval_batch_size or keys.batch_size,
+        dataloader_num_workers=keys.loaders,
+        learning_rate=keys.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=keys.warmup_steps,
+        weight_decay=keys.weight_decay,
+        bf16=keys.mixed_precision == "bf16",
+        fp16=keys.mixed_precision == "fp16",
+        seed=seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=2,  # one is complete while the next is written
+        use_cpu=no_accelerator(),
+        report_to="none",  # `fit` adds TensorBoard, with a folder of ours
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    # Trainer would use all GPUs in one process and multiply the batch; we leave several GPUs to accelerate
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
+
+
+def no_accelerator() -> bool:
+    """Whether to train on the CPU: accelerate and transformers must be told, for process groups and bf16."""
+    return not torch.accelerator.is_available()
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint as complete once every process has written its part, with the seconds of training so far.
+
+    Also saves the statistics of batch normalisation: training changes them, but a PEFT checkpoint leaves them out.
+    """
+
+    MARK, STATISTICS = "complete.json", "statistics.safetensors"
+
+    def __init__(self, folder: Path):
+        marks = sorted(folder.glob(f"checkpoint-*/{self.MARK}"), key=lambda mark: int(mark.parent.name.split("-")[1]))
+        self.last = str(marks[-1].parent) if marks else None
+        before = json.loads(marks[-1].read_text())["seconds"] if marks else 0.0
+        PartialState().wait_for_everyone()  # every process has looked before the main one deletes
+        if PartialState().is_main_process:
+            for checkpoint in folder.glob("checkpoint-*"):
+                if not (checkpoint / self.MARK).exists():
+                    shutil.rmtree(checkpoint)
+        self.started = time.perf_counter() - before
+        self.epochs: list[float] = []
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.last and statistics(model):
+            load_statistics(model, Path(self.last, self.STATISTICS))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epoch_started = time.perf_counter()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.epochs.append(time.perf_counter() - self.epoch_started)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            if moved := statistics(model):
+                save_file(moved, folder / self.STATISTICS)
+            with replace_file(folder / self.MARK) as file:
+                file.write_text(json.dumps({"seconds": self.seconds()}))
+
+
+def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Running means and variances: buffers that training changes."""
+    return {
+        f"{name}.{key}": buffer.detach().cpu().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for key, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def load_statistics(model: nn.Module, file: Path) -> None:
+    buffers = dict(model.named_buffers())
+    for name, tensor in load_file(file).items():
+        buffers[name].copy_(tensor)
+
+
+class Progress(TrainerCallback):
+    """One bar per fit, which ends with the last validation metric."""
+
+    def __init__(self, name: str, metric: str, shown: bool):
+        self.name, self.metric, self.shown = name, metric, shown
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(
+            desc=f"{self.name:>10}",
+            initial=state.global_step,
+            total=state.max_steps,
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 60,  # fewer lines in a log file
+            disable=not (self.shown and state.is_world_process_zero),
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if f"eval_{self.metric}" in metrics:  # of the validation split; the test split has its own prefix
+            self.bar.set_postfix_str(f"{self.metric} {metrics[f'eval_{self.metric}']:.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()

@@ -1,0 +1,70 @@
+"""What is checked before the first hour of training: everything that could be refused later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flora_lab.errors import ConfigError
+from flora_lab.methods import METHODS, CannotAdapt
+from flora_lab.run.fit import arguments, steps
+from flora_lab.run.trial import set_up
+from flora_lab.settings import Config, Training, one_line
+from flora_lab.tasks import Examples, Task
+
+Reasons = dict[tuple[str, int | None], str | None]  # (variant, budget): why it can't run, None if it can
+
+
+def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reasons:
+    """Check data, model and training arguments, and set up every variant at every budget once.
+
+    A method without a size to choose has the budget None. Raises ConfigError naming the variant and its option, or the
+    file and row of the data. If every variant is left out, raises ConfigError with the first one's reason.
+    """
+    try:
+        for task in filter(None, [config.task.source_task(), config.task]):
+            splits = task.splits(config.seed)
+            task.check(splits)
+            _forward(task, splits["train"], config.training if task is config.task else config.pretraining)
+        total = steps(config.training, splits["train"])
+        reasons: Reasons = {}
+        for name in variants:
+            size = METHODS[config.method_of(name)].size
+            for budget in budgets if size and size not in config.methods[name].options else [None]:
+                reasons[name, budget] = _reason(config, name, budget, total)
+        for key in ("pretraining", "training"):
+            try:
+                arguments(getattr(config, key), total, config.seed, Path(config.output))
+            except ValueError as error:
+                raise ConfigError(f"{key}: {one_line(error)}") from error
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(one_line(error)) from error
+    if all(reasons.values()):
+        (name, _), reason = next(iter(reasons.items()))
+        raise ConfigError(f"methods.{name}: {reason}")
+    return reasons
+
+
+def _reason(config: Config, variant: str, budget: int | None, total: int) -> str | None:
+    """Why the variant can't run, or None. ``total``: optimizer steps of the training."""
+    try:
+        set_up(config, variant, budget, config.task.build(), total)
+    except CannotAdapt as error:
+        return str(error)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"methods.{variant}: {one_line(error)}") from error
+    return None
+
+
+def _forward(task: Task, examples: Examples, keys: Training) -> None:
+    """Pass a batch through the model, as small as the smallest of an epoch (but for two examples, if it has more)."""
+    model = task.build().train()
+    last = len(examples) % keys.batch_size or keys.batch_size
+    batch = [examples[index] for index in range(min(last, 2))]
+    try:
+        with torch.no_grad():
+            model(**task.collate(batch))
+    except Exception as error:  # a model's own code may raise anything
+        failure = f"a batch of {len(batch)} does not pass through the model: {one_line(error)}"
+        raise ConfigError(f"{failure} (the last batch of {len(examples)} examples has {last})") from error

@@ -1,0 +1,65 @@
+"""What a trial saves of its model, and how exactly the model comes back from it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from flora_lab.run.fit import load_statistics, statistics
+from flora_lab.tasks import Examples, Task
+
+WEIGHTS, STATISTICS = "model.safetensors", "statistics.safetensors"
+COMPARED = 8  # examples whose outputs are compared
+
+
+def save(model: nn.Module, folder: Path) -> int:
+    """Save the trained weights and nothing else, completely or not at all. Returns their size in bytes."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    if isinstance(model, peft.PeftModel):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LoRA tensor.* have invalid shape")  # AdaLoRA's that were cut to rank 0
+            model.save_pretrained(part)
+        if moved := statistics(model):
+            save_file(moved, part / STATISTICS)
+    else:
+        part.mkdir(parents=True)
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        kept = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}  # ties once
+        kept |= {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+        save_file({name: tensor.detach().contiguous() for name, tensor in kept.items()}, part / WEIGHTS)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@torch.no_grad()
+def round_trip(
+    task: Task, trained: peft.PeftModel, base: nn.Module, folder: Path, examples: Examples
+) -> dict[str, float]:
+    """The largest differences of an output: loaded onto ``base`` against trained, and merged against loaded."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)  # AdaLoRA's own names
+        loaded = peft.PeftModel.from_pretrained(base, folder)
+    if (folder / STATISTICS).exists():
+        load_statistics(loaded, folder / STATISTICS)
+    few = [[examples[index]] for index in range(min(COMPARED, len(examples)))]  # one by one: outputs may be large
+
+    def outputs(model: nn.Module) -> list[torch.Tensor]:
+        return [task.outputs(model.eval(), one).float() for one in few]
+
+    def largest(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+        return max((one - other).abs().max().item() for one, other in zip(some, others, strict=True))
+
+    from_disk = outputs(loaded)
+    return {
+        "loaded_difference": largest(outputs(trained), from_disk),
+        "merged_difference": largest(outputs(loaded.merge_and_unload()), from_disk),
+    }
