@@ -1,4 +1,5 @@
-"""AdaLoRA (Zhang et al. 2023) is PEFT's; here is what it leaves to its user, under transformers' Trainer."""
+"""AdaLoRA of PEFT (Zhang et al. 2023), with what PEFT leaves to its user: the schedule, the allocation of ranks after
+each step of transformers' Trainer, the regularisation, and going on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,18 +17,9 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from flora.files import replace_file
-from flora_lab.methods.common import (
-    AdaptedModel,
-    CannotAdapt,
-    Limits,
-    Request,
-    count,
-    fitting,
-    full_rank,
-    said,
-    where,
-    wrap,
-)
+from flora_lab.methods.budget import nearest_size, size_note
+from flora_lab.methods.common import AdaptedModel, CannotAdapt, Limits, Request
+from flora_lab.methods.with_peft import adapter_parameters, peft_model, peft_targets
 
 LIMITS = Limits((nn.Linear, Conv1D, nn.Conv2d), ("groups", "padding_mode"))
 STATE = "adalora.safetensors"
@@ -35,44 +27,49 @@ STATISTICS = ("exp_avg_ipt", "exp_avg_unc")
 
 
 def adalora(
-    request: Request, target_modules: Any = None, target_r: int | None = None, init_r: int | None = None, **options: Any
+    request: Request,
+    target_modules: Any = None,
+    target_r: int | None = None,
+    init_r: int | None = None,
+    **options: Any,
 ) -> AdaptedModel:
-    """The budget is for the ranks at the end; it starts with half as much again."""
+    """The budget is for the final ranks; training starts with half as many again."""
     if "r" in options:
         raise ValueError("r: AdaLoRA has target_r in its place")
     if request.steps < 2:
-        raise CannotAdapt(f"AdaLoRA needs two steps at least, the training has {request.steps}")
-    layers, notes = request.layers(LIMITS, target_modules)
-    transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
+        raise CannotAdapt(f"AdaLoRA needs at least two steps, and the training has {request.steps}")
+    selection = request.select(LIMITS, target_modules)
 
-    def config(target: int, first: int) -> peft.AdaLoraConfig:
-        fields = {"lora_alpha": 2 * first, "fan_in_fan_out": transposed, **schedule(request.steps)}
-        return peft.AdaLoraConfig(target_r=target, init_r=first, **fields | options, **where(request, layers))
+    def config(target: int, initial: int) -> peft.AdaLoraConfig:
+        fields = {"lora_alpha": 2 * initial, "fan_in_fan_out": selection.transposed, **schedule(request.steps)}
+        return peft.AdaLoraConfig(
+            target_r=target, init_r=initial, **fields | options, **peft_targets(request, selection)
+        )
 
-    def parameters(rank: int) -> int:
-        return count(request, config(rank, rank))
+    def count(rank: int) -> int:
+        return adapter_parameters(request, config(rank, rank))
 
-    most = full_rank(layers.values())
-    target = target_r or fitting(parameters, request.budget, "AdaLoRA of rank", most)
-    size = parameters(target)
-    first = init_r or -(-3 * target // 2)
-    if first <= target:
-        raise ValueError(f"init_r={first}: expected more than target_r={target}, which it is cut to")
-    model = wrap(request, request.model, config(target, first), RegularisedModel)
-    notes = [f"rank {first}, cut to {said(target, most)} on average, on {len(layers)} layers", *notes]
-    return AdaptedModel(model, notes, [Allocation(notes)], parameters=size)
+    full = selection.full_rank()
+    target = target_r or nearest_size(count, request.budget, full)
+    parameters = count(target)
+    initial = init_r or -(-3 * target // 2)
+    if initial <= target:
+        raise ValueError(f"init_r={initial}: expected more than target_r={target}, to which AdaLoRA reduces it")
+    model = peft_model(request, config(target, initial), RegularisedModel)
+    notes = [f"rank {initial}, cut to {size_note(target, full)} on average, on {selection}", *selection.notes]
+    return AdaptedModel(model, notes, [Allocation(notes)], parameters=parameters)
 
 
 def schedule(steps: int) -> dict[str, int]:
-    """Of a training of ``steps``: an eighth before the first cut, the second half at the final ranks. These are about
-    the shares that the original's settings for GLUE have (its appendix). The last cut needs a step before it."""
+    """AdaLoRA's schedule for a training of ``steps``: an eighth before the first cut, the second half at the final
+    ranks, close to the settings for GLUE in the original's appendix. The last cut needs a step before it."""
     last = min(steps // 2, steps - 2)
     return {"total_step": steps, "tinit": steps // 8, "tfinal": last, "deltaT": max(1, steps // 500)}
 
 
 class RegularisedModel(PeftModel):
-    """A PEFT model whose loss has AdaLoRA's orthogonal regularisation, as PEFT defines it: the mean of |AAᵀ - I| and
-    |BᵀB - I|. PEFT itself adds it where a model has a task type only, and none for a plain mapping."""
+    """A PEFT model whose loss includes AdaLoRA's orthogonal regularisation, as PEFT defines it: the mean of |AAᵀ - I|
+    and |BᵀB - I|. PEFT itself adds it only to models with a task type, and never to an output that is a mapping."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().forward(*args, **kwargs)
@@ -91,12 +88,13 @@ class RegularisedModel(PeftModel):
 
 
 class Allocation(TrainerCallback):
-    """Cuts ranks after each optimizer step, while gradients are there, as PEFT's allocator has it, and keeps all that
-    decides on them beside the Trainer's checkpoints, so that a training that was interrupted goes on as it was.
-    ``notes`` get one more where the ranks at the end are above the target.
+    """Calls PEFT's rank allocator after each optimizer step, while the gradients exist.
 
-    PEFT's config gets the ranks at the end only: with them in it, checkpoints would hold pruned tensors, which do not
-    fit the model that goes on.
+    The allocator's state lies beside each of the Trainer's checkpoints, so that an interrupted training goes on
+    unchanged. ``notes`` get one more note if the final ranks exceed the target.
+
+    PEFT's config gets the rank pattern only at the end: with a pattern in the config, checkpoints would hold pruned
+    tensors, which do not fit the model in training.
     """
 
     def __init__(self, notes: list[str]) -> None:
@@ -107,7 +105,7 @@ class Allocation(TrainerCallback):
         tuner, config = _tuner(model)
         if state.max_steps < config.total_step - config.tfinal:
             raise ValueError(
-                f"AdaLoRA is set up for {config.total_step} steps and would reach its final ranks after "
+                f"AdaLoRA was set up for {config.total_step} steps and reaches its final ranks after "
                 f"{config.total_step - config.tfinal}, but the training has {state.max_steps}"
             )
         if state.global_step:
@@ -117,7 +115,7 @@ class Allocation(TrainerCallback):
         tuner, config = _tuner(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.grad is None and "lora_" in name:
-                parameter.grad = torch.zeros_like(parameter)  # a layer that was not used: PEFT needs one all the same
+                parameter.grad = torch.zeros_like(parameter)  # an unused layer: PEFT needs a gradient there
         allocator, step, last = tuner.rankallocator, state.global_step + 1, config.total_step - config.tfinal
         if step < last and _finite(model):
             allocator.update_ipt(tuner.model)
@@ -140,7 +138,7 @@ class Allocation(TrainerCallback):
         kept = sum(map(sum, self.pattern.values())) if self.pattern else before
         if kept > target:
             self.notes.append(
-                f"{kept} of {before} ranks are left, above the budget of {target}: gradients were not finite"
+                f"{kept} of {before} ranks remain, above the budget of {target}: gradients were not finite"
             )
 
     def _write(self, file: Path, tuner: Any) -> None:
@@ -167,8 +165,8 @@ def _tuner(model: PeftModel) -> tuple[Any, Any]:
 
 
 def _finite(model: nn.Module) -> bool:
-    """Whether all gradients are. A step that fp16's scaler skips has others: in the moving averages of importance they
-    would stay for ever, and nothing would be cut."""
+    """Whether all gradients are finite. In a step that fp16's scaler skips they are not; they would stay in the moving
+    averages of importance for good, and no rank would be cut."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 

@@ -1,12 +1,11 @@
-"""Bottleneck adapters in transformer blocks: Houlsby et al. 2019 and Pfeiffer et al. 2020, as the paper compares with
-them (section 5.2, from He et al. 2021 and Zhang et al. 2022).
+"""Bottleneck adapters of Houlsby et al. 2019 and Pfeiffer et al. 2020, two baselines of the paper (section 5.2).
 
     x  <-  x + W_up f(W_down x + b_down) + b_up        W_down: (width, size);  W_up: (size, width), zero at the start
 
-Houlsby's has two in a block: on what the attention and the feed-forward network put out, before the residual sum and
-the LayerNorm. Pfeiffer's has one, behind the feed-forward network: behind its residual sum and LayerNorm where a
-LayerNorm follows (BERT), before the residual sum where none does (ViT). LayerNorms stay frozen, as the paper's
-counts say.
+Houlsby's method has two adapters per transformer block: one on the output of the attention, one on the output of the
+feed-forward network, each before the residual sum and the LayerNorm. Pfeiffer's has one per block, after the
+feed-forward network: behind the LayerNorm where one follows (BERT), before the residual sum otherwise (ViT). LayerNorms
+stay frozen, which agrees with the paper's parameter counts.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request, fitting, said
+from flora_lab.methods.budget import nearest_size, size_note
+from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request
 
-# In a block: the layer that ends the attention, the one that ends the feed-forward network, the LayerNorm behind it
+# Within a block: the last layer of the attention, the last one of the feed-forward network, the LayerNorm behind that
 BLOCKS = (
     ("attention.output.dense", "output.dense", "output.LayerNorm"),  # BERT, RoBERTa, ELECTRA, DeBERTa
     ("attention.attn.o", "output.dense", "output.LayerNorm"),  # MPNet
@@ -29,7 +29,7 @@ BLOCKS = (
     ("self_attn.o_proj", "mlp.down_proj", None),  # Llama, Qwen
 )
 HOULSBY, PFEIFFER = "houlsby", "pfeiffer"
-FIRST_STD = 0.01  # Houlsby et al., section 2.1: Gaussian, cut at two standard deviations
+START_STD = 0.01  # Houlsby et al., section 2.1: Gaussian, cut at two standard deviations
 
 
 def houlsby(request: Request, width: int | None = None, activation: str = "gelu") -> AdaptedModel:
@@ -40,24 +40,25 @@ def pfeiffer(request: Request, width: int | None = None, activation: str = "relu
     return _with_adapters(request, PFEIFFER, width, activation)
 
 
-def _with_adapters(request: Request, kind: str, width: int | None, activation: str) -> AdaptedModel:
-    """Bottleneck adapters, as wide as the budget says."""
-    names = places(request.model, kind)
+def _with_adapters(request: Request, method: str, width: int | None, activation: str) -> AdaptedModel:
+    names = places(request.model, method)
     if not names:
-        raise CannotAdapt("there are no transformer blocks of a known kind to put adapters in")
+        raise CannotAdapt("the model has no transformer blocks of a known layout")
     sizes = [size_at(request.model, name) for name in names]
-    if width is None:
+    full = max(sizes)
 
-        def count(width: int) -> int:
-            return sum((2 * size + 1) * width + size for size in sizes)
+    def count(width: int) -> int:
+        return sum((2 * size + 1) * width + size for size in sizes)
 
-        width = fitting(count, request.budget, "an adapter of width", max(sizes))
+    width = width or nearest_size(count, request.budget, full, "width")
     request.train_head_only()
     insert(request.model, names, width, activation)
-    return AdaptedModel(request.model, [f"width {said(width, max(sizes))} in {len(names)} places"])
+    return AdaptedModel(request.model, [f"width {size_note(width, full)} in {len(names)} places"])
 
 
 class Bottleneck(nn.Module):
+    """An adapter on features of ``size``, on the device and of the type of ``like``."""
+
     def __init__(self, like: Tensor, size: int, width: int, activation: str) -> None:
         from transformers.activations import ACT2FN
 
@@ -65,7 +66,7 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(size, width, device=like.device, dtype=like.dtype)
         self.activation = ACT2FN[activation]
         self.up = nn.Linear(width, size, device=like.device, dtype=like.dtype)
-        nn.init.trunc_normal_(self.down.weight, std=FIRST_STD, a=-2 * FIRST_STD, b=2 * FIRST_STD)
+        nn.init.trunc_normal_(self.down.weight, std=START_STD, a=-2 * START_STD, b=2 * START_STD)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
@@ -74,24 +75,24 @@ class Bottleneck(nn.Module):
         return x + self.up(self.activation(self.down(x)))
 
 
-def places(model: nn.Module, kind: str) -> list[str]:
-    """Names of the modules whose output an adapter takes; none where there are no transformer blocks."""
+def places(model: nn.Module, method: str) -> list[str]:
+    """Names of the modules whose output gets an adapter; empty where the model has no transformer blocks."""
     names = []
     for block, (attention, feed_forward, norm) in _blocks(model):
-        own = [attention, feed_forward] if kind == HOULSBY else [norm or feed_forward]
+        own = [attention, feed_forward] if method == HOULSBY else [norm or feed_forward]
         names += [f"{block}.{name}" if block else name for name in own]
     return names
 
 
 def size_at(model: nn.Module, place: str) -> int:
-    """Width of what the module puts out."""
+    """Number of features of the module's output."""
     return len(model.get_submodule(place).weight)
 
 
 def insert(model: nn.Module, names: list[str], width: int, activation: str) -> None:
-    """Put an adapter on the output of every named module, as its submodule ``adapter``.
+    """Put an adapter on the output of each named module, as its submodule ``adapter``.
 
-    Raises ValueError for an activation that transformers does not know.
+    Raises ValueError for an activation that transformers does not have.
     """
     from transformers.activations import ACT2FN
 
@@ -100,15 +101,15 @@ def insert(model: nn.Module, names: list[str], width: int, activation: str) -> N
     for name in names:
         module = model.get_submodule(name)
         module.add_module("adapter", Bottleneck(module.weight, size_at(model, name), width, activation))
-        module.register_forward_hook(_adapted)
+        module.register_forward_hook(_apply_adapter)
 
 
-def _adapted(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _apply_adapter(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return module.adapter(output)
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, tuple[str, str, str | None]]]:
-    """(name, where its parts are) of every transformer block."""
+    """Every transformer block: its name, and where its parts are (an entry of BLOCKS)."""
     for name, module in model.named_modules():
         for attention, feed_forward, norm in BLOCKS:
             if _weight_at(module, attention) and _weight_at(module, feed_forward):
