@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from measure import known, milliseconds, rows_of, table
-from methods import lora_parameters
 from torch import nn
+from variants import lora_parameters
 from workloads import WORKLOADS, Case, Workload
 
 import flora

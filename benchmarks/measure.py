@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import METHODS, Adapted, LeftOutError, adapt, lora_parameters
 from torch import Tensor, nn
+from variants import VARIANTS, adapt_variant, lora_parameters
 from workloads import WORKLOADS, Case, Workload
 
 import flora
+from flora_lab.methods import AdaptedModel, CannotAdapt
 
 Row = dict[str, Any]
 WARM_UP_ROUNDS = 2
@@ -57,7 +58,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that both commands have."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--workloads", type=known(WORKLOADS), default=list(WORKLOADS), metavar="NAME,…")
-    flags.add_argument("--methods", type=known(METHODS), default=list(METHODS), metavar="NAME,…")
+    flags.add_argument("--methods", type=known(VARIANTS), default=list(VARIANTS), metavar="NAME,…")
     flags.add_argument("--threads", type=int, default=2)
     flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     flags.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast")
@@ -81,18 +82,23 @@ def prepare(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------- models to train
 
 
-def adapted_models(workload: Workload, case: Case, args: argparse.Namespace) -> Iterator[tuple[str, Adapted]]:
-    """Each method's model, all with the weights of the case's; what can't run is left out with a line that says why."""
-    parameters = lora_parameters(case.model, workload.targets, workload.lora_rank(args.tiny))
-    print(f"{'':16}{parameters:>12,} parameters: LoRA of rank {workload.lora_rank(args.tiny)}")
+def adapted_models(workload: Workload, case: Case, args: argparse.Namespace) -> Iterator[tuple[str, AdaptedModel]]:
+    """Each variant's model, all around the same weights. A variant that can't run prints a line with the reason."""
+    rank = workload.lora_rank(args.tiny)
+    budget = lora_parameters(case.model, workload.targets, rank)
+    print(f"{'':16}{budget:>12,} parameters: LoRA of rank {rank}")
     for name in args.methods:
         try:
-            adapted = adapt(name, case.model, workload.targets, parameters, args.seed)
-        except LeftOutError as reason:
+            adapted = adapt_variant(name, case.model, workload.targets, budget, args.seed)
+        except CannotAdapt as reason:
             print(f"{name:16}{'left out':>12}: {reason}")
             continue
-        print(f"{name:16}{adapted.parameters:>12,} {adapted.ranks[:90]}", flush=True)
+        print(f"{name:16}{adapted.parameters:>12,} {ranks(adapted)[:90]}", flush=True)
         yield name, adapted
+
+
+def ranks(adapted: AdaptedModel) -> str:
+    return "; ".join(adapted.notes)
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:

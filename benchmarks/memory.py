@@ -14,9 +14,9 @@ import gc
 from collections.abc import Iterable
 
 import torch
-from measure import Results, Row, adapted_models, autocast, parser, prepare, table, training_step
-from methods import METHODS
+from measure import Results, Row, adapted_models, autocast, parser, prepare, ranks, table, training_step
 from torch import Tensor, nn
+from variants import VARIANTS
 from workloads import WORKLOADS, Case, Workload
 
 
@@ -71,7 +71,7 @@ def measured(name: str, workload: Workload, args: argparse.Namespace) -> list[Ro
                 "group": workload.group,
                 "method": method,
                 "parameters": adapted.parameters,
-                "ranks": adapted.ranks,
+                "ranks": ranks(adapted),
                 "saved_bytes": saved_bytes(case, adapted.model, args),
                 "peak_bytes": peak_bytes(case, adapted.model, args),
             }
@@ -91,7 +91,7 @@ def report(rows: list[Row]) -> str:
         sizes = [row["saved_bytes"]] + ([] if row["peak_bytes"] is None else [row["peak_bytes"]])
         return " / ".join(f"{size / 2**20:,.1f}" for size in sizes)
 
-    methods = [method for method in METHODS if any(method == own for own, _ in cells)]
+    methods = [method for method in VARIANTS if any(method == own for own, _ in cells)]
     peaks = any(row["peak_bytes"] is not None for row in rows)
     caption = "**MiB saved for backward" + (" / at the peak**" if peaks else "** (no peak: this is a CPU)")
     return f"{caption}\n\n{table(['method', *names], [[m, *(cell(m, n) for n in names)] for m in methods])}"

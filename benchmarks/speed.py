@@ -27,24 +27,27 @@ from measure import (
     parser,
     prepare,
     quartiles,
+    ranks,
     rows_of,
     table,
     training_step,
 )
-from methods import METHODS, Adapted, Targets, copied, disturb, lora_parameters
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
+from variants import VARIANTS, Targets, disturb, lora_parameters
 from workloads import GROUPS, WORKLOADS, Case, Workload
 
 from flora import FloraConfig
+from flora_lab.methods import AdaptedModel
+from flora_lab.methods.common import share_weights
 
 MEASURES = ("step", "inference", "wrap", "merge")
 INFERENCE_PART = 0.2  # of the seconds that the steps get
 REPEATS = 5  # of wrapping and of merging
 CLOSE_ENOUGH = 1.03  # of the faster fixed execution: what "auto" may take
-WRAPPED: dict[str, Callable[[Targets, int, int], PeftConfig]] = {
-    "lora": lambda targets, rank, parameters: LoraConfig(r=rank, **targets),
-    "flora-auto": lambda targets, rank, parameters: FloraConfig(budget=parameters, **targets),
+CONFIGS: dict[str, Callable[[Targets, int, int], PeftConfig]] = {  # what a user gives to get_peft_model
+    "lora": lambda targets, rank, budget: LoraConfig(r=rank, **targets),
+    "flora-auto": lambda targets, rank, budget: FloraConfig(budget=budget, **targets),
 }
 
 
@@ -69,7 +72,7 @@ def time_methods(name: str, workload: Workload, case: Case, args: argparse.Names
 
 
 def compared(
-    measure: str, name: str, workload: Workload, models: dict[str, Adapted], times: dict[str, list[float]]
+    measure: str, name: str, workload: Workload, models: dict[str, AdaptedModel], times: dict[str, list[float]]
 ) -> list[Row]:
     """Quartiles, and ratios to the floor and to LoRA's overhead."""
     over_floor = {
@@ -84,7 +87,7 @@ def compared(
             "group": workload.group,
             "method": method,
             "parameters": models[method].parameters,
-            "ranks": models[method].ranks,
+            "ranks": ranks(models[method]),
             **quartiles(times[method]),
             "over_floor": over_floor[method],
             "overhead": over_floor[method] - 1,
@@ -101,10 +104,10 @@ def time_wrapping(name: str, workload: Workload, case: Case, args: argparse.Name
     """Rows of ``get_peft_model`` alone; for FLoRA that includes solving for the ranks."""
     rank = workload.lora_rank(args.tiny)
     parameters = lora_parameters(case.model, workload.targets, rank)
-    times: dict[str, list[float]] = {method: [] for method in WRAPPED}
+    times: dict[str, list[float]] = {method: [] for method in CONFIGS}
     for _ in range(REPEATS + 1):
-        for method, config in WRAPPED.items():
-            model, chosen = copied(case.model), config(workload.targets, rank, parameters)
+        for method, config in CONFIGS.items():
+            model, chosen = share_weights(case.model), config(workload.targets, rank, parameters)
             times[method].append(milliseconds(lambda m=model, c=chosen: get_peft_model(m, c), args.device))
     head = {"measure": "wrap", "workload": name, "group": workload.group}
     return [{**head, "method": method, **quartiles(own[1:])} for method, own in times.items()]
@@ -115,10 +118,10 @@ def time_merging(name: str, workload: Workload, case: Case, args: argparse.Names
     its original class again."""
     rank = workload.lora_rank(args.tiny)
     parameters = lora_parameters(case.model, workload.targets, rank)
-    times: dict[str, list[float]] = {method: [] for method in WRAPPED}
+    times: dict[str, list[float]] = {method: [] for method in CONFIGS}
     merged: dict[str, nn.Module] = {"base": copy.deepcopy(case.model)}
     for _ in range(REPEATS + 1):
-        for method, config in WRAPPED.items():
+        for method, config in CONFIGS.items():
             chosen = config(workload.targets, rank, parameters)
             model = get_peft_model(copy.deepcopy(case.model), chosen)
             disturb(model)
@@ -174,7 +177,7 @@ def ratios(rows: list[Row], measure: str, group: str) -> str:
         ratio = "" if row["over_lora"] is None else f" ({row['over_lora']:.2f})"
         return f"{100 * row['overhead']:.1f} %{ratio}"
 
-    lines = [[method, *(cell(method, name) for name in names)] for method in in_order(METHODS, {m for m, _ in cells})]
+    lines = [[method, *(cell(method, name) for name in names)] for method in in_order(VARIANTS, {m for m, _ in cells})]
     caption = f"**{measure.capitalize()}, {GROUPS[group]}**: overhead over the floor (and as a part of LoRA's)"
     return f"{caption}\n\n{table(['method', *names], lines)}"
 
@@ -234,7 +237,7 @@ def arguments() -> argparse.Namespace:
     flags.add_argument("--compile", action="store_true", help="torch.compile every model")
     flags.add_argument("--table", type=rows_of, metavar="FILE.json", help="print the tables of a file and stop")
     args = flags.parse_args()
-    args.methods = in_order(METHODS, {"floor", *args.methods})
+    args.methods = in_order(VARIANTS, {"floor", *args.methods})
     return args
 
 

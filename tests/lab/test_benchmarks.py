@@ -1,4 +1,4 @@
-"""The benchmark commands, on tiny models: every workload, the methods that need no package of their own."""
+"""The benchmark commands on tiny models: every workload, with the variants that need no package of their own."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from flora_lab.methods import CannotAdapt
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-METHODS = ["floor", "lora", "authors", "flora-auto", "flora-factored", "flora-merged", "flora-k3", "flora-all"]
+VARIANTS = ["floor", "lora", "authors", "flora-auto", "flora-factored", "flora-merged", "flora-k3", "flora-all"]
 
 
 def run(command: str, *flags: str) -> str:
-    line = [sys.executable, BENCHMARKS / f"{command}.py", "--tiny", "--threads", "1", "--methods", ",".join(METHODS)]
-    return subprocess.run([*line, *flags], capture_output=True, text=True, check=True).stdout
+    line = [sys.executable, BENCHMARKS / f"{command}.py", *flags]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("command", ["speed", "memory"])
 def test_every_workload_runs_tiny(command, tmp_path):
     file = tmp_path / "rows.json"
-    printed = run(command, "--output", str(file), *(["--rounds", "1"] if command == "speed" else []))
+    flags = ["--tiny", "--threads", "1", "--methods", ",".join(VARIANTS), "--output", str(file)]
+    printed = run(command, *flags, *(["--rounds", "1"] if command == "speed" else []))
     saved = json.loads(file.read_text())
     rows = saved["rows"]
     workloads = {row["workload"] for row in rows}
@@ -33,3 +37,34 @@ def test_every_workload_runs_tiny(command, tmp_path):
         assert all(r["parameters"] <= own["lora"]["parameters"] for m, r in own.items() if m.startswith("flora"))
     if command == "speed":
         assert all(row["classes_kept"] for row in rows if row["measure"] == "merge")
+
+
+@pytest.mark.parametrize("name", ["conv-192", "depthwise", "experts"])
+def test_parameters_are_equal_as_in_a_comparison(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from variants import VARIANTS, adapt_variant, lora_parameters
+    from workloads import WORKLOADS
+
+    workload = WORKLOADS[name]
+    case = workload.case(tiny=True, seed=0, device="cpu")
+    budget = lora_parameters(case.model, workload.targets, workload.lora_rank(tiny=True))
+    before, sizes = {key: tensor.clone() for key, tensor in case.model.state_dict().items()}, {}
+    for variant in VARIANTS:
+        try:
+            adapted = adapt_variant(variant, case.model, workload.targets, budget, seed=0)
+        except CannotAdapt:
+            continue
+        case.backward(case.forward(adapted.model))
+        sizes[variant] = adapted.parameters
+    assert sizes["lora"] == budget and sizes.pop("floor") == 0 and sizes.pop("full") > budget
+    assert all(size <= (1 if "flora" in variant else 1.25) * budget for variant, size in sizes.items())
+    assert all(torch.equal(before[key], tensor) for key, tensor in case.model.state_dict().items())
+    assert {"conv-192": "flora-k3", "depthwise": "flora-all", "experts": "flora-merged"}[name] in sizes
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("results/speed-*.json")), ids=lambda file: file.stem)
+def test_committed_results_can_be_read(file, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from speed import report, rows_of
+
+    assert "**Step, 3×3 convolutions**" in report(rows_of(str(file)))
