@@ -276,10 +276,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
 
 def test_a_method_that_cannot_run_is_left_out_and_said(tmp_path):
     result = flora_train(*with_methods(tmp_path, "head", "lora"), *SHORT, "budget=3")
-    assert result.exit_code == 0 and "lora was left out: LoRA of rank 1 has" in result.output
+    assert result.exit_code == 0 and "lora was left out: rank 1 has" in result.output
     assert [row["method"] for row in rows_of(tmp_path)] == ["head"]
     nothing = flora_train(*with_methods(tmp_path, "lora"), *SHORT, "budget=3", f"output={tmp_path / 'other'}")
-    assert nothing.exit_code == 2 and "methods.lora: LoRA of rank 1 has" in nothing.stderr
+    assert nothing.exit_code == 2 and "methods.lora: rank 1 has" in nothing.stderr
 
 
 def test_a_failed_variant_costs_no_other_and_is_retried(tmp_path):
