@@ -48,13 +48,13 @@ def uniform_ranks(weight: Weight, r: int, kernel_rank: int | None) -> Ranks:
 
 
 def given_ranks(weight: Weight, r: int | Sequence[int], kernel_rank: int | None) -> Ranks:
-    """The ranks that the user asked for with ``r``, an int or one rank a mode, clipped to the modes' sizes."""
+    """The ranks that the user asked for with ``r``, an int or one rank per mode, clipped to the modes' sizes."""
     if isinstance(r, int):
         return uniform_ranks(weight, r, kernel_rank)
     if len(r) != len(weight.shape):
         raise ValueError(
             f"{len(r)} ranks {list(r)} for a weight of {len(weight.shape)} modes, shape {list(weight.shape)}; "
-            "give one rank a mode, or a single number"
+            "give one rank per mode, or a single number"
         )
     return tuple(min(rank, size) for rank, size in zip(r, weight.shape, strict=True))
 

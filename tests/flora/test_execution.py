@@ -56,7 +56,7 @@ def test_matrix(way, ranks, rows):
 @pytest.mark.parametrize("way", ["factored", "merged", "dense"])
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_convolution(way, geometry, layout, monkeypatch):
-    monkeypatch.setattr("flora.layers.convolution._way", lambda *_: way)
+    monkeypatch.setattr("flora.layers.convolution._route", lambda *_: way)
     modes = len(geometry.stride)
     channels, kernel_size = (4, 8), (3, 2, 2)[:modes]
     shape = channels if geometry.transposed else channels[::-1]

@@ -1,7 +1,7 @@
-"""A convolution and its update as one autograd function: no full-size tensor is made for the update alone.
+"""A convolution and its update as one autograd function: the update alone makes no full-size tensor.
 
 Letters: b batch, o and i channels of the output and the input, p pixels, r and s the ranks of the weight's first and
-second mode, k the kernel modes. What it computes is differentiable again.
+second mode, k the kernel modes. The gradient is differentiable, too.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def convolution(
         kernel: G ×_3 C ×_4 D of equation 6, (r, s, k …), the scale in it.
         first, second: the factors (I_1, r) and (I_2, s).
     """
-    way = _way(x, weight.shape, kernel.shape, geometry, execution)
-    return _Convolution.apply(x, weight, bias, kernel, first, second, geometry, way)
+    route = _route(x, weight.shape, kernel.shape, geometry, execution)
+    return _Convolution.apply(x, weight, bias, kernel, first, second, geometry, route)
 
 
-def _way(x: Tensor, shape: Sequence[int], ranks: Sequence[int], geometry: Geometry, execution: str) -> str:
-    """One of "factored"; "merged"; "dense", which is merged with the full weight's gradient formed."""
+def _route(x: Tensor, shape: Sequence[int], ranks: Sequence[int], geometry: Geometry, execution: str) -> str:
+    """ "factored", "merged", or "dense": merged, and the full weight's gradient is formed and projected."""
     inputs = x.shape[0] * x.shape[2:].numel()
-    stride = prod(geometry.stride)  # all that an estimate needs to know of the output's size
+    stride = prod(geometry.stride)  # enough for an estimate of the output's size
     positions = (inputs, inputs * stride) if geometry.transposed else (inputs // stride, inputs)
     problem = (shape, ranks, positions, geometry.groups)
     if execution != "factored" and wants_dense(*problem):
@@ -76,7 +76,7 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 def _image(thin: Tensor, like: Tensor) -> Tensor:
     """Thin (b, r, p) -> (b, r, …) with the pixels of ``like``."""
     thin = thin.unflatten(2, like.shape[2:])
-    if thin.ndim == 4 and thin.device.type == "cpu":  # a processor pads few channels, unless they come last
+    if thin.ndim == 4 and thin.device.type == "cpu":  # oneDNN pads few channels unless they come last
         return thin.contiguous(memory_format=torch.channels_last)
     return thin
 
@@ -87,19 +87,19 @@ def _columns(image: Tensor) -> Tensor:
 
 
 def _add_by_group_(y: Tensor, thin: Tensor, factor: Tensor, groups: int) -> Tensor:
-    """y (b, g · i, …) += factor (i, s) · thin (b · g, s, p), in place where the layout allows; returns y."""
+    """y (b, g · i, …) += factor (i, s) · thin (b · g, s, p), in place if the layout allows; returns y."""
     y = y.contiguous() if groups > 1 else y
     add_lifted_(_by_group(y, groups), thin, factor)
     return y
 
 
 def _gradients(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]) -> list[Tensor]:
-    """A convolution's gradients of x and of the weight, those that are wanted."""
+    """A convolution's gradients of x and of the weight; None for one that is not wanted."""
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, (*wanted, False))[:2]
 
 
 def _weights(weight: Tensor, kernel: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
-    """W + delta; in half precision, where that would lose small updates, W and delta to be convolved one by one."""
+    """W + delta. In half precision, which would round small updates away, W and delta to be convolved one by one."""
     rows = torch.matmul(second, kernel.flatten(2)).flatten(1)
     if weight.dtype in LOW_PRECISION:
         return weight, (first @ rows).view(weight.shape)
@@ -107,7 +107,7 @@ def _weights(weight: Tensor, kernel: Tensor, first: Tensor, second: Tensor) -> t
 
 
 def _project_weight(dweight: Tensor, kernel: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The full weight's gradient -> those of kernel and factors."""
+    """The full weight's gradient -> the gradients of kernel and factors."""
     rows, slices = dweight.flatten(1), kernel.flatten(2)
     dfirst = rows @ torch.matmul(second, slices).flatten(1).mT
     rows = (first.mT @ rows).unflatten(1, (second.shape[0], -1))  # (r, I_2, k)
@@ -117,7 +117,7 @@ def _project_weight(dweight: Tensor, kernel: Tensor, first: Tensor, second: Tens
 def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The full weight's gradient."""
     if x.device.type == "cpu" and x.ndim == 4 and geometry.groups > 1 and prod(weight.shape[2:]) > 9:
-        # oneDNN is fast with large depthwise kernels only where channels come last: four times, the copies included
+        # oneDNN is four times as fast with large depthwise kernels if channels come last, copies included
         g, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (g, x))
     return _gradients(g, x, weight, geometry, (False, True))[1]
 
@@ -128,14 +128,14 @@ class _Convolution(Function):
 
         dx = W' * g + A t,    t = K' * c,    dA = x tᵀ,    dB = g (K * a)ᵀ,    dK = the kernel's gradient for a and c:
 
-    dx is the base layer's, and all else is thin. The "dense" way forms dW instead, and projects that.
+    W' * g is the base layer's own gradient, and all else is thin. The "dense" route forms dW instead and projects it.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kernel, first, second, geometry, way):
-        ctx.geometry, ctx.way = geometry, way
+    def forward(ctx, x, weight, bias, kernel, first, second, geometry, route):
+        ctx.geometry, ctx.route = geometry, route
         ctx.save_for_backward(x, weight, kernel, first, second)
-        if way != "factored":
+        if route != "factored":
             merged, *beside = _weights(weight, kernel, first, second)
             y = torch.convolution(x, merged, bias, *geometry)
             return y if not beside else y + torch.convolution(x, *beside, None, *geometry)
@@ -151,7 +151,7 @@ class _Convolution(Function):
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
 
         dx = db = None
-        if ctx.way == "dense":
+        if ctx.route == "dense":
             if wants_x:
                 merged, *beside = _weights(weight, kernel, first, second)
                 dx = _gradients(g, x, merged, geometry, (True, False))[0]

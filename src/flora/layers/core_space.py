@@ -55,7 +55,7 @@ class CoreSpace(nn.Module):
     Args:
         shape: the weight's (I_1, …, I_N), in PyTorch's order.
         ranks: (r_1, …, r_N), each from 1 to I_n.
-        scale: the s of equation 5; saved with the core, so that an adapter file is complete without its base model.
+        scale: the s of equation 5. It is saved with the core, so that an adapter file needs no base model.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class CoreSpace(nn.Module):
         super().__init__()
         if not rank_rules.fits(ranks, shape):
             raise ValueError(
-                f"ranks {list(ranks)} for shape {list(shape)}: one rank a mode is needed, from 1 to its size"
+                f"ranks {list(ranks)} for shape {list(shape)}: one rank per mode is needed, from 1 to its size"
             )
         self.shape = tuple(shape)
         self.ranks = tuple(ranks)
         self.core = nn.Parameter(torch.zeros(self.ranks, device=device, dtype=dtype))
         for n, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
             self.register_parameter(f"factor_{n}", nn.Parameter(torch.zeros(size, rank, device=device, dtype=dtype)))
-        # float64: a scale such as 0.4 must not lose digits on a float64 model
+        # float64, so that 0.4 loses no digits on a float64 model
         self.register_buffer("scale", torch.tensor(scale, dtype=_widest(self.core.device), device=self.core.device))
 
     @property
@@ -145,8 +145,8 @@ def _start_core(space: CoreSpace, output_mode: int, unit: bool) -> None:
 
 
 def _start_factor(space: CoreSpace, output_mode: int, unit: bool) -> None:
-    """LoRA's: the output factor zero, all else not. The core's output unfolding starts orthogonal, as G = I would be,
-    so that each of the output factor's columns hears another part of the input."""
+    """LoRA's: only the output factor is zero. The core's output unfolding starts orthogonal, as G = I would be,
+    so that every column of the output factor sees another part of the input."""
     _start_core(space, output_mode, unit)
     rows = tucker.unfold(space.core, output_mode)
     start = nn.init.orthogonal_(torch.empty(rows.shape, dtype=torch.float32, device=rows.device))
@@ -165,7 +165,7 @@ def _start_official(space: CoreSpace, output_mode: int, unit: bool) -> None:
 def _start_random(space: CoreSpace, output_mode: int, unit: bool) -> None:
     """Nothing zero: ``init_weights=False``, for tests that need an adapter with an effect."""
     _start_core(space, output_mode, unit)
-    # as small beside the weight as LoRA's is, so that the same tolerances hold for the rounding of what follows
+    # as small against the weight as LoRA's, so that the same tolerances suit both
     space.core.normal_(std=0.1 if unit else 1.0)
 
 
@@ -181,7 +181,7 @@ STARTS: dict[str, Callable[[CoreSpace, int, bool], None]] = {
 def add_updates(weight: Tensor, spaces: Iterable[tuple[Tensor, Sequence[Tensor]]], in_place: bool = False) -> Tensor:
     """``weight + Σ core ×_1 factors[0] …``: summed in float32 at least, whatever autocast says, and rounded once.
 
-    ``in_place`` may overwrite the weight, where that spares a tensor of its size; the sum is what is returned.
+    Returns the sum. ``in_place`` may overwrite the weight if that saves a tensor of its size.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(wide)
@@ -195,8 +195,7 @@ def add_updates(weight: Tensor, spaces: Iterable[tuple[Tensor, Sequence[Tensor]]
 def drop_ranks(factors: Sequence[Tensor], mode: int, p: float) -> list[Tensor]:
     """The factors with each rank of one mode dropped with probability ``p``, the others scaled up to make up for it.
 
-    Dropout of the input is not defined where the update acts as a weight, or where the input is a row's number; this
-    is its nearest relative there.
+    It stands for dropout of the input, which an update that acts as a weight, or that looks up rows, does not have.
     """
     keep = F.dropout(factors[mode].new_ones(factors[mode].shape[1]), p)
     return [factor * keep if n == mode else factor for n, factor in enumerate(factors)]

@@ -20,20 +20,21 @@ DENSE = 0.5
 def merges(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int], groups: int = 1) -> bool:
     """``execution="auto"``: whether a layer runs merged, in single precision.
 
-    The cost model: cost is the number of operations of the products, plus ``TOUCH`` = 20 for every number of a
-    full-size tensor that is read and written in place, plus ``FRESH`` = 60 for every number of a new one (240 beyond
-    2²³ numbers, 32 MiB: new memory each time, and out of every cache). Beside what both need,
+    The cost model counts the multiplications of the products, plus ``TOUCH`` = 20 for every entry of a full-size tensor
+    that is read and written in place, plus ``FRESH`` = 60 for every entry of a new one (240 above 2²³ entries, 32 MiB:
+    such a tensor takes new memory each time, and fits no cache). Both executions run the base layer. Beyond that,
 
-        factored   two thin products for each position, the core's between them, and the output touched once,
-        merged     two products for each weight, and W + delta as a new tensor.
+        factored   takes two thin products per position, the core's between them, and touches the output once;
+        merged     takes two products per weight entry, and writes W + delta as a new tensor.
 
-    So many positions (batch × sequence, batch × pixels) merge, and large weights do not. Half precision never merges:
-    W + delta would round small updates away. ``benchmarks/speed.py`` holds the model to measured times.
+    So layers with many positions (batch × sequence, batch × pixels) merge, and large weights do not. Half precision
+    never merges, since W + delta would round small updates away. ``benchmarks/speed.py`` tests the model against
+    measured times.
 
     Args:
-        shape, ranks: the weight's, (I_1, I_2, k …) and (r, s, …).
-        positions: how many there are in the tensor whose channels are the first mode, and in the second mode's; the
-            batch counts.
+        shape, ranks: of the weight, (I_1, I_2, k …) and (r, s, …).
+        positions: number of positions, batch included, in the tensor whose channels are the first mode, and in the
+            tensor whose channels are the second mode.
     """
     (first, second), (r, s), size = shape[:2], ranks[:2], prod(shape[2:])
     weights, core = first * second * size, 2 * r * s * size
@@ -45,8 +46,8 @@ def merges(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int],
 def wants_dense(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int], groups: int) -> bool:
     """Whether a convolution's full weight gradient costs less than projecting first: depthwise kernels, narrow layers.
 
-    An operation of the full-size convolution counts ``DENSE`` = 0.5, since it runs nearer to the processor's peak.
-    Arguments as in ``merges``.
+    A multiplication of the full-size convolution counts ``DENSE`` = 0.5, because it runs nearer to the processor's
+    peak. Arguments as in ``merges``.
     """
     (first, second), (r, s), size = shape[:2], ranks[:2], prod(shape[2:])
     dense = DENSE * positions[0] * first * second * size
@@ -55,16 +56,16 @@ def wants_dense(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[
 
 
 def can_fuse() -> bool:
-    """Whether the autograd functions may run: compilers and tracers want plain operations, and torch.func's transforms
-    such as are not in place."""
-    followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not followed and not torch._C._are_functorch_transforms_active()
+    """Whether the autograd functions may run. Compilers and tracers need plain operations, and torch.func's transforms
+    need operations that are not in place."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and not torch._C._are_functorch_transforms_active()
 
 
 def of_one_type(
     x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Sequence[Tensor]
 ) -> list[Tensor | None] | None:
-    """The tensors (x, weight, bias, core, *factors), under autocast in its type; None where several types meet."""
+    """The tensors (x, weight, bias, core, *factors), cast under autocast; None if their types differ."""
     tensors = [x, weight, bias, core, *factors]
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:

@@ -1,7 +1,7 @@
-"""A matrix and its update as one autograd function: no full-size tensor is made for the update alone.
+"""A matrix and its update as one autograd function: the update alone makes no full-size tensor.
 
-Letters: p rows of the input, o and i its output and input features, r and s the ranks. What it computes is
-differentiable again.
+Letters: p rows of the input, o and i its output and input features, r and s the ranks. The gradient is
+differentiable, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def matrix(
 
 
 def _parts(rows: Tensor) -> Tensor:
-    """(p, i) -> (b, i, p / b), a view: a processor's threads share a batch of products better than one thin product."""
+    """(p, i) -> (b, i, p / b), a view: on CPU, threads share a batch of products better than one thin product."""
     parts = 4 if rows.device.type == "cpu" and rows.shape[0] % 4 == 0 else 1
     return rows.view(parts, -1, rows.shape[1]).mT
 
@@ -72,7 +72,7 @@ class _Matrix(Function):
     def backward(ctx, g):
         x, weight, core, left, right, thin = ctx.saved_tensors
         up, down = _fold(core, left, right)
-        if thin is None or torch.is_grad_enabled():  # a gradient that is differentiated again needs it made here
+        if thin is None or torch.is_grad_enabled():  # a second derivative needs it computed here
             thin = project(_parts(x), down)
         given = _parts(g.contiguous())
         t = project(given, up)

@@ -2,8 +2,8 @@
 
 A model that keeps experts in one stacked parameter (E, out, in) takes out one expert's matrix at a time and multiplies
 by it. The stand-in follows it there: a slice of a core space is a core space of one mode less, and a product with a
-matrix is ``execution.matrix``. Neither the stack's delta nor its gradient is ever formed. Whatever the stand-in does
-not know gets the dense tensor.
+matrix is ``matrix.matrix``. Neither the stack's delta nor its gradient is ever formed. Any other operation gets the
+dense tensor.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ _PLACE_AND_SHAPE = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
 }
 
-_NAMED = {"bias", "dim"}  # what may be passed by name, for the functions below to be followed
+_NAMED = {"bias", "dim"}  # the keyword arguments that the functions below accept
 
 _FOLLOWED: dict[Callable, Callable] = {
     Tensor.__getitem__: _slice,

@@ -179,8 +179,8 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of the given (else the active) adapters to the weight.
 
-        Summed in float32 at least and rounded once. Raises ValueError, with the weight left as it was, where an update
-        is not finite; with ``safe_merge`` also where the merged weight is not.
+        The sum is formed in float32 at least and rounded once. Raises ValueError, and leaves the weight as it was, if
+        an update is not finite; with ``safe_merge`` also if the merged weight is not.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if names:
@@ -245,7 +245,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base layer, with the updates merged if asked, its weights' identity kept."""
+        """The base layer itself, with the updates in its weights if ``merge``."""
         layer: nn.Module = self
         while isinstance(layer, AdaptedWeight):
             if merge:

@@ -50,7 +50,7 @@ def initialize(
 
 
 def _gradients(model: nn.Module, layers: list[FloraLayer], batches: Iterable, loss: Callable) -> list[Tensor]:
-    """Mean gradient of every layer's frozen weight, in float32 at least. The model's own gradients are left alone."""
+    """Mean gradient of every layer's frozen weight, in float32 at least. The model keeps its own gradients."""
     weights = [layer.base_parameter for layer in layers]
     flags = [weight.requires_grad for weight in weights]
     sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]

@@ -84,7 +84,7 @@ class FloraLayer(AdaptedWeight):
     def _runs_merged(self, adapter: str) -> bool:
         if not self.factorable:
             return True
-        # dropout is of the layer's input, which only the factored form has; where there is none, of the ranks
+        # only the factored form has an input of its own to drop out; others drop ranks
         if self._dropout(adapter) > 0:
             return False
         if self.tucker_execution[adapter] != "auto":
@@ -119,8 +119,8 @@ class FloraLayer(AdaptedWeight):
         return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
     def _mixed_batch(self, adapter_names: Sequence[str], args: tuple, kwargs: dict) -> Any:
-        """Each sample with its own adapter ("__base__" for none): every adapter runs the whole batch or, for a layer
-        with a single input, its own samples, and keeps its own rows."""
+        """Each sample with its own adapter ("__base__" for none). Every adapter runs its own samples (or the whole
+        batch, if the layer has several inputs) and keeps its own rows."""
         self._check_mixed_batch(adapter_names, args, kwargs)
         single = len(args) + len(kwargs) == 1
         mode = self.batch_mode
@@ -128,18 +128,18 @@ class FloraLayer(AdaptedWeight):
         order: list[int] = []
         parts: list[tuple] = []
         for adapter in dict.fromkeys(adapter_names):
-            mine = [n for n, name in enumerate(adapter_names) if name == adapter]
-            rows = torch.tensor(mine, device=x.device)
+            own = [n for n, name in enumerate(adapter_names) if name == adapter]
+            rows = torch.tensor(own, device=x.device)
             samples = x.index_select(mode, rows) if single else x
             inner = {}
-            if isinstance(self.base_layer, FloraLayer):  # another weight of the same layer: it goes with this one
+            if isinstance(self.base_layer, FloraLayer):  # another weight of the same layer, with adapters of its own
                 inner["adapter_names"] = [adapter] * samples.shape[mode]
             part = self._adapted(self._present([adapter]), (samples, *rest), kwargs, **inner)
             outputs = part if isinstance(part, tuple) else (part,)
-            # attention's weights, its second output, are batch first always
+            # attention's second output, its weights, is always batch first
             axes = [mode] + [0] * (len(outputs) - 1)
             kept = [t if single or t is None else t.index_select(a, rows) for t, a in zip(outputs, axes, strict=True)]
-            order += mine
+            order += own
             parts.append(tuple(kept))
         back = torch.tensor(order, device=x.device).argsort()
         whole = tuple(

@@ -76,20 +76,20 @@ class FloraModel(BaseTuner):
     ) -> list[str]:
         rows = [row for row in peft_config.plan.rows if row.raw]
         around = tuple(f"{row.module}." for row in rows)
-        # of a second adapter: PEFT does not look for layers within what the first one has wrapped
+        # for a second adapter PEFT does not look for layers inside those that the first has wrapped
         within = [row for row in peft_config.plan.rows if not row.raw and row.module.startswith(around)]
-        for some in (within, rows):
-            for module in dict.fromkeys(row.module for row in some):
-                mine = [row for row in some if row.module == module]
+        for group in (within, rows):
+            for module in dict.fromkeys(row.module for row in group):
+                own = [row for row in group if row.module == module]
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    wrap_module(model, mine, adapter_name, peft_config)
+                    wrap_module(model, own, adapter_name, peft_config)
         names = [row.target for row in rows]
-        # PEFT 0.20 leaves the bookkeeping to this method; later ones do it with what is returned
+        # PEFT 0.20 expects this method to record the names; later versions record the returned ones
         self.targeted_parameter_names.extend(n for n in names if n not in self.targeted_parameter_names)
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # a CoreSpace is made where its weight is: nothing to move
+        setattr(parent, child_name, new_module)  # nothing to move: a CoreSpace is made on its weight's device
 
     # --------------------------------------------------------------------------------------------------- adapters
 

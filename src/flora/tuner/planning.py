@@ -183,9 +183,9 @@ def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:
             return
     for key, (shape, row) in expected.items():
         if saved.get(key) != shape:
-            found = list(saved[key]) if key in saved else "nothing"
+            present = list(saved[key]) if key in saved else "nothing"
             raise ValueError(
-                f"layer {row.name!r}: the adapter's file has {found} for {key.rpartition('.')[2]}, but a weight of "
+                f"layer {row.name!r}: the adapter's file has {present} for {key.rpartition('.')[2]}, but a weight of "
                 f"shape {list(row.shape)} at ranks {list(row.ranks)} needs {list(shape)}; was it trained on another "
                 "base model?"
             )
@@ -256,12 +256,12 @@ def _from_pattern(field_name: str, patterns: dict, targets: list[Target]) -> lis
     one, or a regex for either, of a weight or of its layer. A pattern that matches nothing is an error."""
     values, unused = [], set(patterns)
     for target in targets:
-        found = None
+        own = None
         for pattern, value in patterns.items():
             if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (target.name, target.module)):
                 unused.discard(pattern)
-                found = value if found is None else found
-        values.append(found)
+                own = value if own is None else own
+        values.append(own)
     if unused and targets:
         raise ValueError(f"{field_name}: {sorted(unused)} match none of the {len(targets)} adapted weights")
     return values

@@ -139,7 +139,7 @@ def _matching(model: nn.Module, layers: dict, config: FloraConfig) -> Iterator[t
 
 
 def shorthand_names(model: nn.Module, config: FloraConfig) -> list[str]:
-    """The layers that "all-linear" or "all-weights" stands for: never the output head, nor what is excluded."""
+    """The layers that "all-linear" or "all-weights" stands for: neither the output head nor excluded layers."""
     linear_only = config.target_modules == "all-linear"
     heads = _output_heads(model, config, linear_only)
     names = []
