@@ -22,20 +22,24 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def linear(layer, core, factors, input):
+    """Equation 7: input (…, i) -> (…, o)."""
     output_factor, input_factor = factors
     return F.linear(F.linear(F.linear(input, input_factor.mT), core), output_factor)
 
 
-def linear_transposed(layer, core, factors, x):  # transformers' Conv1D: weight (in, out)
+def linear_transposed(layer, core, factors, x):
+    """The same for transformers' Conv1D, whose weight is (in, out)."""
     input_factor, output_factor = factors
     return F.linear(F.linear(F.linear(x, input_factor.mT), core.mT), output_factor)
 
 
 def linear_fused(layer, weight, bias, core, factors, input, execution):
+    """Layer and update of a linear layer: (…, i) -> (…, o)."""
     return matrix(input, weight, bias, core, *factors, execution)
 
 
 def linear_transposed_fused(layer, weight, bias, core, factors, x, execution):
+    """Layer and update of transformers' Conv1D: (…, i) -> (…, o)."""
     input_factor, output_factor = factors
     return matrix(x, weight.mT, bias, core.mT, output_factor, input_factor, execution)
 
@@ -55,6 +59,7 @@ def _kernel(core: Tensor, kernel_factors: Sequence[Tensor]) -> Tensor:
 
 
 def conv(layer, core, factors, input):
+    """Equation 6: a pointwise convolution down, the core's with the layer's own options, a pointwise one up."""
     output_factor, input_factor, *kernel_factors = factors
     spatial, groups = len(kernel_factors), layer.groups
     thin = _pointwise(input, input_factor.mT.repeat(groups, 1), spatial, groups)
@@ -64,6 +69,7 @@ def conv(layer, core, factors, input):
 
 
 def conv_fused(layer, weight, bias, core, factors, input, execution):
+    """Layer and update of a convolution with any padding mode: (b, g · i, …) -> (b, o, …)."""
     padding = layer._reversed_padding_repeated_twice  # numbers for both ends of each mode, even if given as "same"
     if layer.padding_mode != "zeros" or padding[::2] != padding[1::2]:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -74,6 +80,7 @@ def conv_fused(layer, weight, bias, core, factors, input, execution):
 
 
 def conv_transposed_fused(layer, weight, bias, core, factors, input, execution):
+    """Layer and update of a transposed convolution: (b, i, …) -> (b, g · o, …)."""
     geometry = Geometry(layer.stride, layer.padding, layer.dilation, True, layer.output_padding, layer.groups)
     return _convolve(weight, bias, core, factors, input, geometry, execution)
 
@@ -87,6 +94,7 @@ def _convolve(weight, bias, core, factors, input, geometry, execution):
 
 
 def conv_transposed(layer, core, factors, input, *args, **kwargs):
+    """As ``conv``, for a transposed convolution, whose weight is (in, out/groups, k …)."""
     input_factor, output_factor, *kernel_factors = factors
     spatial, groups = len(kernel_factors), layer.groups
     down = input_factor.reshape(groups, -1, input_factor.shape[1]).mT.flatten(0, 1)  # (g·r, i/g)
@@ -100,6 +108,7 @@ def conv_transposed(layer, core, factors, input, *args, **kwargs):
 
 
 def embedding(layer, core, factors, input):
+    """Rows of the first factor, looked up and multiplied: indices (…) -> (…, o)."""
     row_factor, output_factor = factors
     update = F.linear(F.linear(F.embedding(input, row_factor), core.mT), output_factor)
     if layer.padding_idx is not None:  # as in the base layer, the padding row gets no gradient
@@ -110,6 +119,7 @@ def embedding(layer, core, factors, input):
 
 
 def embedding_bag(layer, core, factors, input, offsets=None, per_sample_weights=None):
+    """Bags of rows of the first factor, multiplied: (b, n) or (n,) with offsets -> (b, o)."""
     row_factor, output_factor = factors
     bags = F.embedding_bag(
         input,

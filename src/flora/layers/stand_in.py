@@ -32,11 +32,13 @@ class StandIn(Tensor):
 
     @staticmethod
     def of(weight: Tensor, core: Tensor, factors: Sequence[Tensor], execution: str) -> StandIn:
+        """A stand-in for ``weight`` (I_1, …, I_N) with the update of a scaled core and factors."""
         new = weight.detach().as_subclass(StandIn)
         new.weight, new.core, new.factors, new.execution, new.formed = weight, core, factors, execution, None
         return new
 
     def dense(self) -> Tensor:
+        """W + delta itself, formed once."""
         if self.formed is None:
             self.formed = add_updates(self.weight, [(self.core, self.factors)])
         return self.formed

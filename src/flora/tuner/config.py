@@ -153,6 +153,7 @@ class FloraConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON. After a model has been adapted, it has the budget's ranks and the adapted weights."""
         fields = super().to_dict()
         if self.plan is not None:
             fields["weights"] = {weight.name: weight.site.to_dict() for weight in self.plan.rows}
@@ -173,6 +174,7 @@ class FloraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """As PEFT's. Raises ValueError if the adapter's file is broken, or is no FLoRA adapter."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         # A file that is broken, or of another base model, must be refused before any layer is wrapped. Only here does
         # PEFT tell a tuner the path that it will load.
@@ -184,6 +186,7 @@ class FloraConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's. Raises ValueError for an adapter that a newer flora has written."""
         version = kwargs.get("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ValueError(
@@ -194,14 +197,20 @@ class FloraConfig(PeftConfig):
 
 
 def is_number(value: Any) -> bool:
+    """Whether it is an int or a float, and neither a bool nor NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def is_rank(value: Any) -> bool:
+    """Whether it is a whole number from 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+# Each raises ValueError, naming the field, the value given and what is accepted.
+
+
 def check_names(name: str, value: Any, regex: bool) -> None:
+    """A list of names, None, or with ``regex`` a regex."""
     accepted = f"{name} must be a list of names{' or a regex' if regex else ''}"
     if regex and isinstance(value, str):
         check_regex(accepted, value)
@@ -211,6 +220,7 @@ def check_names(name: str, value: Any, regex: bool) -> None:
 
 
 def check_patterns(name: str, patterns: Any, check: Callable[[str, Any], None]) -> None:
+    """A dictionary of regexes to values that pass ``check``."""
     accepted = f"{name} must have names or regexes as keys"
     if not isinstance(patterns, dict):
         raise ValueError(f"{accepted}, got {patterns!r}")
@@ -220,6 +230,7 @@ def check_patterns(name: str, patterns: Any, check: Callable[[str, Any], None]) 
 
 
 def check_regex(accepted: str, value: Any) -> None:
+    """A valid regular expression; ``accepted`` begins the message."""
     if not isinstance(value, str):
         raise ValueError(f"{accepted}, got {value!r}")
     try:
@@ -229,6 +240,7 @@ def check_regex(accepted: str, value: Any) -> None:
 
 
 def check_rank(name: str, value: Any, none: bool = False, many: bool = True) -> None:
+    """A rank; with ``many`` also a list of ranks, with ``none`` also None."""
     if (none and value is None) or is_rank(value):
         return
     if many and isinstance(value, Sequence) and not isinstance(value, str) and value and all(map(is_rank, value)):
@@ -238,6 +250,7 @@ def check_rank(name: str, value: Any, none: bool = False, many: bool = True) -> 
 
 
 def check_budget(value: Any) -> None:
+    """A number of parameters, a share of the model, or None."""
     if value is None or is_rank(value) or (isinstance(value, float) and 0 < value <= 1):
         return
     raise ValueError(
@@ -247,10 +260,12 @@ def check_budget(value: Any) -> None:
 
 
 def check_scale(name: str, value: Any) -> None:
+    """ "auto" or a finite number other than 0."""
     if value != "auto" and not (is_number(value) and abs(value) != float("inf") and value != 0):
         raise ValueError(f"{name} must be 'auto' or a finite number other than 0, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """One of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

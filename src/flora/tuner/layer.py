@@ -35,6 +35,7 @@ class FloraLayer(AdaptedWeight):
         self._weight_path = "base_layer." * depth + site.parameter  # as seen from base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base layer's. ``adapter_names`` gives every sample of the batch an adapter of its own."""
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:

@@ -132,6 +132,7 @@ class FloraModel(BaseTuner):
     # ---------------------------------------------------------------------------------------------------- merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's. Raises ValueError before any layer is merged if one cannot be."""
         self._check_finite(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 

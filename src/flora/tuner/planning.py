@@ -45,18 +45,22 @@ class PlannedWeight:
 
     @property
     def name(self) -> str:
+        """The layer's name, followed by the weight's unless that is plainly "weight"."""
         return self.site.name
 
     @property
     def module(self) -> str:
+        """The layer's name."""
         return self.site.module
 
     @property
     def parameter(self) -> str:
+        """The weight's name in the layer."""
         return self.site.parameter
 
     @property
     def parameters(self) -> int:
+        """Trainable parameters of the core space."""
         return rank_rules.parameter_count(self.shape, self.ranks)
 
 

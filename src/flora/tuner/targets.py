@@ -48,6 +48,7 @@ class Target:
 
     @property
     def name(self) -> str:
+        """The layer's name, followed by the weight's unless that is plainly "weight"."""
         return full_name(self.module, self.parameter)
 
 
