@@ -15,17 +15,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flora.layers.core_space import CoreSpace
-    from flora.tuner import FloraConfig, FloraLayer, FloraModel, hotswap, initialize, plan
+    from flora.tuner.config import FloraConfig
+    from flora.tuner.gradient import initialize
+    from flora.tuner.hotswap import hotswap
+    from flora.tuner.layer import FloraLayer
+    from flora.tuner.model import FloraModel
+    from flora.tuner.planning import plan
 
 __version__ = "0.1.0"
 __all__ = ["CoreSpace", "FloraConfig", "FloraLayer", "FloraModel", "hotswap", "initialize", "plan"]
 
+_HOMES = {
+    "CoreSpace": "layers.core_space",
+    "FloraConfig": "tuner.config",
+    "FloraLayer": "tuner.layer",
+    "FloraModel": "tuner.model",
+    "hotswap": "tuner.hotswap",
+    "initialize": "tuner.gradient",
+    "plan": "tuner.planning",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'flora' has no attribute {name!r}")
-    home = "flora.layers.core_space" if name == "CoreSpace" else "flora.tuner"
-    value = globals()[name] = getattr(importlib.import_module(home), name)
+    value = globals()[name] = getattr(importlib.import_module(f"flora.{_HOMES[name]}"), name)
     return value
 
 

@@ -9,6 +9,7 @@ factors is the order of the weight's modes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +19,35 @@ from flora.layers.convolution import Geometry, convolution
 from flora.layers.matrix import matrix
 from flora.layers.weights import run_with_weights
 
+Factors = Sequence[Tensor]
+Bias = Tensor | None
+
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def linear(layer, core, factors, input):
+def linear(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
     """Equation 7: input (…, i) -> (…, o)."""
     output_factor, input_factor = factors
     return F.linear(F.linear(F.linear(input, input_factor.mT), core), output_factor)
 
 
-def linear_transposed(layer, core, factors, x):
+def linear_transposed(layer: Any, core: Tensor, factors: Factors, x: Tensor) -> Tensor:
     """The same for transformers' Conv1D, whose weight is (in, out)."""
     input_factor, output_factor = factors
     return F.linear(F.linear(F.linear(x, input_factor.mT), core.mT), output_factor)
 
 
-def linear_fused(layer, weight, bias, core, factors, input, execution):
+def linear_fused(
+    layer: Any, weight: Tensor, bias: Bias, core: Tensor, factors: Factors, input: Tensor, execution: str
+) -> Tensor:
     """Layer and update of a linear layer: (…, i) -> (…, o)."""
-    return matrix(input, weight, bias, core, *factors, execution)
+    output_factor, input_factor = factors
+    return matrix(input, weight, bias, core, output_factor, input_factor, execution)
 
 
-def linear_transposed_fused(layer, weight, bias, core, factors, x, execution):
+def linear_transposed_fused(
+    layer: Any, weight: Tensor, bias: Bias, core: Tensor, factors: Factors, x: Tensor, execution: str
+) -> Tensor:
     """Layer and update of transformers' Conv1D: (…, i) -> (…, o)."""
     input_factor, output_factor = factors
     return matrix(x, weight.mT, bias, core.mT, output_factor, input_factor, execution)
@@ -58,7 +67,7 @@ def _kernel(core: Tensor, kernel_factors: Sequence[Tensor]) -> Tensor:
     return (core.flatten(2) @ basis.mT).unflatten(2, sizes)
 
 
-def conv(layer, core, factors, input):
+def conv(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
     """Equation 6: a pointwise convolution down, the core's with the layer's own options, a pointwise one up."""
     output_factor, input_factor, *kernel_factors = factors
     spatial, groups = len(kernel_factors), layer.groups
@@ -68,7 +77,9 @@ def conv(layer, core, factors, input):
     return _pointwise(thin, output_factor, spatial, groups)
 
 
-def conv_fused(layer, weight, bias, core, factors, input, execution):
+def conv_fused(
+    layer: Any, weight: Tensor, bias: Bias, core: Tensor, factors: Factors, input: Tensor, execution: str
+) -> Tensor:
     """Layer and update of a convolution with any padding mode: (b, g · i, …) -> (b, o, …)."""
     padding = layer._reversed_padding_repeated_twice  # numbers for both ends of each mode, even if given as "same"
     if layer.padding_mode != "zeros" or padding[::2] != padding[1::2]:
@@ -79,13 +90,17 @@ def conv_fused(layer, weight, bias, core, factors, input, execution):
     return _convolve(weight, bias, core, factors, input, geometry, execution)
 
 
-def conv_transposed_fused(layer, weight, bias, core, factors, input, execution):
+def conv_transposed_fused(
+    layer: Any, weight: Tensor, bias: Bias, core: Tensor, factors: Factors, input: Tensor, execution: str
+) -> Tensor:
     """Layer and update of a transposed convolution: (b, i, …) -> (b, g · o, …)."""
     geometry = Geometry(layer.stride, layer.padding, layer.dilation, True, layer.output_padding, layer.groups)
     return _convolve(weight, bias, core, factors, input, geometry, execution)
 
 
-def _convolve(weight, bias, core, factors, input, geometry, execution):
+def _convolve(
+    weight: Tensor, bias: Bias, core: Tensor, factors: Factors, input: Tensor, geometry: Geometry, execution: str
+) -> Tensor:
     first, second, *kernel_factors = factors
     single = input.ndim < weight.ndim  # a sample without a batch
     x = input.unsqueeze(0) if single else input
@@ -93,7 +108,7 @@ def _convolve(weight, bias, core, factors, input, geometry, execution):
     return output.squeeze(0) if single else output
 
 
-def conv_transposed(layer, core, factors, input, *args, **kwargs):
+def conv_transposed(layer: Any, core: Tensor, factors: Factors, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """As ``conv``, for a transposed convolution, whose weight is (in, out/groups, k …)."""
     input_factor, output_factor, *kernel_factors = factors
     spatial, groups = len(kernel_factors), layer.groups
@@ -107,7 +122,7 @@ def conv_transposed(layer, core, factors, input, *args, **kwargs):
     return _pointwise(thin, output_factor.repeat(groups, 1), spatial, groups)
 
 
-def embedding(layer, core, factors, input):
+def embedding(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
     """Rows of the first factor, looked up and multiplied: indices (…) -> (…, o)."""
     row_factor, output_factor = factors
     update = F.linear(F.linear(F.embedding(input, row_factor), core.mT), output_factor)
@@ -118,7 +133,14 @@ def embedding(layer, core, factors, input):
     return update
 
 
-def embedding_bag(layer, core, factors, input, offsets=None, per_sample_weights=None):
+def embedding_bag(
+    layer: Any,
+    core: Tensor,
+    factors: Factors,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
     """Bags of rows of the first factor, multiplied: (b, n) or (n,) with offsets -> (b, o)."""
     row_factor, output_factor = factors
     bags = F.embedding_bag(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,12 +98,12 @@ def _gradients(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted:
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, (*wanted, False))[:2]
 
 
-def _weights(weight: Tensor, kernel: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+def _weights(weight: Tensor, kernel: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
     """W + delta. In half precision, which would round small updates away, W and delta to be convolved one by one."""
     rows = torch.matmul(second, kernel.flatten(2)).flatten(1)
     if weight.dtype in LOW_PRECISION:
         return weight, (first @ rows).view(weight.shape)
-    return (torch.addmm(weight.flatten(1), first, rows).view(weight.shape),)
+    return torch.addmm(weight.flatten(1), first, rows).view(weight.shape), None
 
 
 def _project_weight(dweight: Tensor, kernel: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,20 +132,22 @@ class _Convolution(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kernel, first, second, geometry, route):
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, kernel, first, second, geometry, route = inputs
         ctx.geometry, ctx.route = geometry, route
         ctx.save_for_backward(x, weight, kernel, first, second)
         if route != "factored":
-            merged, *beside = _weights(weight, kernel, first, second)
+            merged, beside = _weights(weight, kernel, first, second)
             y = torch.convolution(x, merged, bias, *geometry)
-            return y if not beside else y + torch.convolution(x, *beside, None, *geometry)
+            return y if beside is None else y + torch.convolution(x, beside, None, *geometry)
         inner, outer = (first, second) if geometry.transposed else (second, first)
         a = _image(project(_by_group(x, geometry.groups), inner), x)
         thin = _columns(torch.convolution(a, kernel, None, *geometry.thin))
         return _add_by_group_(torch.convolution(x, weight, bias, *geometry), thin, outer, geometry.groups)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
         x, weight, kernel, first, second = ctx.saved_tensors
         geometry, groups = ctx.geometry, ctx.geometry.groups
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
@@ -153,9 +155,9 @@ class _Convolution(Function):
         dx = db = None
         if ctx.route == "dense":
             if wants_x:
-                merged, *beside = _weights(weight, kernel, first, second)
+                merged, beside = _weights(weight, kernel, first, second)
                 dx = _gradients(g, x, merged, geometry, (True, False))[0]
-                dx = dx if not beside else dx + _gradients(g, x, *beside, geometry, (True, False))[0]
+                dx = dx if beside is None else dx + _gradients(g, x, beside, geometry, (True, False))[0]
             dweight = _weight_gradient(g, x, weight, geometry)
             dkernel, dfirst, dsecond = _project_weight(dweight, kernel, first, second)
         else:

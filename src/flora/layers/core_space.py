@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,8 @@ class CoreSpace(nn.Module):
         ranks: (r_1, …, r_N), each from 1 to I_n.
         scale: the s of equation 5. It is saved with the core, so that an adapter file needs no base model.
     """
+
+    scale: Tensor
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class CoreSpace(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> CoreSpace:
         # `.to(bfloat16)` of a model must not round the scale: it follows the core's device, never its dtype
-        scale = self._buffers.pop("scale")
+        scale = cast(Tensor, self._buffers.pop("scale"))
         super()._apply(fn, recurse)
         device, dtype = self.core.device, _widest(self.core.device)
         empty = scale.is_meta and device.type != "meta"

@@ -64,11 +64,11 @@ def can_fuse() -> bool:
 
 def of_one_type(
     x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Sequence[Tensor]
-) -> list[Tensor | None] | None:
-    """The tensors (x, weight, bias, core, *factors), cast under autocast; None if their types differ."""
-    tensors = [x, weight, bias, core, *factors]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[Tensor]] | None:
+    """The same tensors, cast under autocast; None if their types differ."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-    return tensors if x.dtype == weight.dtype == core.dtype else None
+        bias = bias if bias is None else bias.to(dtype)
+        return x.to(dtype), weight.to(dtype), bias, core.to(dtype), [factor.to(dtype) for factor in factors]
+    return (x, weight, bias, core, list(factors)) if x.dtype == weight.dtype == core.dtype else None

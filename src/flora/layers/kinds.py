@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,16 +33,16 @@ def _nothing(layer: nn.Module, space: CoreSpace) -> None:
     pass
 
 
-def _plain_lookup(layer: nn.Module) -> bool:
+def _plain_lookup(layer: Any) -> bool:
     """A lookup that is linear in the table, and whose gradient no option changes."""
     return layer.max_norm is None and not layer.scale_grad_by_freq and getattr(layer, "mode", "mean") != "max"
 
 
-def _rescales_rows(layer: nn.Module) -> bool:
+def _rescales_rows(layer: Any) -> bool:
     return layer.max_norm is not None
 
 
-def _clear_padding_row(layer: nn.Module, space: CoreSpace) -> None:
+def _clear_padding_row(layer: Any, space: CoreSpace) -> None:
     """The padding row never learns, so its update must start at zero."""
     if layer.padding_idx is not None and not space.core.is_meta:
         space.factors[0].data[layer.padding_idx] = 0
@@ -103,7 +104,7 @@ class Kind:
         standardisation, say) cannot, unless it only scales the output."""
         if self.factored is None or not self.factorable(layer):
             return False
-        stock = self.type_of(layer)
+        stock: Any = self.type_of(layer)
         own_forward = type(layer).forward is not stock.forward or (
             getattr(type(layer), "_conv_forward", None) is not getattr(stock, "_conv_forward", None)
         )

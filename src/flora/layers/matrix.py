@@ -6,6 +6,8 @@ differentiable, too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +60,8 @@ class _Matrix(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, core, left, right, merged):
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, core, left, right, merged = inputs
         up, down = _fold(core, left, right)
         if merged:
             thin, y = None, F.linear(x, torch.addmm(weight, up, down.mT), bias)
@@ -69,7 +72,8 @@ class _Matrix(Function):
         return y
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
         x, weight, core, left, right, thin = ctx.saved_tensors
         up, down = _fold(core, left, right)
         if thin is None or torch.is_grad_enabled():  # a second derivative needs it computed here

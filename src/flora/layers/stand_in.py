@@ -44,7 +44,7 @@ class StandIn(Tensor):
         return self.formed
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if function in _PLACE_AND_SHAPE:
@@ -57,10 +57,14 @@ class StandIn(Tensor):
             return function(*args, **kwargs)
 
 
-def _slice(w: StandIn, index: Any) -> StandIn | None:
+def _index(w: StandIn, index: Any) -> StandIn | None:
     number = index.item() if isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() else index
     if isinstance(number, bool) or not isinstance(number, int) or w.core.ndim < 2:
         return None
+    return _slice(w, number)
+
+
+def _slice(w: StandIn, number: int) -> StandIn:
     core = (w.factors[0][number] @ w.core.flatten(1)).view(w.core.shape[1:])
     return StandIn.of(w.weight[number], core, w.factors[1:], w.execution)
 
@@ -84,7 +88,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if isinstance(input, StandIn) or not isinstance(weight, StandIn) or weight.core.ndim != 2:
         return None
     tensors = of_one_type(input, weight.weight, bias, weight.core, weight.factors)
-    return None if tensors is None else matrix(*tensors, weight.execution)
+    if tensors is None:
+        return None
+    x, frozen, bias, core, (left, right) = tensors
+    return matrix(x, frozen, bias, core, left, right, weight.execution)
 
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
@@ -92,18 +99,22 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
     return None if transposed is None else _linear(input, transposed)
 
 
-_PLACE_AND_SHAPE = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "is_meta")),
+def _getters(*properties: str) -> list[Callable]:
+    return [getattr(Tensor, name).__get__ for name in properties]
+
+
+_PLACE_AND_SHAPE: set[Callable] = {
+    *_getters("shape", "dtype", "device", "ndim", "is_cuda", "is_meta"),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
 }
 
 _NAMED = {"bias", "dim"}  # the keyword arguments that the functions below accept
 
 _FOLLOWED: dict[Callable, Callable] = {
-    Tensor.__getitem__: _slice,
+    Tensor.__getitem__: _index,
     **dict.fromkeys((Tensor.unbind, torch.unbind), _slices),
     Tensor.__iter__: _iterate,
-    **dict.fromkeys((Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t), _transpose),
+    **dict.fromkeys((*_getters("T", "mT"), Tensor.t, torch.t), _transpose),
     **dict.fromkeys((Tensor.transpose, torch.transpose), _transpose),
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),

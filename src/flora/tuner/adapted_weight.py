@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name in self.tucker_space and not self.tucker_space[adapter_name].core.is_meta:
+        if adapter_name in self.tucker_space and not self.space(adapter_name).core.is_meta:
             weight = self.base_parameter
             self.tucker_space[adapter_name].to(device or weight.device, dtype=weight.dtype)
 
@@ -146,6 +146,10 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         for adapter in self._present(self.active_adapters):
             self.tucker_scaling[adapter] = 1.0 if scale is None else self.tucker_scaling[adapter] / scale
 
+    def space(self, adapter: str) -> CoreSpace:
+        """The adapter's core space."""
+        return cast(CoreSpace, self.tucker_space[adapter])
+
     def _present(self, adapters: Sequence[str]) -> list[str]:
         return [adapter for adapter in adapters if adapter in self.tucker_space]
 
@@ -156,7 +160,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def _scaled(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:
         """The core with both scales in it, and the factors."""
-        core, factors = self.tucker_space[adapter]()
+        core, factors = self.space(adapter)()
         scaling = self.tucker_scaling[adapter]
         return (core if scaling == 1 else core * scaling), factors
 
@@ -174,7 +178,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""
-        return self.tucker_space[adapter].delta() * self.tucker_scaling[adapter]
+        return self.space(adapter).delta() * self.tucker_scaling[adapter]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of the given (else the active) adapters to the weight.
@@ -209,7 +213,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def _check_numbers(self, adapters: Sequence[str]) -> None:
         for adapter in adapters:
-            space = self.tucker_space[adapter]
+            space = self.space(adapter)
             if not all(torch.isfinite(tensor).all() for tensor in (space.core, *space.factors)):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
@@ -234,8 +238,8 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             if self._kept:
                 self._replace_parameter(self._kept.pop())
             else:
-                spaces = (self._scaled(name) for name in self._present(names))
-                spaces = [(-core, factors) for core, factors in spaces]
+                scaled = (self._scaled(name) for name in self._present(names))
+                spaces = [(-core, factors) for core, factors in scaled]
                 self.base_parameter.data = add_updates(self.base_parameter.data, spaces, in_place=True)
 
     def _replace_parameter(self, parameter: nn.Parameter) -> None:

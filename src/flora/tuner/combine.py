@@ -74,7 +74,7 @@ def summed(
 
 
 def _weighted_sum(layer: FloraLayer, present: Sequence[tuple[str, float]]) -> Sum:
-    spaces = [layer.tucker_space[name] for name, _ in present]
+    spaces = [layer.space(name) for name, _ in present]
     scale = spaces[0].scale.clone()
     weights = [
         weight * layer.tucker_scaling[name] * (space.scale / scale).item()
@@ -87,7 +87,7 @@ def _weighted_sum(layer: FloraLayer, present: Sequence[tuple[str, float]]) -> Su
 
 def _rounded_ranks(layer: FloraLayer, adapter: str, svd_rank: int | None) -> list[int]:
     """The adapter's ranks, with ``svd_rank`` in their place for every mode but the kernel's."""
-    ranks = layer.tucker_space[adapter].ranks
+    ranks = layer.space(adapter).ranks
     return [
         rank if svd_rank is None or role == "kernel" else svd_rank
         for rank, role in zip(ranks, layer.roles, strict=True)
@@ -120,8 +120,9 @@ def fill(model: nn.Module, adapter_name: str, adapters: Sequence[str], sums: dic
     for module in model.modules():
         if isinstance(module, FloraLayer) and adapter_name in module.tucker_space:
             scale, core, factors = sums[module.name]
-            module.tucker_space[adapter_name].assign(core, factors)
-            module.tucker_space[adapter_name].scale.copy_(scale)
+            space = module.space(adapter_name)
+            space.assign(core, factors)
+            space.scale.copy_(scale)
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             for source in set(adapters) & set(module.modules_to_save):  # one at most
                 module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, cast
 
 from peft import PeftConfig
 
@@ -46,17 +46,17 @@ class FloraConfig(PeftConfig):
             "model's parameters (float in (0, 1]). Ranks are solved for."
         },
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names or regex of the layers to adapt; 'all-linear'; 'all-weights' for every supported layer "
             "except the output head."
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names or regex of layers not to adapt."}
     )
-    target_parameters: list[str] | None = field(
+    target_parameters: list[str] | set[str] | None = field(
         default=None, metadata={"help": "Names of raw parameters to adapt, of 1 to 6 modes (stacked experts, say)."}
     )
     rank_pattern: dict[str, Any] | None = field(
@@ -111,8 +111,8 @@ class FloraConfig(PeftConfig):
 
     # Not fields, so that a config used for a second model, or as the pattern of another, starts without them. A copy
     # could not hold them either: PEFT keeps the object that the user gave.
-    saved_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None  # of the file's tensors, by name
-    plan: ClassVar[Any] = None  # the ``planning.Plan`` of the model that it was last used for
+    saved_shapes = cast(dict[str, tuple[int, ...]] | None, None)  # name -> shape, of the file that is being loaded
+    plan = cast(Any, None)  # the ``planning.Plan`` of the model that it was last used for
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +173,9 @@ class FloraConfig(PeftConfig):
             path.write_text(json.dumps(content, indent=2, sort_keys=True))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> FloraConfig:
         """As PEFT's. Raises ValueError if the adapter's file is broken, or is no FLoRA adapter."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         # A file that is broken, or of another base model, must be refused before any layer is wrapped. Only here does

@@ -46,7 +46,7 @@ def initialize(
         if not torch.isfinite(gradient).all():
             raise ValueError(f"layer {layer.name!r}: the gradient of shape {list(gradient.shape)} is not finite")
     for layer, gradient in zip(layers, gradients, strict=True):
-        _start(layer.tucker_space[adapter], gradient, kinds.output_mode(layer.roles))
+        _start(layer.space(adapter), gradient, kinds.output_mode(layer.roles))
 
 
 def _gradients(model: nn.Module, layers: list[FloraLayer], batches: Iterable, loss: Callable) -> list[Tensor]:

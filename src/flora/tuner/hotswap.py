@@ -32,7 +32,7 @@ def hotswap(model: nn.Module, path: str | os.PathLike, adapter: str = "default")
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"layer {name!r}: unmerge before swapping adapter {adapter!r}")
-        for key, tensor in layer.tucker_space[adapter].state_dict(keep_vars=True).items():
+        for key, tensor in layer.space(adapter).state_dict(keep_vars=True).items():
             targets[f"{name.removeprefix('base_model.model.')}.tucker_space.{key}"] = tensor
     if set(targets) != set(saved):
         extra, missing = sorted(set(saved) - set(targets)), sorted(set(targets) - set(saved))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from flora.layers.sites import Site
 from flora.layers.stand_in import StandIn
 from flora.layers.weights import is_bare, is_plain, run_with_weights
 from flora.tuner.adapted_weight import AdaptedWeight
+from flora.tuner.peft_compat import BaseTunerLayer
 
 
 class FloraLayer(AdaptedWeight):
@@ -27,7 +28,7 @@ class FloraLayer(AdaptedWeight):
     def __init__(self, base_layer: nn.Module, site: Site, shape: Sequence[int], shared: bool = False) -> None:
         super().__init__(base_layer, site, shape, shared)
         inner, layer, depth = self.get_base_layer(), base_layer, 0
-        while layer is not inner:
+        while isinstance(layer, BaseTunerLayer):
             layer, depth = layer.base_layer, depth + 1
         self.factorable = self.kind.can_factor(inner)
         self.fusable = self.factorable and self.kind.fused is not None and base_layer is inner
@@ -76,11 +77,12 @@ class FloraLayer(AdaptedWeight):
         alone = is_plain(weight) and is_bare(self.base_layer)
         if not alone or self._dropout(adapter) > 0 or not can_fuse():
             return None
-        tensors = of_one_type(x, weight, self.base_layer.bias, *self._scaled(adapter))
-        if tensors is None:
+        core, factors = self._scaled(adapter)
+        tensors = of_one_type(x, weight, cast(Any, self.base_layer).bias, core, factors)
+        if tensors is None or self.kind.fused is None:
             return None
-        x, weight, bias, core, *factors = tensors
-        return self.kind.fused(self.base_layer, weight, bias, core, factors, x, self.tucker_execution[adapter])
+        x, frozen, bias, core, factors = tensors
+        return self.kind.fused(self.base_layer, frozen, bias, core, factors, x, self.tucker_execution[adapter])
 
     def _runs_merged(self, adapter: str) -> bool:
         if not self.factorable:
@@ -102,13 +104,14 @@ class FloraLayer(AdaptedWeight):
         return self._weight_with(adapters)
 
     def _add_beside(self, result: Tensor, adapter: str, args: tuple, kwargs: dict) -> Tensor:
-        (x, *args), kwargs = self._input_first(args, kwargs)
+        (x, *others), kwargs = self._input_first(args, kwargs)
         if x.is_floating_point():
             core, factors = self._scaled(adapter)
             x = F.dropout(self._cast_input_dtype(x, core.dtype), self._dropout(adapter))
         else:
             core, factors = self._dropped(adapter)
-        update = self.kind.factored(self.get_base_layer(), core, factors, x, *args, **kwargs)
+        factored = cast(Callable[..., Tensor], self.kind.factored)  # `factorable` says so
+        update = factored(self.get_base_layer(), core, factors, x, *others, **kwargs)
         return (result + update).to(result.dtype)
 
     def _input_first(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

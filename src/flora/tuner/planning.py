@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -222,15 +223,15 @@ def _ranks(
         if given and all(rank_rules.fits(ranks, shape) for ranks, shape in zip(given, shapes, strict=True)):
             return given
     if config.budget is None or not targets:
-        return [weight.fixed for weight in fixed]
+        return [weight.fixed for weight in fixed if weight.fixed]
     budget = config.budget if isinstance(config.budget, int) else int(config.budget * base_parameters)
     return rank_rules.solve_budget(fixed, budget, config.kernel_rank)
 
 
 def _file_ranks(config: FloraConfig, sites: list[Site]) -> list[Ranks] | None:
     keys = [f"{site.stem}.tucker_space.core" for site in sites]
-    shapes = config.saved_shapes or {}
-    return [shapes[key] for key in keys] if all(key in shapes for key in keys) else None
+    shapes = config.saved_shapes
+    return [shapes[key] for key in keys] if shapes and all(key in shapes for key in keys) else None
 
 
 def _listed_ranks(config: FloraConfig, sites: list[Site]) -> list[Ranks] | None:
@@ -255,9 +256,10 @@ def _fixed_ranks(
     return weights
 
 
-def _from_pattern(field_name: str, patterns: dict, targets: list[Target]) -> list:
+def _from_pattern(field_name: str, patterns: dict[str, Any] | None, targets: list[Target]) -> list:
     """The pattern's value for every weight, None if no pattern matches. By PEFT's rule a pattern is a name, the end of
     one, or a regex for either, of a weight or of its layer. A pattern that matches nothing is an error."""
+    patterns = patterns or {}
     values, unused = [], set(patterns)
     for target in targets:
         own = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft import TaskType
 from torch import nn
@@ -117,15 +118,12 @@ def _matching(model: nn.Module, layers: dict, config: FloraConfig) -> Iterator[t
                 f"supported: {kinds.supported()}"
             )
         yield name, "", name, False
-    unmatched = set(config.target_parameters or ())
+    wanted = config.target_parameters or []
+    unmatched = set(wanted)
     for module, layer in layers.items():
-        for parameter in layer._parameters if config.target_parameters else ():
+        for parameter in layer._parameters if wanted else ():
             name = f"{module}.{parameter}"
-            hits = {
-                t
-                for t in config.target_parameters
-                if name == t or name.endswith(f".{t}") or (not module and parameter == t)
-            }
+            hits = {t for t in wanted if name == t or name.endswith(f".{t}") or (not module and parameter == t)}
             if not hits:
                 continue
             unmatched -= hits
@@ -163,7 +161,7 @@ def _excluded(config: FloraConfig, name: str) -> bool:
     return not check_target_module_exists(probe, name)
 
 
-def _output_heads(model: nn.Module, config: FloraConfig, linear_only: bool) -> list[nn.Module]:
+def _output_heads(model: Any, config: FloraConfig, linear_only: bool) -> list[nn.Module]:
     """The layers that make the output: the language model's head, the classifier's last layer."""
     heads = []
     try:
