@@ -20,6 +20,8 @@ ROOMS = {
 EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",
           "scipy", "pycocotools", "ray")  # fmt: skip
 
+WITHOUT_TORCH = ("drawing", "page", "plots", "results", "rows", "tables", "traces")
+
 # (files, what they never import, whether that holds inside functions, too)
 NEVER = [
     ("flora/**/*.py", ("flora_lab",), True),
@@ -29,7 +31,7 @@ NEVER = [
     ("flora/layers/*.py", ("peft", "transformers"), True),
     ("flora_lab/**/*.py", ("timm", "diffusers", "datasets", "lycoris", "sklearn", "ray"), False),
     ("flora_lab/analysis/measure.py", ("matplotlib",), True),
-    *((f"flora_lab/analysis/{name}.py", ("torch",), True) for name in ("drawing", "page", "plots", "results", "rows", "tables", "traces")),
+    *((f"flora_lab/analysis/{name}.py", ("torch",), True) for name in WITHOUT_TORCH),
 ]  # fmt: skip
 
 
