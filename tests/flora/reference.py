@@ -50,3 +50,15 @@ def forward(model: nn.Module, base: nn.Module, args: tuple, adapters: dict[str, 
 def first(output):
     """An attention's output without its weights."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """How many steps of their dtype lie between two tensors' numbers: 0 for equal, 1 for neighbours."""
+
+    def place(x: Tensor) -> Tensor:
+        """Each number's place among all of its dtype, from the least: its bits, which are a sign and a magnitude."""
+        bits = x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
+        return torch.where(bits < 0, torch.iinfo(bits.dtype).min - bits, bits).long()
+
+    assert a.dtype == b.dtype
+    return (place(a) - place(b)).abs()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-import os
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from flora import FloraConfig, FloraLayer
 from flora.tuner.peft_compat import SAVES_BIASES
+from processes import START
 from reference import layers
 
 TOKENS = torch.arange(12).reshape(3, 4)
@@ -268,53 +271,50 @@ def test_the_base_layer_s_attributes_show_through():
     assert isinstance(copy.deepcopy(conv), FloraLayer)
 
 
-def _train_sharded(rank: int, port: int, how: str, results) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = adapted(llama()).train()
-    if how == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (2,))
-        for block in model.base_model.model.model.layers:
-            fully_shard(block, mesh=mesh)
-        wrapped = fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        wrapped(input_ids=TOKENS, labels=TOKENS).loss.backward()  # the same batch everywhere: as if alone
-        optimizer.step()
-    state = {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-    if rank == 0:
-        torch.save(state, results)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(how, tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    results = tmp_path / "state.pt"
-    torch.multiprocessing.spawn(_train_sharded, (port, how, results), nprocs=2)
-    state = torch.load(results, weights_only=True)
-    model = adapted(llama()).train()
+def _train(model: nn.Module) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
+
+
+def _train_sharded(rank: int, folder: Path) -> None:
+    """One process of two, each with the same batch: as if alone. Rank 0 writes what each way of sharding trained."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for how in ("ddp", "fsdp2"):
+        model = adapted(llama()).train()
+        if how == "ddp":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        else:
+            for block in model.base_model.model.model.layers:
+                fully_shard(block, mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        _train(wrapped)
+        state = {
+            name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+        if rank == 0:
+            torch.save(state, folder / f"{how}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    torch.multiprocessing.start_processes(_train_sharded, (folder,), nprocs=2, start_method=START)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(how, sharded):
+    state = torch.load(sharded / f"{how}.pt", weights_only=True)
+    model = adapted(llama()).train()
+    _train(model)
     for name, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(state[name], p.detach())
