@@ -1,6 +1,7 @@
-"""How tests start processes: forked from one that has imported torch, transformers and PEFT, which takes 6 s."""
+"""How tests start processes: forked from a server that has imported torch, transformers and PEFT, which takes 6 s."""
 
 import multiprocessing
 
 START = "forkserver"
-multiprocessing.set_forkserver_preload(["flora.tuner", "transformers.trainer"])
+FORKED = multiprocessing.get_context(START)
+FORKED.set_forkserver_preload(["flora.tuner", "transformers.trainer"])

@@ -100,16 +100,23 @@ def test_two_workers_find_what_one_does(tmp_path):
 
 
 def test_a_killed_comparison_takes_its_workers_with_it(tmp_path):
-    arguments = [*with_methods(tmp_path, "head", "flora"), *GRID, "--workers=2", "training.epochs=1000"]
-    command = [sys.executable, "-m", "flora.cli", "compare", *map(str, arguments)]
+    keys = [*GRID, "--workers=2", "pretraining.max_steps=2", "training.epochs=100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "flora.cli",
+        "compare",
+        *map(str, [*with_methods(tmp_path, "head", "flora"), *keys]),
+    ]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "run" / "trials").glob("*/checkpoints/*")) and time.monotonic() < deadline:
+    while not list((tmp_path / "run" / "trials").glob("*/checkpoints/*")):
+        assert process.poll() is None, "it ended before its first checkpoint"
         time.sleep(0.05)
     workers = process.children(recursive=True)
     process.kill()
     process.wait()
-    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=20)[1]
+    assert len(workers) >= 2
+    psutil.wait_procs(workers)  # however long the machine takes: what stays alive hangs here
 
 
 def test_what_cannot_run_is_said_and_left_out(tmp_path):

@@ -1,11 +1,11 @@
 """The job behind `flora train`: its files, what it says, and that it goes on after a kill."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
+import socket
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,12 @@ from test_task_images import parquet
 from transformers import TrainingArguments
 
 from flora.cli import main
-from flora_lab.run.fit import _Trainer, arguments
+from flora_lab.run.fit import Checkpoints, _Trainer, arguments
 from flora_lab.run.preflight import preflight
 from flora_lab.run.saved import save
 from flora_lab.settings import Training, load_config
 from flora_lab.tasks.image_classification import ImageClassification
+from processes import FORKED, START
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
@@ -33,8 +34,9 @@ TINY = [
     "task.model.config.hidden_sizes=[8,8]",
     "task.model.config.depths=[1,1]",
     "task.model.config.num_stages=2",
-    "task.data.train_examples=36",
-    "task.source.train_examples=36",
+    *(f"task.{part}.train_examples=36" for part in ("data", "source")),
+    *(f"task.{part}.validation_examples=20" for part in ("data", "source")),
+    *(f"task.{part}.test_examples=40" for part in ("data", "source")),
     "budget=500",
 ]
 
@@ -244,23 +246,31 @@ def test_tied_weights_are_saved_once(tmp_path):
     assert set(load_file(tmp_path / "trained" / "model.safetensors")) == {"0.weight", "0.bias", "1.bias"}
 
 
+def _train_and_be_killed(keys):
+    """Two epochs of FLoRA have their checkpoints by then, and the third has been trained."""
+    end, ended = Checkpoints.on_epoch_end, count(1)
+
+    def on_epoch_end(self, args, *rest, **kwargs):
+        end(self, args, *rest, **kwargs)
+        if Path(args.output_dir).parent.name == "flora" and next(ended) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Checkpoints.on_epoch_end = on_epoch_end
+    flora_train(*keys)
+
+
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
-    keys = [*with_methods(tmp_path, "head", "flora"), "pretraining.max_steps=2", "training.epochs=12"]
+    keys = [*with_methods(tmp_path, "head", "flora"), "pretraining.max_steps=2", "training.epochs=6"]
     keys.append("comparison.norms=4")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert flora_train(*keys, *places(whole)).exit_code == 0
 
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flora.cli", "train", *keys, *places(killed)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = FORKED.Process(target=_train_and_be_killed, args=([*keys, *places(killed)],))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     checkpoints = killed / "run" / "flora" / "checkpoints"
-    deadline = time.monotonic() + 90
-    while len(list(checkpoints.glob("*/complete.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert len(list(checkpoints.glob("*/complete.json"))) == 2
     assert [row["method"] for row in rows_of(killed)] == ["head"]
     half = checkpoints / "checkpoint-1000"  # what a kill in the middle of a save leaves
     half.mkdir()
@@ -296,13 +306,22 @@ def test_a_failed_variant_costs_no_other_and_is_retried(tmp_path):
     assert [row["method"] for row in rows_of(tmp_path)] == ["full", "head"]
 
 
+def _train_as(rank, port, keys, folder):
+    process = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in process.items()})  # as torchrun and accelerate do
+    result = flora_train(*keys)
+    (folder / f"{rank}.out").write_text(result.stdout)
+    assert result.exit_code == 0, result.output
+
+
 def test_two_processes_train_one_run(tmp_path):
     keys = [*with_methods(tmp_path, "lora", "flora"), *SHORT]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launch, "-m", "flora.cli", "train", *keys], capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_train_as, (port, keys, tmp_path), nprocs=2, start_method=START)
     assert [row["method"] for row in rows_of(tmp_path)] == ["lora", "flora"]
-    assert done.stdout.count("| FLoRA ") == 1
+    assert [(tmp_path / f"{rank}.out").read_text().count("| FLoRA ") for rank in (0, 1)] == [1, 0]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks transformers 5 for it
