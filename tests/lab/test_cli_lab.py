@@ -1,28 +1,13 @@
-"""The command line: what it accepts, and that every mistake is one line that names it, with exit code 2."""
+"""The laboratory's commands: what they accept, and that every mistake is one line that names it, with exit code 2."""
 
 import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from transformers import LlamaConfig
 
-from flora.cli import as_overrides, main
+from commands import assert_refused, flora
 
-DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
-
-
-def flora(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def assert_refused(result, *named):
-    assert result.exit_code == 2, result.output
-    assert not result.stdout
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("Error: ")
-    for text in named:
-        assert text in result.stderr
+DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 
 
 @pytest.mark.parametrize(
@@ -109,18 +94,9 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     assert_refused(result, "sklearn.datasets is not installed: pip install 'flora-peft[train]'")
 
 
-def test_overrides_are_written_in_three_ways():
-    assert as_overrides(["seed=1", "--budget=2", "--task.depths", "[1]"]) == ["seed=1", "budget=2", "task.depths=[1]"]
-    assert as_overrides(["--fresh", "seed=1"]) == as_overrides(["--fresh", "--seed", "1"]) == ["fresh=true", "seed=1"]
-    assert as_overrides(["--seed", "1", "--fresh"]) == ["seed=1", "fresh=true"]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["train", "--help"], ["compare", "--help"], ["analyse", "--help"], ["plan", "--help"], ["--version"]],
-)
-def test_help(arguments):
-    result = flora(*arguments)
+@pytest.mark.parametrize("command", ["train", "compare", "analyse"])
+def test_help(command):
+    result = flora(command, "--help")
     assert result.exit_code == 0 and not result.stderr
 
 
@@ -135,40 +111,3 @@ def test_help_lists_every_key():
         "task.subset",
     ):
         assert f"  {key} " in help_text
-    assert "  kernel_rank " in flora("plan", "--help").output
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaConfig(**sizes, vocab_size=100, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
-    return folder
-
-
-def test_plan_shows_a_model_without_its_weights(llama):
-    result = flora("plan", llama, "budget=0.05", "--kernel_rank", "2")
-    assert result.exit_code == 0, result.output
-    assert "model.layers.1.mlp.down_proj" in result.output and "lm_head" not in result.output
-    assert "trainable parameters" in result.output.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("rank=4", "rank: no field of FloraConfig"),
-        ("r=0", "r must be"),
-        ("r=[4", "r=[4"),
-        ("budget=7", "7"),
-        ("budget=lots", "budget"),
-        ("target_modules=[zzz]", "zzz"),
-        ("r", "r: expected key=value"),
-    ],
-)
-def test_a_bad_plan_is_one_line(override, named, llama):
-    assert_refused(flora("plan", llama, override), named)
-
-
-def test_plan_of_no_model_is_one_line(tmp_path):
-    assert_refused(flora("plan", tmp_path / "none"), "none: no such file or folder")
-    assert_refused(flora("plan", tmp_path), str(tmp_path))
