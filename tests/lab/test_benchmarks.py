@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,16 +16,15 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 VARIANTS = ["floor", "lora", "authors", "flora-auto", "flora-factored", "flora-merged", "flora-k3", "flora-all"]
 
 
-def run(command: str, *flags: str) -> str:
-    line = [sys.executable, BENCHMARKS / f"{command}.py", *flags]
-    return subprocess.run(line, capture_output=True, text=True, check=True).stdout
-
-
 @pytest.mark.parametrize("command", ["speed", "memory"])
-def test_every_workload_runs_tiny(command, tmp_path):
+def test_every_workload_runs_tiny(command, tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.json"
     flags = ["--tiny", "--threads", "1", "--methods", ",".join(VARIANTS), "--output", str(file)]
-    printed = run(command, *flags, *(["--rounds", "1"] if command == "speed" else []))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [f"{command}.py", *flags, *(["--rounds", "1"] if command == "speed" else [])])
+    monkeypatch.setattr("speed.REPEATS", 1)
+    import_module(command).main()
+    printed = capsys.readouterr().out
     saved = json.loads(file.read_text())
     rows = saved["rows"]
     workloads = {row["workload"] for row in rows}
