@@ -33,8 +33,8 @@ class Commands(click.Group):
 class KeyedCommand(click.Command):
     """A command with `key=value` arguments after its options. Its help ends with the list of keys."""
 
-    def __init__(self, *args: Any, keys: Callable[[], Iterator[tuple[str, str]]], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, context_settings={"ignore_unknown_options": True})
+    def __init__(self, name: str | None, *, keys: Callable[[], Iterator[tuple[str, str]]], **kwargs: Any) -> None:
+        super().__init__(name, **kwargs, context_settings={"ignore_unknown_options": True})
         self.keys = keys  # called only for the help: what it lists takes seconds to import
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -158,10 +158,11 @@ def convert(name: str, sides: tuple[str | None, str, str, str], loading: dict | 
     from flora.models import quiet
 
     quiet()
+    model, ours, other, form = sides
     try:
         click.echo(str(getattr(convert, name)(**arguments, progress=True)))
-        if sides[0]:
-            click.echo(str(convert.verify(*sides, **(loading or {}))))
+        if model:
+            click.echo(str(convert.verify(model, ours, other, form, **(loading or {}))))
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from error
     except ModuleNotFoundError as error:
@@ -283,7 +284,9 @@ def compress(adapter: str, out: str, verify: str | None, budget: str | None, **o
 
 def _number(budget: str | None) -> int | float | None:
     try:
-        return budget and (float(budget) if "." in budget or "e" in budget else int(budget.replace(",", "")))
+        if budget is None:
+            return None
+        return float(budget) if "." in budget or "e" in budget else int(budget.replace(",", ""))
     except ValueError:
         raise Refused(f"--budget {budget}: a whole number of parameters, or a share such as 0.005") from None
 
