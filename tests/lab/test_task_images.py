@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import EvalPrediction
 
 from flora_lab.tasks.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
-from flora_lab.tasks.data import Table
+from flora_lab.tasks.data import Records
 from flora_lab.tasks.image_classification import ImageClassification, Images
 from flora_lab.tasks.pictures import open_image
 from flora_lab.tasks.pretrained import Pretrained
@@ -55,7 +55,7 @@ def test_digits_are_split_once_and_shown_as_asked():
     assert all(torch.equal(splits["test"][i]["pixel_values"], again["test"][i]["pixel_values"]) for i in range(50))
     labels = [[split["test"][i]["labels"] for i in range(50)] for split in (splits, other)]
     assert labels[0] != labels[1]
-    seen = [{split.table.name(i) for i in range(len(split))} for split in splits.values()]
+    seen = [{split.records.name(i) for i in range(len(split))} for split in splits.values()]
     assert len(set.union(*seen)) == sum(map(len, seen)) == 1797
     image, changed = (task.splits(0)["train"][0]["pixel_values"] for task in (digits(), digits(rotate=90, invert=True)))
     assert image.shape == (1, 8, 8) and torch.allclose(changed, -torch.rot90(image, 1, (1, 2)), atol=1e-6)
@@ -63,7 +63,7 @@ def test_digits_are_split_once_and_shown_as_asked():
 
 def test_classes_are_numbered_from_nought():
     split = digits(classes=[7, 3]).splits(0)["train"]
-    rows = [split.table[i]["label"] for i in range(len(split))]
+    rows = [split.records[i]["label"] for i in range(len(split))]
     assert set(rows) == {3, 7} and [split[i]["labels"] for i in range(20)] == [[7, 3].index(r) for r in rows[:20]]
 
 
@@ -74,7 +74,7 @@ def test_parquet_files_and_folders_of_images(tmp_path):
     task = job(tmp_path, size=8, augment=True, train_examples=15)
     splits = task.splits(0)
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [15, 2, 3]
-    assert splits["test"].table.name(1) == f"{tmp_path / 'test.parquet'}, row 1"
+    assert splits["test"].records.name(1) == f"{tmp_path / 'test.parquet'}, row 1"
     batch = task.collate([splits["train"][i] for i in range(4)])
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
     task.build()(**batch).loss.backward()
@@ -99,10 +99,10 @@ def test_what_a_picture_is_called_tells_nothing(tmp_path):
     names = [f"{c}/{name}.JPG" for c in ("a-1", "a") for name in ("train-0", "eye_test", "dev", "[x] 犬", *range(6))]
     fill(tmp_path, [*names, "a/Thumbs.db", "a/.hidden.jpg"])
     splits = job(tmp_path).splits(0)
-    tables = [split.table for split in splits.values()]
+    tables = [split.records for split in splits.values()]
     found = {table[i]["image"]["path"]: table[i]["label"] for table in tables for i in range(len(table))}
     assert found == {str(tmp_path / name): int(name.startswith("a-1")) for name in names}
-    table = job(tmp_path)._tables["train"]
+    table = job(tmp_path)._records["train"]
     assert [table.name(i) for i in range(20)] == sorted(str(tmp_path / name) for name in names)
 
 
@@ -117,7 +117,7 @@ def test_what_a_picture_is_called_tells_nothing(tmp_path):
         (["a/0.jpg", "a/1.jpg"], "has one class only"),
         (["train/a/0.jpg", "val/a/0.jpg", "Valid/a/0.jpg"], "both Valid and val are a validation split"),
         (["val/a/0.jpg", "val/b/0.jpg"], "has no train split, but validation"),
-        (["readme.txt"], "neither pictures in it nor parquet files"),
+        (["readme.txt"], "no pictures and no parquet files in it"),
     ],
 )
 def test_a_folder_that_is_none_of_images_is_named(names, named, tmp_path):
@@ -131,7 +131,7 @@ def test_a_link_to_nowhere_is_named(tmp_path):
     fill(tmp_path, [f"{c}/{i}.jpg" for c in "ab" for i in range(9)])
     (tmp_path / "a" / "9.jpg").symlink_to("nowhere.jpg")
     task = job(tmp_path)
-    with pytest.raises(ValueError, match=r"a.9\.jpg: column 'image' is no readable image: missing$"):
+    with pytest.raises(ValueError, match=r"a.9\.jpg: column 'image' is not a readable image: missing$"):
         task.check(task.splits(0))
 
 
@@ -199,13 +199,13 @@ IMAGES = {
         ("order", "train.parquet: class 1 is 'dog', but 'eel' in "),
         ("fewer", "train.parquet: class 2 is 'eel', but None in "),
         ("two", "both dev and val are a validation split"),
-        ("jpeg", "test.parquet, row 1 (a.jpg): column 'image' is no readable image"),
-        ("missing", "test.parquet, row 1: column 'image' is no readable image: missing"),
-        ("empty file", "row 1 (a.jpg): column 'image' is no readable image: not a picture"),
-        ("text", "row 1 (a.jpg): column 'image' is no readable image: not a picture"),
+        ("jpeg", "test.parquet, row 1 (a.jpg): column 'image' is not a readable image"),
+        ("missing", "test.parquet, row 1: column 'image' is not a readable image: missing"),
+        ("empty file", "row 1 (a.jpg): column 'image' is not a readable image: not a picture"),
+        ("text", "row 1 (a.jpg): column 'image' is not a readable image: not a picture"),
         ("size", "test.parquet, row 1 is 10 × 12, and "),
-        ("long", "row 1 (a.jpg): column 'image' is no readable image: of mode I, whose range is unknown"),
-        ("float", "row 1 (a.jpg): column 'image' is no readable image: of mode F, whose range is unknown"),
+        ("long", "row 1 (a.jpg): column 'image' is not a readable image: of mode I, whose range is unknown"),
+        ("float", "row 1 (a.jpg): column 'image' is not a readable image: of mode F, whose range is unknown"),
         ("parquet", "test.parquet"),
         ("no train", "has no train split, but test, validation"),
     ],
@@ -223,7 +223,7 @@ def test_bad_data_is_named_before_training(how, named, tmp_path):
 def test_greys_of_16_bits_are_scaled_to_8(kind, channels):
     grey = np.arange(256).reshape(16, 16)
     deep, flat = encoded((257 * grey).astype("uint16"), kind), encoded(grey.astype("uint8"))
-    table = Table(datasets.Dataset.from_dict({"image": [{"bytes": one, "path": None} for one in (deep, flat)]}), str)
+    table = Records(datasets.Dataset.from_dict({"image": [{"bytes": one, "path": None} for one in (deep, flat)]}), str)
     opened = [np.asarray(open_image(table, row, "image", channels)) for row in range(2)]
     assert opened[0].shape == (16, 16, 3)[: 1 + channels] and np.array_equal(*opened)
 
@@ -283,7 +283,7 @@ def test_weights_of_a_file_all_but_the_heads(tmp_path):
     [
         ({}, "a model is given by name or config"),
         ({"config": {"depth": 8}}, "expected a model_type"),
-        ({"name": "a/b", "weights": "w.safetensors"}, "brings its own"),
+        ({"name": "a/b", "weights": "w.safetensors"}, "has its own"),
         ({"config": {"model_type": "cifar_resnet", "depth": 9}}, "depth=9: expected 6 n"),
         ({"config": {"model_type": "cifar_vgg"}}, "cifar_vgg"),
     ],

@@ -249,11 +249,11 @@ def test_a_missing_part_or_key_is_named(data):
     with pytest.raises(ValueError, match=r"train\.json, annotations, row 3: no 'bbox'"):
         task(data).splits(0)
     for text, message in (
-        ("[]", r": \[\], expected an object of images, annotations, categories"),
-        ("{", ": no JSON"),
+        ("[]", r": \[\], expected an object with images, annotations, categories"),
+        ("{", ": not JSON"),
         ("{}", ": no 'images'"),
         ('{"images": []}', r": images=\[\], expected a list of one or more"),
-        ('{"images": [1], "annotations": [1], "categories": [1]}', r", images, row 0: 1, expected an object of id, "),
+        ('{"images": [1], "annotations": [1], "categories": [1]}', r", images, row 0: 1, expected an object with id, "),
     ):
         (data / "train.json").write_text(text)
         with pytest.raises(ValueError, match=rf"train\.json{message}"):
@@ -296,8 +296,8 @@ BAD = {
         (2, "bbox", [2, 4, NAN, 12], r"row 2: bbox=\[.*\], expected left, top, width and height"),
         (2, "bbox", [10**400, 4, 1.5, 12], r"row 2: bbox=\[.*\], expected left, top, width and height"),
         (2, "bbox", [2, 4, 12], r"row 2: bbox=\[2, 4, 12\], expected left, top, width and height"),
-        (2, "bbox", [38, 4, 10, 12], r"row 2: bbox=\[38, 4, 10, 12\] is outside of its image of 40 × 32"),
-        (2, "bbox", [2, 4, 0, 12], r"row 2: bbox=\[.*\] has no area in .*; task.data.drop_empty=true leaves such out"),
+        (2, "bbox", [38, 4, 10, 12], r"row 2: bbox=\[38, 4, 10, 12\] is outside its image of 40 × 32"),
+        (2, "bbox", [2, 4, 0, 12], r"row 2: bbox=\[.*\] has no area in .*; task.data.drop_empty=true leaves"),
         (2, "bbox", [40, 4, 1, 5], r"row 2: bbox=\[40, 4, 1, 5\] has no area in its image of 40 × 32"),
         (2, "bbox", [-1, 4, 1, 5], r"row 2: bbox=\[-1, 4, 1, 5\] has no area"),
         (2, "bbox", [20, 4, 1e-9, 5], r"row 2: bbox=\[20, 4, 1e-09, 5\] has no area"),
@@ -306,9 +306,9 @@ BAD = {
         (2, "segmentation", [[None] * 6], "row 2: segmentation=.*, expected polygons of three or more points"),
         (2, "segmentation", [["1"] * 6], "row 2: segmentation=.*, expected polygons of three or more points"),
         (2, "segmentation", [[NAN] * 6], "row 2: segmentation=.*, expected polygons of three or more points"),
-        (2, "segmentation", [[1e30, 0, 0, 1e30, 5, 5]], "row 2: segmentation=.* is outside of its image of 40 × 32"),
-        (2, "segmentation", [[50, 1, 59, 1, 59, 9]], "row 2: segmentation=.* is outside of its image of 40 × 32"),
-        (2, "segmentation", [[1, 1, 9, 1, 9, 34]], "row 2: segmentation=.* is outside of its image of 40 × 32"),
+        (2, "segmentation", [[1e30, 0, 0, 1e30, 5, 5]], "row 2: segmentation=.* is outside its image of 40 × 32"),
+        (2, "segmentation", [[50, 1, 59, 1, 59, 9]], "row 2: segmentation=.* is outside its image of 40 × 32"),
+        (2, "segmentation", [[1, 1, 9, 1, 9, 34]], "row 2: segmentation=.* is outside its image of 40 × 32"),
         (2, "segmentation", {"size": [40, 32], "counts": "x"}, r"row 2: segmentation\.size=\[40, 32\], .*, \[32, 40\]"),
         (2, "segmentation", {**RLE, "counts": ["a"]}, "row 2: segmentation=.*, expected polygons .*, or run lengths"),
         (2, "segmentation", {**RLE, "counts": [0.5, 1279.5]}, "row 2: segmentation=.*, expected polygons"),
@@ -363,7 +363,7 @@ def changed_objects(path, change, split):
 
 def test_a_split_of_crowds_has_no_object(data):
     changed_objects(data, lambda one: one.update(iscrowd=1), "val")
-    with pytest.raises(ValueError, match=r"val\.json: the test split has no object to judge"):
+    with pytest.raises(ValueError, match=r"val\.json: the test split has no object to evaluate"):
         task(data).splits(0)
     changed_objects(data, lambda one: one.update(iscrowd=1), "train")
     with pytest.raises(ValueError, match=r"train\.json: the train split has no object to learn from"):
@@ -371,9 +371,9 @@ def test_a_split_of_crowds_has_no_object(data):
 
 
 def test_a_drawn_validation_split_without_objects(data):
-    (place,) = task(data).splits(0)["validation"].table.rows["place"]
+    (place,) = task(data).splits(0)["validation"].records.dataset["place"]
     changed_objects(data, lambda one: one["image_id"] != place + 1, "train")
-    with pytest.raises(ValueError, match=r"train\.json: the validation split has no object to judge"):
+    with pytest.raises(ValueError, match=r"train\.json: the validation split has no object to evaluate"):
         task(data).splits(0)
 
 
@@ -392,7 +392,7 @@ def test_a_corrupt_image_is_named(data):
     file = data / "train" / "2.png"
     file.write_bytes(file.read_bytes()[:60])
     job = task(data)
-    with pytest.raises(ValueError, match=r"train\.json, image 3 \(.*2\.png\): .* is no readable image"):
+    with pytest.raises(ValueError, match=r"train\.json, image 3 \(.*2\.png\): .* is not a readable image"):
         job.check(job.splits(0))
 
 

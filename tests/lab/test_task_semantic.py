@@ -222,7 +222,7 @@ def break_label(path):
 
 def break_corrupt(path):
     parquet(path, [*(scene(n) for n in range(7)), (encoded(scene(7)[0], "JPEG")[:300], scene(7)[1])])
-    return task(path, ignore=[11]), r"train\.parquet, row 7: column 'image' is no readable image"
+    return task(path, ignore=[11]), r"train\.parquet, row 7: column 'image' is not a readable image"
 
 
 def break_size(path):
@@ -232,7 +232,7 @@ def break_size(path):
 
 def break_shapes(path):
     parquet(path, [*(scene(n) for n in range(7)), scene(7, width=30)])
-    return task(path, ignore=[11]), "row 7: not of the first picture's size; give task.data.size"
+    return task(path, ignore=[11]), "row 7: not of the first picture's size; set task.data.size"
 
 
 def break_colour(path):
@@ -278,12 +278,12 @@ def break_missing(path):
 
 def break_twice(path):
     shutil.copy(folder_of(path / "pairs") / "images/training/1.jpg", path / "pairs/images/training/1.png")
-    return task(path / "pairs"), r"training.1\.jpg and .*training.1\.png are two of one name"
+    return task(path / "pairs"), r"training.1\.jpg and .*training.1\.png have the same name"
 
 
 def break_twice_labelled(path):
     shutil.copy(folder_of(path / "pairs") / "annotations/training/1.png", path / "pairs/annotations/training/1.tif")
-    return task(path / "pairs"), r"training.1\.png and .*training.1\.tif are two of one name"
+    return task(path / "pairs"), r"training.1\.png and .*training.1\.tif have the same name"
 
 
 def break_empty_split(path):
@@ -323,7 +323,7 @@ def test_of_a_few_pictures_train_may_lack_a_class(data):
     ("keys", "message"),
     [
         ({"size": [24]}, r"task.data.size=\[24\]: expected a height and a width"),
-        ({"crop": [8, 8]}, "crops are made with task.data.augment=true only"),
+        ({"crop": [8, 8]}, "crops need task.data.augment=true"),
         ({"classes": 1}, "task.data.classes=1: expected 2 to 255"),
         ({"ignore": [-1]}, r"task.data.ignore=\[-1\]"),
         ({"std": [0, 1, 1]}, "task.data.std"),

@@ -1,6 +1,6 @@
-"""The jobs, one file each: what data there is, what model, how a prediction is judged (``base.Task``).
+"""The tasks, one file each: the data, the model, and how a prediction is evaluated (``base.Task``).
 
-`data` splits and checks examples for them, `pictures` reads those that are pictures, `pretrained` their models.
+Shared by them: `data` splits and checks examples, `pictures` reads pictures, `pretrained` and `backbone` load models.
 """
 
 from flora_lab.tasks.base import Examples, Task

@@ -1,4 +1,4 @@
-"""A pre-trained body for dense prediction, whose maps a segmentation or detection head reads."""
+"""A pre-trained backbone for dense prediction: its feature maps go to a segmentation or detection head."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TIMM = "timm/"
 
 
 def load_backbone(keys: Pretrained) -> nn.Module:
-    """transformers' AutoBackbone of a classifier, or timm's where the name is "timm/NAME".
+    """transformers' AutoBackbone of a classifier, or timm's if the name is "timm/NAME".
 
-    It gives the maps of four stages (of all, where there are fewer), evenly spaced and fine to coarse, unless the
-    config has its own out_features or out_indices. Raises ValueError naming the model, or the file of its weights.
+    It returns the maps of four stages (all, if there are fewer), evenly spaced and fine to coarse, unless the config
+    has out_features or out_indices. Raises ValueError naming the model, or the file of its weights.
     """
     from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoConfig, TimmBackboneConfig
 
@@ -29,12 +29,13 @@ def load_backbone(keys: Pretrained) -> nn.Module:
             config = TimmBackboneConfig(backbone=keys.name.removeprefix(TIMM), out_indices=[-4, -3, -2, -1])
             return AutoBackbone.from_config(config, pretrained=True)
         if keys.name:
-            config = AutoConfig.from_pretrained(keys.name)
+            source = keys.source()
+            config = AutoConfig.from_pretrained(source)
             if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
                 raise ValueError(f"transformers has no backbone for model_type {config.model_type}")
             config.out_indices = stages(config)
-            # not AutoBackbone.from_pretrained, which asks the hub even for a folder
-            return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(keys.name, config=config)
+            # AutoBackbone.from_pretrained would ask the hub even for a folder
+            return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(source, config=config)
         config = make_config(keys.config)
         if not {"out_features", "out_indices"} & keys.config.keys():
             config.out_indices = stages(config)
@@ -47,8 +48,9 @@ def load_backbone(keys: Pretrained) -> nn.Module:
 
 
 def stages(config: Any) -> list[int]:
+    """Indices of up to four stages, evenly spaced, the last one included."""
     names = getattr(config, "stage_names", None)
-    if not names:  # timm's, which are known once it is built
+    if not names:  # timm's are known only when the model is built
         return [-4, -3, -2, -1]
     last = len(names) - 1  # the first is the stem
     step = max(last // 4, 1)
@@ -56,5 +58,5 @@ def stages(config: Any) -> list[int]:
 
 
 def map_norms(model: nn.Module) -> list[str]:
-    """Names of the norms that a transformers backbone has for its maps only: no classifier brings their weights."""
+    """Names of the norms that a transformers backbone applies to its maps only. Classifiers lack their weights."""
     return [name for name, _ in model.named_modules() if name.split(".")[-2:-1] == ["hidden_states_norms"]]

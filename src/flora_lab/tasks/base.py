@@ -1,4 +1,4 @@
-"""What every task tells, and nothing of how anything is trained: that is ``flora_lab.run.train``."""
+"""What every task defines. How a model is trained is in ``flora_lab.run.fit``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-HEADS = ("classifier", "score", "linear", "fc", "head")
+HEADS = ("classifier", "score", "linear", "fc", "head")  # usual names of output layers
 
 
 class Examples(Protocol):
@@ -18,32 +18,34 @@ class Examples(Protocol):
 
 
 class Task:
-    """A job's data, its model, and how a prediction is judged.
+    """The data, the model, and how a prediction is evaluated.
 
-    A task is a dataclass that inherits from this; its fields are its keys in a YAML, under ``task:``.
+    A task is a dataclass that inherits from this; its fields are the keys under ``task:`` in a YAML.
     """
 
-    metric: ClassVar[str]  # of what `metrics` returns, the number to report and to choose by: the more the better
-    targets: ClassVar[str] = "all-weights"  # what adapters adapt, unless the YAML's `target_modules` says otherwise
+    metric: ClassVar[str]  # the number of `metrics` to report and to choose by; higher is better
+    targets: ClassVar[str] = "all-weights"  # what to adapt, unless the YAML has `target_modules`
     reduce: ClassVar[Callable[[Any, Tensor], Any] | None] = None  # logits, labels -> what `metrics` needs of a batch
 
     def source_task(self) -> Task | None:
-        """The same job on the data that the base model is first trained on; None where it comes pre-trained."""
+        """The same task on the data that the base model is trained on first; None if the model is pre-trained."""
         return None
 
     def splits(self, seed: int) -> dict[str, Examples]:
-        """ "train", "validation" and "test". Raises ValueError naming what is wrong with their columns or labels."""
+        """ "train", "validation" and "test". Raises ValueError naming the columns or labels that are wrong."""
         raise NotImplementedError
 
     def check(self, splits: dict[str, Examples]) -> None:
-        """Open what ``splits`` does not, every picture: whatever could stop a training later is found before, once.
+        """Check what ``splits`` does not read, such as every picture, so that no training fails on it later.
 
         Raises ValueError naming file and row.
         """
 
     def build(self) -> nn.Module:
-        """With what is new in it drawn from torch's generator. Its forward takes an example's keywords, batched, and
-        returns a mapping with "loss" first where there are labels."""
+        """The model, with new weights drawn from torch's generator.
+
+        Its forward takes an example's keywords, batched, and returns a mapping, with "loss" first if there are labels.
+        """
         raise NotImplementedError
 
     def head(self, model: nn.Module) -> list[str]:
@@ -56,11 +58,11 @@ class Task:
         return default_data_collator(examples)
 
     def outputs(self, model: nn.Module, examples: Sequence[dict[str, Any]]) -> Tensor:
-        """What a model in evaluation makes of examples, as one tensor that is smooth in its weights."""
+        """A model's outputs in evaluation, as one tensor that depends smoothly on its weights."""
         batch = self.collate(examples)
         batch.pop("labels")
         return model(**batch)[0]
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        """Numbers of a transformers ``EvalPrediction``."""
+        """Metrics of a transformers ``EvalPrediction``."""
         raise NotImplementedError

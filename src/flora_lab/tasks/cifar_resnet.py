@@ -1,4 +1,4 @@
-"""The ResNet for CIFAR of He et al. 2015 (section 4.2), which no library of ours has, as a transformers model.
+"""The ResNet for CIFAR of He et al. 2015 (section 4.2) as a transformers model.
 
 Three stages of 3×3 convolutions; shortcuts without weights (option A): every second pixel, channels padded with zeros.
 """
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class CifarResNet(PreTrainedModel):
-    """The stem and the stages, of which stage n has stride 2 ** (n - 1)."""
+    """The stem and the stages; the maps of stage n have stride 2 ** (n - 1)."""
 
     config_class = CifarResNetConfig
     base_model_prefix = ""
@@ -73,7 +73,7 @@ class CifarResNet(PreTrainedModel):
             nn.init.kaiming_normal_(module.weight)
 
     def maps(self, pixel_values: Tensor) -> Iterator[Tensor]:
-        """What the stem and each stage give."""
+        """The outputs of the stem and of each stage."""
         x = F.relu(self.bn1(self.conv1(pixel_values)))
         yield x
         for stage in range(1, len(self.config.widths) + 1):

@@ -1,4 +1,4 @@
-"""COCO's format: images and objects read, and predictions judged by pycocotools."""
+"""COCO's format: reading images and objects, and evaluating predictions with pycocotools."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from flora_lab.tasks.data import split_name
 
 
 @dataclass
-class Annotated:
-    """An image's objects, of ``rows`` in the JSON ``listing``: ``boxes`` of left, top, width, height; ``classes`` from
-    1; ``masks`` as in the JSON."""
+class AnnotatedImage:
+    """An image and its objects, which are ``rows`` of the annotations in the JSON file ``listing``.
+
+    ``boxes``: left, top, width, height. ``classes``: from 1. ``masks``: as in the JSON.
+    """
 
     listing: Path
     id: int | str
@@ -40,20 +42,20 @@ class Annotated:
 
     @property
     def counted(self) -> list[int]:
-        """Places of the objects that are no crowds."""
+        """Indices of the objects that are not crowds."""
         return [index for index, crowd in enumerate(self.crowds) if not crowd]
 
     def rle(self, index: int) -> dict[str, Any]:
-        """pycocotools' compressed run lengths of a mask."""
+        """A mask as pycocotools' compressed run lengths."""
         from pycocotools import mask
 
-        given = self.masks[index]
-        if isinstance(given, list):
-            return mask.merge(mask.frPyObjects(given, self.height, self.width))
-        return given if isinstance(given["counts"], str) else mask.frPyObjects(given, self.height, self.width)
+        entry = self.masks[index]
+        if isinstance(entry, list):
+            return mask.merge(mask.frPyObjects(entry, self.height, self.width))
+        return entry if isinstance(entry["counts"], str) else mask.frPyObjects(entry, self.height, self.width)
 
     def objects(self) -> tuple[Tensor, Tensor, Tensor]:
-        """To train on: boxes (n, 4) of left, top, right, bottom, cut to the image; classes (n,); masks (n, h, w)."""
+        """For training: boxes (n, 4) of left, top, right, bottom, cut to the image; classes (n,); masks (n, h, w)."""
         from pycocotools import mask
 
         kept = self.counted
@@ -72,16 +74,18 @@ class Annotated:
 
 @dataclass
 class Source:
-    """``images`` of all splits, and which places in that list are a split's; class n is the n-th of ``categories``."""
+    """``images`` of all splits, each split's places in that list, and ``categories``, of which class n is the n-th."""
 
-    images: list[Annotated]
+    images: list[AnnotatedImage]
     splits: dict[str, range]
     categories: list[dict[str, Any]]
 
 
 def read(folder: Path, drop_empty: bool) -> Source:
-    """NAME.json, or annotations/instances_NAME.json, with images in the folder NAME. Raises ValueError naming file and
-    row; objects without area are refused, or left out if ``drop_empty``."""
+    """Read NAME.json, or annotations/instances_NAME.json, with images in the folder NAME.
+
+    ``drop_empty``: leave out objects without area, which are errors otherwise. Raises ValueError naming file and row.
+    """
     source = Source([], {}, [])
     for split, file, images in _files(folder):
         content = _load(file)
@@ -90,49 +94,49 @@ def read(folder: Path, drop_empty: bool) -> Source:
         before, now = ({one["id"]: one["name"] for one in some} for some in (source.categories, own))
         if differ := before.items() ^ now.items():
             raise ValueError(f"{file}: categories differ from the other splits' in {min(differ)}")
-        found = _annotated(file, images, content, list(now), drop_empty)
-        source.splits[split] = range(len(source.images), len(source.images) + len(found))
-        source.images += found
+        annotated = _images(file, images, content, list(now), drop_empty)
+        source.splits[split] = range(len(source.images), len(source.images) + len(annotated))
+        source.images += annotated
     return source
 
 
 def _files(folder: Path) -> list[tuple[str, Path, Path]]:
-    """(split, JSON, folder of its images) for "train2017" and its like."""
-    found = []
+    """(split, JSON, folder of its images); the split of train2017 is "train"."""
+    files = []
     for file in sorted([*folder.glob("*.json"), *folder.glob("annotations/instances_*.json")]):
         name = file.stem.removeprefix("instances_")
         if (folder / name).is_dir():
-            found.append((split_name(re.sub(r"[\d_.-]+$", "", name)), file, folder / name))
-    splits = [split for split, _, _ in found]
+            files.append((split_name(re.sub(r"[\d_.-]+$", "", name)), file, folder / name))
+    splits = [split for split, _, _ in files]
     if "train" not in splits or len(set(splits)) < len(splits):
         raise ValueError(
             f"{folder}: expected NAME.json or annotations/instances_NAME.json beside a folder NAME of images, "
-            f"with NAME train, val or test once; found {', '.join(str(file) for _, file, _ in found) or 'none'}"
+            f"with NAME train, val or test once; found {', '.join(str(file) for _, file, _ in files) or 'none'}"
         )
-    return found
+    return files
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: no JSON: {error}") from error
+        raise ValueError(f"{file}: not JSON: {error}") from error
     check_fields(str(file), content)
     return content
 
 
 def _by_id(file: Path, content: dict[str, Any], part: str) -> dict[Any, dict[str, Any]]:
-    found: dict[Any, dict[str, Any]] = {}
+    entries: dict[Any, dict[str, Any]] = {}
     for entry in content[part]:
-        if entry["id"] in found:
+        if entry["id"] in entries:
             raise ValueError(f"{file}: two {part} have the id {entry['id']}")
-        found[entry["id"]] = entry
-    return found
+        entries[entry["id"]] = entry
+    return entries
 
 
-def _annotated(file: Path, folder: Path, content: dict, categories: list[int], drop_empty: bool) -> list[Annotated]:
+def _images(file: Path, folder: Path, content: dict, categories: list[int], drop_empty: bool) -> list[AnnotatedImage]:
     images = {
-        key: Annotated(file, key, str(folder / entry["file_name"]), entry["height"], entry["width"])
+        key: AnnotatedImage(file, key, str(folder / entry["file_name"]), entry["height"], entry["width"])
         for key, entry in _by_id(file, content, "images").items()
     }
     classes = {category: place for place, category in enumerate(categories, start=1)}
@@ -149,8 +153,8 @@ def _annotated(file: Path, folder: Path, content: dict, categories: list[int], d
         if key := next(empty, None):
             if drop_empty:
                 continue
-            said = f"{key}={short(entry[key])} has no area in its image of {image.width} × {image.height}"
-            raise ValueError(f"{where}: {said}; task.data.drop_empty=true leaves such out")
+            problem = f"{key}={short(entry[key])} has no area in its image of {image.width} × {image.height}"
+            raise ValueError(f"{where}: {problem}; task.data.drop_empty=true leaves such objects out")
         image.rows.append(row)
         image.boxes.append(entry["bbox"])
         image.classes.append(classes[entry["category_id"]])
@@ -160,15 +164,13 @@ def _annotated(file: Path, folder: Path, content: dict, categories: list[int], d
     return list(images.values())
 
 
-def need_objects(source: Source, splits: dict[str, list[Annotated]]) -> None:
-    """In every split some that are no crowds, of classes that are in train too: what is never shown is not learned.
-
-    Raises ValueError naming file and split, or annotation.
-    """
+def need_objects(source: Source, splits: dict[str, list[AnnotatedImage]]) -> None:
+    """Raise ValueError, naming the file and the split or the annotation, if a split has no objects other than crowds,
+    or a class that train lacks: it could not be learned."""
     known = {image.classes[index] for image in splits["train"] for index in image.counted}
     for name, images in splits.items():
         if not any(image.counted for image in images):
-            use = "learn from" if name == "train" else "judge"
+            use = "learn from" if name == "train" else "evaluate"
             raise ValueError(f"{images[0].listing}: the {name} split has no object to {use}")
         for image in images:
             for index in image.counted:
@@ -178,23 +180,23 @@ def need_objects(source: Source, splits: dict[str, list[Annotated]]) -> None:
                     raise ValueError(f"{where}: category_id={category} is not in the train split")
 
 
-# ---------------------------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------------------- evaluating
 
 
-def pasted(masks: Any, boxes: Any, image: Annotated) -> list[dict[str, Any]]:
-    """Probabilities (n, 28, 28) in boxes (n, 4) as run lengths of the whole image."""
+def paste(masks: Any, boxes: Any, image: AnnotatedImage) -> list[dict[str, Any]]:
+    """Probabilities (n, 28, 28) in boxes (n, 4) as masks of the whole image, in run lengths."""
     import numpy as np
     from pycocotools import mask
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 
     probabilities = torch.as_tensor(masks).float()[:, None]
     whole = paste_masks_in_image(probabilities, torch.as_tensor(boxes), (image.height, image.width))
-    there = (whole[:, 0] > 0.5).numpy().astype("uint8")
-    return [mask.encode(np.asfortranarray(one)) for one in there]
+    binary = (whole[:, 0] > 0.5).numpy().astype("uint8")
+    return [mask.encode(np.asfortranarray(one)) for one in binary]
 
 
 def truth_of(source: Source, places: list[int]) -> Any:
-    """pycocotools' COCO of some images; a category's id is its class."""
+    """pycocotools' COCO object of the images at ``places``; a category's id is its class."""
     from pycocotools import mask
     from pycocotools.coco import COCO
 
@@ -206,7 +208,7 @@ def truth_of(source: Source, places: list[int]) -> Any:
             area = image.areas[index]
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # 0 means no match to pycocotools
+                    "id": len(annotations) + 1,  # for pycocotools, 0 means no match
                     "image_id": place,
                     "category_id": image.classes[index],
                     "bbox": box,
@@ -227,20 +229,21 @@ def truth_of(source: Source, places: list[int]) -> Any:
     return truth
 
 
-def precisions(truth: Any, found: list[dict[str, Any]], kind: str, detections: int) -> dict[str, float]:
-    """COCO's average precisions of "segm" or "bbox", with up to so many detections an image.
+def precisions(truth: Any, results: list[dict[str, Any]], kind: str, most: int) -> dict[str, float]:
+    """COCO's average precisions; ``kind``: "segm" or "bbox"; ``most``: detections per image.
 
-    "mAP" is the mean over the IoUs .50, .55, …, .95; "APs", "APm", "APl" are that of small, medium and large objects
-    (up to 32², 96² pixels), and left out where there are none.
+    "mAP" is the mean over the IoUs .50, .55, …, .95; "APs", "APm", "APl" are the same for small, medium and large
+    objects (up to 32² and 96² pixels, and above), and left out if there are none.
     """
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        judged = COCOeval(truth, truth.loadRes(found) if found else type(truth)(), kind)  # it can't load nothing
-        judged.params.imgIds, judged.params.maxDets = sorted(truth.imgs), [1, 10, detections]
-        judged.evaluate()
-        judged.accumulate()
-    precision = judged.eval["precision"][..., -1]  # (IoUs, recalls, categories, sizes), -1 where there is no object
+        # loadRes does not take an empty list
+        evaluation = COCOeval(truth, truth.loadRes(results) if results else type(truth)(), kind)
+        evaluation.params.imgIds, evaluation.params.maxDets = sorted(truth.imgs), [1, 10, most]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., -1]  # (IoUs, recalls, categories, sizes), -1 if there is no object
     cuts = {
         "mAP": precision[..., 0],
         "AP50": precision[0, ..., 0],

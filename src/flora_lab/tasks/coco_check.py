@@ -1,5 +1,7 @@
-"""What one row of a COCO file may hold: the fields of every part, and whether a box and a mask fit their image. What
-takes two rows to see, an unknown category or a split without objects, is refused in ``coco``."""
+"""Checks of single rows of a COCO file: the fields of every part, and whether boxes and masks fit their image.
+
+Checks that need several rows (an unknown category, a split without objects) are in ``coco``.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ from itertools import cycle
 from reprlib import repr as short
 from typing import Any
 
-SLACK = 1  # pixels that boxes and polygons may stick out of their image: annotation tools round
-THIN = 0.01  # pixels: a narrower box may have no width left in float32, once it is cut and scaled
+SLACK = 1  # pixels that boxes and polygons may exceed their image by: annotation tools round
+THIN = 0.01  # pixels: a narrower box may have no width in float32 after cutting and scaling
 
-Accepted = tuple[str, Callable[[Any], bool]]  # in words, and of a value, None where there is none
+Accepted = tuple[str, Callable[[Any], bool]]  # in words, and as a test of a value, which may be None
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # which NaN is not
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # so not NaN
 
 
 def _is_mask(value: Any) -> bool:
@@ -53,7 +55,7 @@ PARTS: dict[str, dict[str, Accepted]] = {
 
 
 def check_fields(file: str, content: Any) -> None:
-    """Raises ValueError naming ``file``, part, row and field."""
+    """Raise ValueError, naming ``file``, part, row and field, for a field that is not accepted."""
     _check(file, content, dict.fromkeys(PARTS, ROWS))
     for part, fields in PARTS.items():
         for row, entry in enumerate(content[part]):
@@ -62,7 +64,7 @@ def check_fields(file: str, content: Any) -> None:
 
 def _check(where: str, entry: Any, fields: Mapping[str, Accepted]) -> None:
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: {short(entry)}, expected an object of {', '.join(fields)}")
+        raise ValueError(f"{where}: {short(entry)}, expected an object with {', '.join(fields)}")
     for key, (words, accepts) in fields.items():
         if not accepts(entry.get(key)):
             given = f"{key}={short(entry[key])}, expected {words}" if key in entry else f"no {key!r}"
@@ -73,35 +75,35 @@ def _check(where: str, entry: Any, fields: Mapping[str, Accepted]) -> None:
 
 
 def box_is_empty(where: str, box: list[float], height: int, width: int) -> bool:
-    """Whether nothing of it is left as it is cut to its image. Raises ValueError where it is outside."""
+    """Whether nothing is left of it when it is cut to its image. Raises ValueError if it is outside the image."""
     left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
     if min(left, top) < -SLACK or right > width + SLACK or bottom > height + SLACK:
-        raise ValueError(f"{where}: bbox={short(box)} is outside of its image of {width} × {height}")
+        raise ValueError(f"{where}: bbox={short(box)} is outside its image of {width} × {height}")
     return min(right, width) - max(left, 0) < THIN or min(bottom, height) - max(top, 0) < THIN
 
 
 def mask_is_empty(where: str, given: Any, height: int, width: int) -> bool:
-    """Whether run lengths have no pixel; of polygons only a drawing would tell. Raises ValueError where a mask does
-    not fit its image: pycocotools reads memory that is not its own, or ends the process."""
+    """Whether run lengths have no pixel; polygons are taken to have some. Raises ValueError if a mask does not fit its
+    image: pycocotools would read memory outside its arrays, or crash."""
     if isinstance(given, list):
         numbers = ((x, side) for polygon in given for x, side in zip(polygon, cycle((width, height)), strict=False))
         if not all(-SLACK <= x <= side + SLACK for x, side in numbers):
-            raise ValueError(f"{where}: segmentation={short(given)} is outside of its image of {width} × {height}")
+            raise ValueError(f"{where}: segmentation={short(given)} is outside its image of {width} × {height}")
         return False
     if (size := given.get("size")) != [height, width]:
         raise ValueError(f"{where}: segmentation.size={short(size)}, expected its image's, {[height, width]}")
     counts = run_lengths(given["counts"]) if isinstance(given["counts"], str) else given["counts"]
     if min(counts, default=-1) < 0 or sum(counts) != height * width:
-        said = f"segmentation.counts={short(given['counts'])}, expected lengths"
-        raise ValueError(f"{where}: {said} that add up to {width} × {height} pixels")
+        problem = f"segmentation.counts={short(given['counts'])}, expected lengths"
+        raise ValueError(f"{where}: {problem} that add up to {width} × {height} pixels")
     return not any(counts[1::2])
 
 
 def run_lengths(text: str) -> list[int]:
-    """Of pycocotools' compressed counts, and none of a text that is not such.
+    """The run lengths in pycocotools' compressed counts; [] if the text is not valid.
 
-    A letter is five bits of a number, the lowest first, and one more that says that others follow; from the fourth on,
-    numbers are differences to the last but one. pycocotools itself does not tell when a text ends too early.
+    Each letter has five bits of a number, lowest first, and a sixth that says whether more follow. From the fourth
+    number on, each is the difference from the last but one. pycocotools itself does not notice a text that is cut off.
     """
     counts: list[int] = []
     number = bits = 0

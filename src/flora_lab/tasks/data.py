@@ -1,5 +1,4 @@
-"""Examples of any kind: tables whose rows have a name, how they are split in three, and what is wrong with them, by
-file and row, before anything is trained. Of pictures in particular: `pictures`."""
+"""Examples of any kind: records that can be named to a user, split in three, and checked before any training."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-SPLITS = {
+SPLITS = {  # and what sources call them
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
@@ -18,14 +17,17 @@ SPLITS = {
 
 @dataclass
 class Portions:
-    """How a source's examples make three splits. A source's own are taken as they are; one that has no test split
-    beside train and validation is tested on the latter, and validation is held out of train."""
+    """How a source's examples make three splits.
 
-    test_share: float = field(default=0.2, metadata={"help": "to test on, of a source with one split only"})
-    validation_share: float = field(default=0.1, metadata={"help": "to tune on, of train, where there is no split"})
-    train_examples: int | None = field(default=None, metadata={"help": "so many at the most", "least": 1})
-    validation_examples: int | None = field(default=None, metadata={"help": "so many at the most", "least": 1})
-    test_examples: int | None = field(default=None, metadata={"help": "so many at the most", "least": 1})
+    The source's own splits are used as they are. If it has train and validation but no test split, its validation split
+    becomes the test split, and a new validation split is taken from train.
+    """
+
+    test_share: float = field(default=0.2, metadata={"help": "share of train for testing, if there is no such split"})
+    validation_share: float = field(default=0.1, metadata={"help": "share of train for validation, likewise"})
+    train_examples: int | None = field(default=None, metadata={"help": "at most so many", "least": 1})
+    validation_examples: int | None = field(default=None, metadata={"help": "at most so many", "least": 1})
+    test_examples: int | None = field(default=None, metadata={"help": "at most so many", "least": 1})
 
     def __post_init__(self):
         for name in ("test_share", "validation_share"):
@@ -34,96 +36,96 @@ class Portions:
 
 
 @dataclass
-class Table:
-    """A ``datasets.Dataset``, and how to name one of its rows to a person."""
+class Records:
+    """A ``datasets.Dataset``, and for each of its rows the name under which a user finds it: file and line, say."""
 
-    rows: Any
+    dataset: Any
     name: Callable[[int], str]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
+        return self.dataset[index]
 
-    def select(self, indices: Iterable[int]) -> Table:
+    def select(self, indices: Iterable[int]) -> Records:
         indices = list(indices)
-        return Table(self.rows.select(indices), lambda index: self.name(indices[index]))
+        return Records(self.dataset.select(indices), lambda index: self.name(indices[index]))
 
 
 def split_name(name: str) -> str:
-    """One of `SPLITS` for what sources call it; another name as it is."""
+    """The key in `SPLITS` for a source's name of a split; any other name as it is."""
     return next((split for split, names in SPLITS.items() if name.lower() in names), name)
 
 
-def is_place(path: str) -> bool:
-    """Whether it can only be meant as a file or folder: the hub's names are NAME or OWNER/NAME."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
+# ------------------------------------------------------------------------------------------------------------ checking
 
 
-# --------------------------------------------------------------------------------------------------------- checking
-
-
-def need_columns(tables: dict[str, Table], *columns: str) -> None:
-    for split, table in tables.items():
+def need_columns(splits: dict[str, Records], *columns: str) -> None:
+    """Raise ValueError if a split lacks a column."""
+    for split, records in splits.items():
+        names = records.dataset.column_names
         for column in columns:
-            if column not in table.rows.column_names:
-                raise ValueError(
-                    f"{source_of(table, split)} has no column {column!r}, but {', '.join(table.rows.column_names)}"
-                )
+            if column not in names:
+                raise ValueError(f"{source_of(records, split)} has no column {column!r}, but {', '.join(names)}")
 
 
-def source_of(table: Table, split: str) -> str:
-    """What its rows lie in, or the first of them."""
-    return table.name(0).rsplit(", row", 1)[0] if len(table) else f"the {split} split"
+def source_of(records: Records, split: str) -> str:
+    """The file or split that the first record is in."""
+    return records.name(0).rsplit(", row", 1)[0] if len(records) else f"the {split} split"
 
 
-def check_each(tables: Iterable[Table], check: Callable[[Table, int], Any]) -> None:
-    """``check`` every row of every table, several at a time; the first one's ValueError is raised."""
+def check_each(splits: Iterable[Records], check: Callable[[Records, int], Any]) -> None:
+    """Call ``check`` on every record, several at a time. The ValueError of the first that fails is raised."""
     with ThreadPoolExecutor(8) as threads:
-        for table in tables:
-            for _ in threads.map(partial(check, table), range(len(table))):
+        for records in splits:
+            for _ in threads.map(partial(check, records), range(len(records))):
                 pass
 
 
-def need_known(splits: dict[str, Table], column: str, spelled: Callable[[int], str]) -> None:
-    """Every class of a split must be in train: what is never shown is not learned. Raises ValueError naming the row."""
-    known = set(splits["train"].rows[column][:])
-    for table in splits.values():
-        for index, label in enumerate(table.rows[column][:]):
+def need_known(splits: dict[str, Records], column: str, spell: Callable[[int], str]) -> None:
+    """Raise ValueError, naming the record, if a split has a class that train lacks: it could not be learned.
+
+    ``spell``: a class in words.
+    """
+    known = set(splits["train"].dataset[column][:])
+    for records in splits.values():
+        for index, label in enumerate(records.dataset[column][:]):
             if label not in known:
-                raise ValueError(f"{table.name(index)}: {spelled(label)} is not in the train split")
+                raise ValueError(f"{records.name(index)}: {spell(label)} is not in the train split")
 
 
-# -------------------------------------------------------------------------------------------------------- splitting
+# ----------------------------------------------------------------------------------------------------------- splitting
 
 
-def three(tables: dict[str, Table], keys: Portions, seed: int, source: str) -> dict[str, Table]:
-    """ "train", "validation" and "test", drawn by ``seed`` where the source has not split them itself."""
-    if "train" not in tables:
-        raise ValueError(f"{source} has no train split, but {', '.join(tables)}")
-    found = {name: table for name, table in tables.items() if name in SPLITS}
-    if "test" not in found and "validation" in found:
-        found["test"] = found.pop("validation")
-    train, whole = found["train"], len(found["train"])
-    order = _order(whole, seed)
+def three(source: dict[str, Records], keys: Portions, seed: int, name: str) -> dict[str, Records]:
+    """ "train", "validation" and "test": the source's own, or drawn with ``seed``. ``name``: the source's."""
+    if "train" not in source:
+        raise ValueError(f"{name} has no train split, but {', '.join(source)}")
+    splits = {split: records for split, records in source.items() if split in SPLITS}
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+    train, total = splits["train"], len(splits["train"])
+    order = _order(total, seed)
     cut = 0
-    for name, share in (("test", keys.test_share), ("validation", keys.validation_share)):
-        if name not in found:
-            size = round(whole * share)
-            found[name] = train.select(order[cut : cut + size])
+    for split, share in (("test", keys.test_share), ("validation", keys.validation_share)):
+        if split not in splits:
+            size = round(total * share)
+            splits[split] = train.select(order[cut : cut + size])
             cut += size
     if cut:
-        found["train"] = train.select(order[cut:])
-    splits = {}
-    for name in SPLITS:
-        most, table = getattr(keys, f"{name}_examples"), found[name]
-        if most is not None and most < len(table):
-            table = table.select(_order(len(table), seed)[:most])
-        if not len(table):
-            raise ValueError(f"{source}: the {name} split is empty")
-        splits[name] = table
-    return splits
+        splits["train"] = train.select(order[cut:])
+    return {split: _limited(splits[split], split, keys, seed, name) for split in SPLITS}
+
+
+def _limited(records: Records, split: str, keys: Portions, seed: int, source: str) -> Records:
+    """At most as many records as the keys say, drawn with ``seed``."""
+    most = getattr(keys, f"{split}_examples")
+    if most is not None and most < len(records):
+        records = records.select(_order(len(records), seed)[:most])
+    if not len(records):
+        raise ValueError(f"{source}: the {split} split is empty")
+    return records
 
 
 def _order(count: int, seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""GLUE's files: what its eight subsets are called and hold, on the hub and in the official TSVs."""
+"""GLUE's eight subsets: their columns and labels on the hub and in the official TSVs, and how they are read."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora_lab.tasks.data import Table, is_place
+from flora_lab.tasks.data import Records
 
 ENTAILS = ("entailment", "not_entailment")
 
 
 @dataclass(frozen=True)
 class Subset:
-    """``metrics``: the one to report first. ``hub``: columns of texts on the hub, where the label's is "label".
-    ``tsv``: those of the official TSVs, the label's last. ``classes``: as TSVs spell them, in the order of the hub's
-    numbers; none for a score from 0 to 5. ``bare``: all columns of a TSV without a header, where there are such.
-    ``dev``: what the dev split's name ends with."""
+    """One of GLUE's tasks.
+
+    ``metrics``: the first is reported. ``hub``: the text columns on the hub, beside "label". ``tsv``: the text columns
+    and the label's in the official TSVs. ``classes``: as the TSVs spell them, in the order of the hub's numbers; empty
+    if the label is a score from 0 to 5. ``bare``: the columns of a TSV that has no header. ``dev``: the end of the dev
+    split's name.
+    """
 
     metrics: tuple[str, ...]
     hub: tuple[str, ...]
@@ -26,7 +29,7 @@ class Subset:
     dev: str = ""
 
     def label(self, given: Any) -> int | float:
-        """As a number; a TSV gives text, the hub a number already. Raises ValueError where it is no label."""
+        """The label as a number. TSVs have it as text, the hub as a number. Raises ValueError if it is not a label."""
         if not self.classes:
             try:
                 score = float(given)
@@ -62,13 +65,15 @@ SUBSETS = {
 }
 
 
-def read_tsv(file: Path, subset: Subset, skip_broken: bool) -> Table:
-    """A TSV's rows, with the hub's columns. Quotes are characters like any other in it. Raises ValueError naming file
-    and line; ``skip_broken`` leaves out lines with too many or few fields."""
+def read_tsv(file: Path, subset: Subset, skip_broken: bool) -> Records:
+    """A TSV's lines, with the hub's columns. Quotes have no meaning in it.
+
+    ``skip_broken``: leave out lines with too many or too few fields. Raises ValueError naming file and line.
+    """
     import datasets
 
     try:
-        text = file.read_bytes().decode("utf-8-sig").rstrip("\r\n")  # blank lines at the end too
+        text = file.read_bytes().decode("utf-8-sig").rstrip("\r\n")  # and blank lines at the end
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -80,8 +85,8 @@ def read_tsv(file: Path, subset: Subset, skip_broken: bool) -> Table:
     header, start = lines[0], 1
     if not set(subset.tsv) <= set(header):
         if len(header) != len(subset.bare):
-            found = ", ".join(map(repr, header))[:100]
-            raise ValueError(f"{file}, line 1: expected the columns {', '.join(subset.tsv)}; found {found}")
+            given = ", ".join(map(repr, header))[:100]
+            raise ValueError(f"{file}, line 1: expected the columns {', '.join(subset.tsv)}; found {given}")
         header, start = list(subset.bare), 0
     columns = [header.index(name) for name in subset.tsv]
     rows, places = [], []
@@ -95,17 +100,15 @@ def read_tsv(file: Path, subset: Subset, skip_broken: bool) -> Table:
                 "(task.data.skip_broken=true leaves such lines out)"
             )
     names = (*subset.hub, "label")
-    found = {name: [row[column] for row in rows] for column, name in enumerate(names)}
-    return Table(datasets.Dataset.from_dict(found), places.__getitem__)
+    content = {name: [row[column] for row in rows] for column, name in enumerate(names)}
+    return Records(datasets.Dataset.from_dict(content), places.__getitem__)
 
 
-def read_hub(path: str, subset: str, split: str) -> Table:
+def read_hub(path: str, subset: str, split: str) -> Records:
     import datasets
 
-    if is_place(path):
-        raise ValueError(f"{path}: no such folder")
     try:
         rows = datasets.load_dataset(path, subset, split=split)
     except Exception as error:  # of the hub's and datasets' many classes
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    return Table(rows, lambda index: f"{path}, {split}, row {index}")
+    return Records(rows, lambda index: f"{path}, {split}, row {index}")

@@ -1,4 +1,4 @@
-"""Image classification: any image classifier of transformers (timm's among them), on images from anywhere."""
+"""Image classification: any image classifier of transformers (including timm's), on pictures from any source."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from typing import Any
 from torch import Tensor
 
 from flora_lab.tasks.base import HEADS, Task
-from flora_lab.tasks.data import Table, check_each, need_columns, need_known, source_of, three
+from flora_lab.tasks.data import Records, check_each, need_columns, need_known, source_of, three
 from flora_lab.tasks.pictures import Pictures, open_image, read
 from flora_lab.tasks.pretrained import Pretrained, redraw
 
 DIGITS = "digits"
-OUTPUTS = (*HEADS, "dist_head")  # SwiftFormer has two
+OUTPUTS = (*HEADS, "dist_head")  # the second of SwiftFormer's
 
 
 @dataclass
 class Images(Pictures):
-    """Which images there are, and how they are shown."""
+    """Where the pictures come from, and how they are transformed."""
 
     path: str = field(
-        default=DIGITS, metadata={"help": "digits (scikit-learn's), a folder, parquet, or a hub name", "path": True}
+        default=DIGITS,
+        metadata={"help": "digits (scikit-learn's), a folder, a parquet file, or a name on the hub", "path": True},
     )
     image: str = field(default="image", metadata={"help": "column of the pictures"})
-    label: str = field(default="label", metadata={"help": "column of their classes; a test split without is not used"})
-    classes: list[int] = field(default_factory=list, metadata={"help": "the classes to tell apart, without it all"})
+    label: str = field(default="label", metadata={"help": "column of the classes; test is not used without it"})
+    classes: list[int] = field(default_factory=list, metadata={"help": "the classes to use; default: all"})
     rotate: int = field(default=0, metadata={"help": "degrees, counter-clockwise", "choices": (0, 90, 180, 270)})
-    invert: bool = field(default=False, metadata={"help": "dark for light"})
-    size: int | None = field(default=None, metadata={"help": "pixels to scale the shorter side and cut to", "least": 1})
-    augment: bool = field(default=False, metadata={"help": "show train's images cropped at random, and mirrored"})
+    invert: bool = field(default=False, metadata={"help": "swap dark and light"})
+    size: int | None = field(
+        default=None, metadata={"help": "pixels: scale the shorter side to it, and crop", "least": 1}
+    )
+    augment: bool = field(default=False, metadata={"help": "random crops and mirroring for train"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,10 +45,10 @@ class Images(Pictures):
 
 @dataclass
 class ImageClassification(Task):
-    name: str = field(default="image_classification", metadata={"help": "the job"})
+    name: str = field(default="image_classification", metadata={"help": "the task"})
     model: Pretrained = field(default_factory=Pretrained)
     data: Images = field(default_factory=Images)
-    source: Images | None = field(default=None, metadata={"help": "what a base model is first trained on; as data"})
+    source: Images | None = field(default=None, metadata={"help": "data that the base model is trained on first"})
 
     metric = "accuracy"
 
@@ -54,72 +57,74 @@ class ImageClassification(Task):
 
     def splits(self, seed: int) -> dict[str, LabelledImages]:
         keys = self.data
-        chosen = {name: _with(table, keys.label, self.classes) for name, table in self._tables.items()}
-        splits = three(chosen, keys, seed, keys.path)
+        kept = {name: _with(records, keys.label, self.classes) for name, records in self._records.items()}
+        splits = three(kept, keys, seed, keys.path)
         names = dict(enumerate(self.names))
         need_known(splits, keys.label, lambda label: f"class {names.get(label, label)!r}")
         return {
-            name: LabelledImages(table, keys, self.classes, keys.augment and name == "train")
-            for name, table in splits.items()
+            name: LabelledImages(records, keys, self.classes, keys.augment and name == "train")
+            for name, records in splits.items()
         }
 
     def check(self, splits: dict[str, LabelledImages]) -> None:
-        keys, train = self.data, splits["train"].table
+        keys, train = self.data, splits["train"].records
         first = open_image(train, 0, keys.image).size
 
-        def look(table: Table, index: int) -> None:
-            size = open_image(table, index, keys.image, len(keys.mean)).size
+        def look(records: Records, index: int) -> None:
+            size = open_image(records, index, keys.image, len(keys.mean)).size
             if size != first and keys.size is None:
                 sizes = f"{size[0]} × {size[1]}, and {train.name(0)} {first[0]} × {first[1]}"
-                raise ValueError(f"{table.name(index)} is {sizes}; give task.data.size")
+                raise ValueError(f"{records.name(index)} is {sizes}; set task.data.size")
 
-        check_each((examples.table for examples in splits.values()), look)
+        check_each((examples.records for examples in splits.values()), look)
 
     @cached_property
-    def _tables(self) -> dict[str, Table]:
+    def _records(self) -> dict[str, Records]:
         keys = self.data
-        tables = _digits() if keys.path == DIGITS else read(keys.path, images=[keys.image])
-        need_columns(tables, keys.image, keys.label)
-        return {split: table for split, table in tables.items() if split != "test" or _labelled(table, keys.label)}
+        splits = _digits() if keys.path == DIGITS else read(keys.path, images=[keys.image])
+        need_columns(splits, keys.image, keys.label)
+        return {
+            split: records for split, records in splits.items() if split != "test" or _labelled(records, keys.label)
+        }
 
     @cached_property
     def names(self) -> list[str]:
-        """What the source calls its classes; empty where it does not say. All of its splits must say the same."""
+        """The source's names of its classes, or []. Raises ValueError if its splits have different ones."""
         label = self.data.label
-        said = [
-            (source_of(table, split), table.rows.features[label].names)
-            for split, table in self._tables.items()
-            if hasattr(table.rows.features[label], "names")
+        given = [
+            (source_of(records, split), records.dataset.features[label].names)
+            for split, records in self._records.items()
+            if hasattr(records.dataset.features[label], "names")
         ]
-        for (source, names), (other, others) in pairwise(said):
+        for (source, names), (other, others) in pairwise(given):
             for place, (name, differing) in enumerate(zip_longest(names, others)):
                 if name != differing:
                     raise ValueError(f"{other}: class {place} is {differing!r}, but {name!r} in {source}")
-        return said[0][1] if said else []
+        return given[0][1] if given else []
 
     @cached_property
     def classes(self) -> list[int]:
-        """The labels to tell apart; every label of the data must be a class that the data know of."""
+        """The labels to use. Raises ValueError if a record's label is not a class of the data."""
         keys, names, present = self.data, self.names, set()
-        for table in self._tables.values():
-            for index, label in enumerate(table.rows[keys.label]):
+        for records in self._records.values():
+            for index, label in enumerate(records.dataset[keys.label]):
                 if not isinstance(label, int) or label < 0 or (names and label >= len(names)):
                     accepted = f"0 to {len(names) - 1}" if names else "a whole number from 0"
-                    raise ValueError(f"{table.name(index)}: {keys.label}={label!r}; expected {accepted}")
+                    raise ValueError(f"{records.name(index)}: {keys.label}={label!r}; expected {accepted}")
                 present.add(label)
-        if strange := set(keys.classes) - present:
-            raise ValueError(f"task.data.classes={keys.classes}: {keys.path} has no class {min(strange)}")
+        if missing := set(keys.classes) - present:
+            raise ValueError(f"task.data.classes={keys.classes}: {keys.path} has no class {min(missing)}")
         classes = list(keys.classes) or list(range(len(names) or max(present, default=0) + 1))
         if len(classes) < 2:
             raise ValueError(f"{keys.path} has one class only; expected two or more")
         return classes
 
     def build(self) -> Any:
-        # architectures: a checkpoint of DeiT or LeViT may name one for distillation, which takes no labels
+        # no architectures: a checkpoint of DeiT or LeViT may name one for distillation, which takes no labels
         kind, size = "AutoModelForImageClassification", len(self.classes)
         model = self.model.load(kind, OUTPUTS, num_labels=size, architectures=[])
         if self.model.name and hasattr(model, "timm_model"):
-            redraw(model, tuple(self.head(model)))  # it lies deeper than transformers' own
+            redraw(model, tuple(self.head(model)))  # timm's head is deeper in the model than transformers'
         return model
 
     def head(self, model: Any) -> list[str]:
@@ -132,7 +137,7 @@ class ImageClassification(Task):
         return names
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        """Accuracy; NaN where a score is not finite, as of a model that diverged."""
+        """Accuracy; NaN if a score is not finite, since the model diverged."""
         import numpy as np
 
         scores, labels = prediction.predictions, prediction.label_ids
@@ -141,28 +146,28 @@ class ImageClassification(Task):
 
 @dataclass
 class LabelledImages:
-    """A table's pictures as tensors, and their labels as indices of ``classes``."""
+    """Pictures as tensors, and their labels as indices of ``classes``."""
 
-    table: Table
+    records: Records
     keys: Images
     classes: list[int]
     augment: bool
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        picture = open_image(self.table, index, self.keys.image, len(self.keys.mean))
-        label = self.table.rows[index][self.keys.label]
-        return {"pixel_values": self.shown(picture), "labels": self._of[label]}
+        picture = open_image(self.records, index, self.keys.image, len(self.keys.mean))
+        label = self.records.dataset[index][self.keys.label]
+        return {"pixel_values": self.transform(picture), "labels": self._of[label]}
 
     @cached_property
     def _of(self) -> dict[int, int]:
         return {label: index for index, label in enumerate(self.classes)}
 
     @cached_property
-    def shown(self) -> Callable[[Any], Tensor]:
-        """What turns a Pillow image of 8-bit channels into the model's input (channels, height, width)."""
+    def transform(self) -> Callable[[Any], Tensor]:
+        """Turns a Pillow image of 8-bit channels into the model's input (channels, height, width)."""
         import torch
         from PIL import ImageOps
         from torchvision.transforms import v2
@@ -184,17 +189,17 @@ class LabelledImages:
         return v2.Compose(steps)
 
 
-def _labelled(table: Table, column: str) -> bool:
-    """Or empty; a competition's test split has no labels, or -1 for each."""
-    return not len(table) or any(label not in (None, -1) for label in table.rows[column])
+def _labelled(records: Records, column: str) -> bool:
+    """Whether it is empty or has labels: a competition's test split has none, or -1 for each picture."""
+    return not len(records) or any(label not in (None, -1) for label in records.dataset[column])
 
 
-def _with(table: Table, column: str, classes: list[int]) -> Table:
+def _with(records: Records, column: str, classes: list[int]) -> Records:
     wanted = set(classes)
-    return table.select(index for index, label in enumerate(table.rows[column]) if label in wanted)
+    return records.select(index for index, label in enumerate(records.dataset[column]) if label in wanted)
 
 
-def _digits() -> dict[str, Table]:
+def _digits() -> dict[str, Records]:
     """scikit-learn's 1797 handwritten digits of 8 × 8 pixels, as one split."""
     import datasets
     from PIL import Image
@@ -205,4 +210,4 @@ def _digits() -> dict[str, Table]:
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
     rows = datasets.Dataset.from_dict({"image": pictures, "label": digits.target.tolist()}, features=features)
     rows = rows.cast_column("image", datasets.Image(decode=False))
-    return {"train": Table(rows, lambda index: f"{DIGITS}, row {index}")}
+    return {"train": Records(rows, lambda index: f"{DIGITS}, row {index}")}

@@ -1,4 +1,4 @@
-"""Instance segmentation: Mask R-CNN over any backbone, data in COCO's format, mAP of masks and boxes by pycocotools."""
+"""Instance segmentation: Mask R-CNN over any backbone, data in COCO's format, mAP of masks and boxes (pycocotools)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flora_lab.tasks import coco
 from flora_lab.tasks.backbone import load_backbone, map_norms
 from flora_lab.tasks.base import Task
-from flora_lab.tasks.data import Table, check_each, three
+from flora_lab.tasks.data import Records, check_each, three
 from flora_lab.tasks.mask_rcnn import Detector, MaskRCNN
 from flora_lab.tasks.pictures import Pictures, open_image
 from flora_lab.tasks.pretrained import Pretrained
@@ -23,17 +23,17 @@ from flora_lab.tasks.pretrained import Pretrained
 
 @dataclass
 class CocoImages(Pictures):
-    """Which images there are. Crowds are no objects to train on, and regions where COCO's evaluation counts nothing."""
+    """Where the images come from. Crowds are not trained on, and COCO's evaluation ignores what is predicted there."""
 
     path: str = field(
         default="data",
         metadata={
-            "help": "a folder with NAME.json or annotations/instances_NAME.json, and images in folders NAME",
+            "help": "folder with NAME.json or annotations/instances_NAME.json, and images in folders NAME",
             "path": True,
         },
     )
-    drop_empty: bool = field(default=False, metadata={"help": "leave objects without area out; else they are refused"})
-    augment: bool = field(default=False, metadata={"help": "mirror train's at random"})
+    drop_empty: bool = field(default=False, metadata={"help": "leave out objects without area; else they are errors"})
+    augment: bool = field(default=False, metadata={"help": "random mirroring for train"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,7 +43,7 @@ class CocoImages(Pictures):
 
 @dataclass
 class InstanceSegmentation(Task):
-    name: str = field(default="instance_segmentation", metadata={"help": "the job"})
+    name: str = field(default="instance_segmentation", metadata={"help": "the task"})
     backbone: Pretrained = field(default_factory=Pretrained)
     detector: Detector = field(default_factory=Detector)
     data: CocoImages = field(default_factory=CocoImages)
@@ -52,23 +52,25 @@ class InstanceSegmentation(Task):
 
     def splits(self, seed: int) -> dict[str, CocoExamples]:
         images = self.source.images
-        tables = {split: _table(images, places) for split, places in self.source.splits.items()}
-        splits = three(tables, self.data, seed, self.data.path)
-        shown = {name: [images[place] for place in table.rows["place"][:]] for name, table in splits.items()}
-        coco.need_objects(self.source, shown)
-        return {name: CocoExamples(table, images, name == "train", self.data.augment) for name, table in splits.items()}
+        own = {split: _split(images, places) for split, places in self.source.splits.items()}
+        splits = three(own, self.data, seed, self.data.path)
+        used = {name: [images[place] for place in records.dataset["place"][:]] for name, records in splits.items()}
+        coco.need_objects(self.source, used)
+        return {
+            name: CocoExamples(records, images, name == "train", self.data.augment) for name, records in splits.items()
+        }
 
     def check(self, splits: dict[str, CocoExamples]) -> None:
-        check_each((examples.table for examples in splits.values()), self._check)
+        check_each((examples.records for examples in splits.values()), self._check)
 
-    def _check(self, table: Table, index: int) -> None:
-        told = self.source.images[table.rows[index]["place"]]
-        if not os.path.isfile(told.file):
-            raise ValueError(f"{told.name}: there is no file {told.file}")
-        found = open_image(table, index, "image", 3)
-        if found.size != (told.width, told.height):
-            sizes = f"{found.width} × {found.height}, not {told.width} × {told.height}"
-            raise ValueError(f"{table.name(index)} ({told.file}): the image is {sizes}")
+    def _check(self, records: Records, index: int) -> None:
+        image = self.source.images[records.dataset[index]["place"]]
+        if not os.path.isfile(image.file):
+            raise ValueError(f"{image.name}: there is no file {image.file}")
+        picture = open_image(records, index, "image", 3)
+        if picture.size != (image.width, image.height):
+            sizes = f"{picture.width} × {picture.height}, not {image.width} × {image.height}"
+            raise ValueError(f"{records.name(index)} ({image.file}): the image is {sizes}")
 
     @cached_property
     def source(self) -> coco.Source:
@@ -79,52 +81,56 @@ class InstanceSegmentation(Task):
         return MaskRCNN(load_backbone(self.backbone), classes, self.detector, keys.mean, keys.std)
 
     def head(self, model: nn.Module) -> list[str]:
-        """All but the backbone; of that, the norms that it has for its maps only."""
+        """All except the backbone; of that, the norms that it applies to its maps only."""
         return ["fpn", "rpn", "roi_heads", *map_norms(model)]
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Tensors padded with 0 to the largest, so that they move, split and gather like any other batch."""
+        """Tensors padded with 0 to the largest, so that Trainer can move, split and gather them like any batch."""
         return {key: _stacked([torch.as_tensor(example[key]) for example in examples]) for key in examples[0]}
 
     def outputs(self, model: nn.Module, examples: Sequence[dict[str, Any]]) -> Tensor:
-        """The first stage's logits: which boxes are kept is not smooth in the weights."""
+        """The first stage's logits: the detections do not depend smoothly on the weights."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         return torch.cat([base.objectness(example["pixel_values"][None]) for example in examples])
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        """COCO's average precisions, of masks ("mAP", "AP50", "AP75", "APs", "APm", "APl": of small, medium and large
-        objects, where there are such) and of boxes ("box_mAP", ...)."""
+        """COCO's average precisions of masks ("mAP", "AP50", "AP75"; "APs", "APm", "APl" for small, medium and large
+        objects, if there are any) and of boxes ("box_mAP", ...)."""
         places = prediction.label_ids.tolist()
-        found: dict[str, list[dict[str, Any]]] = {"segm": [], "bbox": []}
+        detections: dict[str, list[dict[str, Any]]] = {"segm": [], "bbox": []}
         for place, *outputs in zip(places, *prediction.predictions, strict=True):
             boxes, scores, classes, masks = (values[outputs[1] > 0] for values in outputs)
-            pasted = coco.pasted(masks, boxes, self.source.images[place])
+            pasted = coco.paste(masks, boxes, self.source.images[place])
             for (left, top, right, bottom), score, number, mask in zip(boxes, scores, classes, pasted, strict=True):
-                of = {"image_id": place, "category_id": int(number), "score": float(score)}
-                found["segm"].append({**of, "segmentation": mask})
-                found["bbox"].append({**of, "bbox": [float(x) for x in (left, top, right - left, bottom - top)]})
+                common = {"image_id": place, "category_id": int(number), "score": float(score)}
+                detections["segm"].append({**common, "segmentation": mask})
+                detections["bbox"].append(
+                    {**common, "bbox": [float(x) for x in (left, top, right - left, bottom - top)]}
+                )
         truth, most = coco.truth_of(self.source, places), self.detector.detections
-        boxes = coco.precisions(truth, found["bbox"], "bbox", most)
-        return coco.precisions(truth, found["segm"], "segm", most) | {f"box_{name}": x for name, x in boxes.items()}
+        boxes = coco.precisions(truth, detections["bbox"], "bbox", most)
+        return coco.precisions(truth, detections["segm"], "segm", most) | {
+            f"box_{name}": x for name, x in boxes.items()
+        }
 
 
 @dataclass
 class CocoExamples:
-    """Images (3, height, width) from 0 to 1, each with its size and place in ``images``; for train its objects too."""
+    """Images (3, height, width) from 0 to 1, with their size and place in ``images``; for train also their objects."""
 
-    table: Table
-    images: list[coco.Annotated]
+    records: Records
+    images: list[coco.AnnotatedImage]
     train: bool
     mirror: bool
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         from torchvision.transforms.v2 import functional as V
 
-        picture = V.to_dtype(V.to_image(open_image(self.table, index, "image", 3)), torch.float32, scale=True)
-        place = self.table.rows[index]["place"]
+        picture = V.to_dtype(V.to_image(open_image(self.records, index, "image", 3)), torch.float32, scale=True)
+        place = self.records.dataset[index]["place"]
         image = self.images[place]
         example = {"pixel_values": picture, "sizes": [image.height, image.width], "labels": place}
         if self.train:
@@ -136,13 +142,13 @@ class CocoExamples:
         return example
 
 
-def _table(images: list[coco.Annotated], places: range) -> Table:
+def _split(images: list[coco.AnnotatedImage], places: range) -> Records:
     import datasets
 
     features = datasets.Features({"image": datasets.Image(decode=False), "place": datasets.Value("int64")})
     columns = {"image": [images[place].file for place in places], "place": list(places)}
     names = [images[place].name for place in places]
-    return Table(datasets.Dataset.from_dict(columns, features=features), names.__getitem__)
+    return Records(datasets.Dataset.from_dict(columns, features=features), names.__getitem__)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

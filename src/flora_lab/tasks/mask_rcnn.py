@@ -1,4 +1,4 @@
-"""torchvision's Mask R-CNN (He et al. 2017) over any backbone, with a forward that transformers' Trainer can use."""
+"""torchvision's Mask R-CNN (He et al. 2017) over any backbone, with a forward for transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 @dataclass
 class Detector:
-    """The sizes of its parts; the defaults are He et al.'s, for COCO."""
+    """Sizes; the defaults are He et al.'s for COCO."""
 
-    channels: int = field(default=256, metadata={"help": "of the feature pyramid and the mask head", "least": 1})
+    channels: int = field(default=256, metadata={"help": "width of the feature pyramid and the mask head", "least": 1})
     hidden: int = field(default=1024, metadata={"help": "width of the box head", "least": 1})
     anchors: list[int] = field(
         default_factory=lambda: [32, 64, 128, 256, 512],
-        metadata={"help": "sides in pixels, one for each map of the backbone; one more adds a coarser map"},
+        metadata={"help": "sides in pixels, one per map of the backbone; one more adds a coarser map"},
     )
     size: list[int] = field(
         default_factory=lambda: [800],
-        metadata={"help": "an image's shorter side in pixels; of several, train draws one and the rest uses the last"},
+        metadata={"help": "shorter side of an image in pixels; of several, train draws one, evaluation uses the last"},
     )
-    longest: int = field(default=1333, metadata={"help": "an image's longer side, at the most", "least": 1})
-    proposals: int = field(default=1000, metadata={"help": "boxes of an image that go to the second stage", "least": 1})
-    samples: int = field(default=512, metadata={"help": "of them, to train on", "least": 1})
-    detections: int = field(default=100, metadata={"help": "of an image, at the most", "least": 1})
+    longest: int = field(default=1333, metadata={"help": "longer side of an image, at most", "least": 1})
+    proposals: int = field(default=1000, metadata={"help": "boxes per image for the second stage", "least": 1})
+    samples: int = field(default=512, metadata={"help": "boxes per image that train the second stage", "least": 1})
+    detections: int = field(default=100, metadata={"help": "detections per image, at most", "least": 1})
 
     def __post_init__(self):
         for name in ("anchors", "size"):
@@ -38,7 +38,7 @@ class Detector:
 
 
 class MaskRCNN(nn.Module):
-    """``body``: a transformers backbone; ``classes``: without the background, which is class 0."""
+    """``body``: a transformers backbone. ``classes``: their number, without the background, which is class 0."""
 
     def __init__(self, body: nn.Module, classes: int, keys: Detector, mean: Sequence[float], std: Sequence[float]):
         from torchvision.models.detection import faster_rcnn, mask_rcnn, rpn
@@ -54,7 +54,7 @@ class MaskRCNN(nn.Module):
         coarser = LastLevelMaxPool() if len(keys.anchors) > levels else None
         names = [str(level) for level in range(levels)]
         whole = mask_rcnn.MaskRCNN(
-            SimpleNamespace(out_channels=width),  # the body and its pyramid are run here
+            SimpleNamespace(out_channels=width),  # forward runs the backbone and the pyramid itself
             min_size=tuple(keys.size),
             max_size=keys.longest,
             image_mean=list(mean),
@@ -91,55 +91,57 @@ class MaskRCNN(nn.Module):
         """Losses in training, detections in evaluation.
 
         ``pixel_values`` (batch, 3, height, width) from 0 to 1, padded below and on the right; ``sizes`` (batch, 2), the
-        images' own height and width; ``labels`` (batch,), which images they are. In training ``boxes`` (batch, n, 4) of
-        left, top, right, bottom in pixels, ``classes`` (batch, n) from 1, and 0 where there is no object, and ``masks``
-        (batch, n, height, width).
+        images' own height and width; ``labels`` (batch,), their places. In training also ``boxes`` (batch, n, 4) of
+        left, top, right, bottom in pixels, ``classes`` (batch, n) from 1, or 0 for no object, and ``masks`` (batch, n,
+        height, width).
 
-        Returns {"loss"} in training. In evaluation, with d = detections: "boxes" (batch, d, 4), "scores" (batch, d),
-        from high to low and 0 where there are no more, "classes" (batch, d), "masks" (batch, d, 28, 28), the object's
-        probability in its box, and before them a "loss" that is not a number, as Mask R-CNN has none there.
+        Returns {"loss"} in training. In evaluation, with d = detections: "boxes" (batch, d, 4), "scores" (batch, d) in
+        descending order, padded with 0, "classes" (batch, d), "masks" (batch, d, 28, 28), the object's probability in
+        its box. With ``labels``, "loss" comes first; it is NaN, since Mask R-CNN has no loss in evaluation.
         """
         spaces = [tuple(size) for size in sizes.tolist()]
         images = [image[:, :height, :width] for image, (height, width) in zip(pixel_values, spaces, strict=True)]
         targets = None
         if self.training:
-            there = classes > 0
+            present = classes > 0
             targets = [
                 {
-                    "boxes": boxes[i, there[i]],
-                    "labels": classes[i, there[i]],
-                    "masks": masks[i, there[i], :height, :width],
+                    "boxes": boxes[i, present[i]],
+                    "labels": classes[i, present[i]],
+                    "masks": masks[i, present[i], :height, :width],
                 }
                 for i, (height, width) in enumerate(spaces)
             ]
-        shown, targets = self.transform(images, targets)
-        maps = self.maps(shown.tensors)
-        proposals, first = self.rpn(shown, maps, targets)
-        found, second = self.roi_heads(maps, proposals, shown.image_sizes, targets)
+        scaled, targets = self.transform(images, targets)
+        maps = self.maps(scaled.tensors)
+        proposals, first = self.rpn(scaled, maps, targets)
+        detected, second = self.roi_heads(maps, proposals, scaled.image_sizes, targets)
         if self.training:
             return {"loss": sum({**first, **second}.values())}
-        packed = [self._packed(*pair) for pair in zip(found, zip(shown.image_sizes, spaces, strict=True), strict=True)]
+        sizes_of = zip(scaled.image_sizes, spaces, strict=True)
+        packed = [self._pack(one, *sizes) for one, sizes in zip(detected, sizes_of, strict=True)]
         stacked = {name: torch.stack([one[name] for one in packed]) for name in packed[0]}
         return stacked if labels is None else {"loss": pixel_values.new_tensor(float("nan")), **stacked}
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """The feature pyramid, by level."""
         maps = self.body(images).feature_maps
         return self.fpn({str(level): x for level, x in enumerate(maps)})
 
     def objectness(self, pixel_values: Tensor) -> Tensor:
-        """The first stage's logits at every anchor of images of one size, flat."""
-        shown, _ = self.transform(list(pixel_values))
-        logits, _ = self.rpn.head(list(self.maps(shown.tensors).values()))
+        """The first stage's logits at every anchor, flattened; for images of one size."""
+        scaled, _ = self.transform(list(pixel_values))
+        logits, _ = self.rpn.head(list(self.maps(scaled.tensors).values()))
         return torch.cat([x.flatten() for x in logits])
 
-    def _packed(self, found: dict[str, Tensor], spaces: tuple[tuple[int, int], tuple[int, int]]) -> dict[str, Tensor]:
-        """An image's detections as tensors of one length; boxes from the scaled image's pixels to its own."""
+    def _pack(self, detected: dict[str, Tensor], scaled: tuple[int, int], size: tuple[int, int]) -> dict[str, Tensor]:
+        """An image's detections, padded to ``detections``; the boxes in pixels of the image, not of the scaled one."""
         from torchvision.models.detection.transform import resize_boxes
 
-        missing = self.detections - len(found["scores"])
+        missing = self.detections - len(detected["scores"])
         return {
-            "boxes": F.pad(resize_boxes(found["boxes"].float(), *spaces), (0, 0, 0, missing)),
-            "scores": F.pad(found["scores"].float(), (0, missing)),
-            "classes": F.pad(found["labels"], (0, missing)),
-            "masks": F.pad(found["masks"][:, 0].float(), (0, 0, 0, 0, 0, missing)),
+            "boxes": F.pad(resize_boxes(detected["boxes"].float(), scaled, size), (0, 0, 0, missing)),
+            "scores": F.pad(detected["scores"].float(), (0, missing)),
+            "classes": F.pad(detected["labels"], (0, missing)),
+            "masks": F.pad(detected["masks"][:, 0].float(), (0, 0, 0, 0, 0, missing)),
         }

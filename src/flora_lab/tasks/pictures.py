@@ -1,5 +1,4 @@
-"""Pictures: where they come from (a folder, parquet files, the hub), and how one is opened. What is true of examples of
-any kind is in `data`; how a picture is shown to a model, in its task."""
+"""Pictures: read from a folder, parquet files or the hub, and opened. How a model sees them is up to the task."""
 
 from __future__ import annotations
 
@@ -12,15 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flora_lab.tasks.data import SPLITS, Portions, Table, is_place, split_name
+from flora.files import local_path
+from flora_lab.tasks.data import SPLITS, Portions, Records, split_name
 
 
 @dataclass
 class Pictures(Portions):
-    """Portions of a source of pictures, and how their channels are normalised: ImageNet's by default."""
+    """Portions of a source of pictures, and the normalisation of their channels, by default ImageNet's."""
 
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "of each channel"})
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "of each channel"})
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "per channel"})
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "per channel"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,52 +35,49 @@ class Pictures(Portions):
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read(path: str, images: Iterable[str] = ()) -> dict[str, Table]:
-    """Splits by name: of a parquet file, a folder of such, a folder of images, or the hub.
+def read(path: str, images: Iterable[str] = ()) -> dict[str, Records]:
+    """Splits by name, from a parquet file, a folder of parquet files or pictures, or the hub.
 
-    ``images`` are the columns of pictures: left encoded, as {"bytes", "path"}. Raises ValueError naming ``path``.
+    ``images``: the columns of pictures, which stay encoded: {"bytes", "path"}. Raises ValueError naming ``path``.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    place = Path(path)
+    place = local_path(path)
     try:
-        if files := sorted(place.rglob("*.parquet")) if place.is_dir() else [place] * (place.suffix == ".parquet"):
-            tables = _parquet(files)
-        elif place.is_dir():
-            tables = _folder(place)
-        elif is_place(path):
-            raise ValueError("no such file or folder")
+        if place is None:
+            splits = {name: Records(split, _namer(path, name)) for name, split in datasets.load_dataset(path).items()}
         else:
-            tables = {name: Table(rows, _namer(path, name)) for name, rows in datasets.load_dataset(path).items()}
+            files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
+            splits = _parquet(files) if files else _folder(place)
     except Exception as error:  # of pyarrow's, the hub's and datasets' many classes
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    for table in tables.values():
-        for column in set(images) & set(table.rows.column_names):
-            if not isinstance(table.rows.features[column], datasets.Image):
-                raise ValueError(f"{path}: column {column!r} holds {table.rows.features[column]}, no images")
-            table.rows = table.rows.cast_column(column, datasets.Image(decode=False))
+    for records in splits.values():
+        for column in set(images) & set(records.dataset.column_names):
+            if not isinstance(records.dataset.features[column], datasets.Image):
+                raise ValueError(f"{path}: column {column!r} holds {records.dataset.features[column]}, not images")
+            records.dataset = records.dataset.cast_column(column, datasets.Image(decode=False))
     named: dict[str, str] = {}
-    for name in tables:
+    for name in splits:
         if (other := named.setdefault(split_name(name), name)) != name:
             raise ValueError(f"{path}: both {other} and {name} are a {split_name(name)} split")
-    return {split: tables[name] for split, name in named.items()}
+    return {split: splits[name] for split, name in named.items()}
 
 
-def _parquet(files: list[Path]) -> dict[str, Table]:
-    """Of SPLIT-00000-of-00001.parquet and its like, or of the hub's own SPLIT/0000.parquet; one file alone is train."""
+def _parquet(files: list[Path]) -> dict[str, Records]:
+    """From files such as SPLIT-00000-of-00001.parquet, or SPLIT/0000.parquet as on the hub; a single file is train."""
     import datasets
 
     names: dict[str, list[Path]] = {}
     for file in files:
         name = file.absolute().parent.name if file.stem.isdigit() else re.split(r"[-_.]", file.stem)[0]
         names.setdefault(name if len(files) > 1 else "train", []).append(file)
-    tables = {}
+    splits = {}
     for name, some in names.items():
         parts = [_one_parquet(file) for file in some]
         places = [f"{file}, row {row}" for file, part in zip(some, parts, strict=True) for row in range(len(part))]
-        tables[name] = Table(datasets.concatenate_datasets(parts), places.__getitem__)
-    return tables
+        splits[name] = Records(datasets.concatenate_datasets(parts), places.__getitem__)
+    return splits
 
 
 def _one_parquet(file: Path) -> Any:
@@ -95,36 +92,36 @@ def _one_parquet(file: Path) -> Any:
     raise ValueError(f"{file.name} is empty")
 
 
-def _folder(folder: Path) -> dict[str, Table]:
-    """Of pictures SPLIT/CLASS/NAME, or CLASS/NAME, which are all train; sorted by path, hidden ones left out.
+def _folder(folder: Path) -> dict[str, Records]:
+    """From pictures SPLIT/CLASS/NAME, or CLASS/NAME, which are all train; sorted by path, without hidden files.
 
-    Nothing is told by a picture's own name, and none is passed over: one at another depth raises ValueError.
+    The class is the folder's name. A picture at any other depth raises ValueError.
     """
     import datasets
     from PIL import Image
 
     endings = Image.registered_extensions()
-    splits = sorted(name.name for name in folder.iterdir() if name.is_dir() and split_name(name.name) in SPLITS)
-    found: dict[str, list[Path]] = {name: [] for name in splits or ["train"]}
+    names = sorted(name.name for name in folder.iterdir() if name.is_dir() and split_name(name.name) in SPLITS)
+    pictures: dict[str, list[Path]] = {name: [] for name in names or ["train"]}
     for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True)):
         file, (*folders, _) = folder / name, Path(name).parts
         if file.suffix.lower() not in endings or file.is_dir():
             continue
-        split = folders.pop(0) if splits and folders else "train"
-        if split not in found or len(folders) != 1:
-            depth = f"SPLIT/CLASS/NAME, with SPLIT one of {', '.join(splits)}" if splits else "CLASS/NAME"
+        split = folders.pop(0) if names and folders else "train"
+        if split not in pictures or len(folders) != 1:
+            depth = f"SPLIT/CLASS/NAME, with SPLIT one of {', '.join(names)}" if names else "CLASS/NAME"
             raise ValueError(f"{name} is not where a picture is expected, {depth}")
-        found[split].append(file)
-    classes = sorted({file.parent.name for files in found.values() for file in files})
+        pictures[split].append(file)
+    classes = sorted({file.parent.name for files in pictures.values() for file in files})
     if not classes:
-        raise ValueError("neither pictures in it nor parquet files")
+        raise ValueError("no pictures and no parquet files in it")
     features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=classes))
-    tables = {}
-    for split, files in found.items():
+    splits = {}
+    for split, files in pictures.items():
         paths = [str(file) for file in files]
         columns = {"image": paths, "label": [file.parent.name for file in files]}
-        tables[split] = Table(datasets.Dataset.from_dict(columns, features=features), paths.__getitem__)
-    return tables
+        splits[split] = Records(datasets.Dataset.from_dict(columns, features=features), paths.__getitem__)
+    return splits
 
 
 def _namer(path: str, split: str) -> Callable[[int], str]:
@@ -134,15 +131,15 @@ def _namer(path: str, split: str) -> Callable[[int], str]:
 # ---------------------------------------------------------------------------------------------------------- opening
 
 
-def open_image(table: Table, index: int, column: str, channels: int | None = None) -> Any:
-    """The picture of a row, decoded by Pillow, as it is or in one or three ``channels`` of 8 bits.
+def open_image(records: Records, index: int, column: str, channels: int | None = None) -> Any:
+    """A record's picture, decoded by Pillow; with ``channels``, converted to one or three channels of 8 bits.
 
-    Raises ValueError naming the row and, if it has one, its file.
+    Raises ValueError naming the record and its file, if it has one.
     """
     from PIL import Image, UnidentifiedImageError
 
-    found, name = table.rows[index][column] or {}, table.name(index)
-    encoded, path = found.get("bytes"), found.get("path")
+    cell, name = records.dataset[index][column] or {}, records.name(index)
+    encoded, path = cell.get("bytes"), cell.get("path")
     try:
         if encoded is None and not (path and Path(path).is_file()):
             raise ValueError("missing")
@@ -152,17 +149,17 @@ def open_image(table: Table, index: int, column: str, channels: int | None = Non
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         where = f" ({path})" if path and path not in name else ""
         what = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name}{where}: column {column!r} is no readable image: {what}") from error
+        raise ValueError(f"{name}{where}: column {column!r} is not a readable image: {what}") from error
 
 
 def _bytes(picture: Any) -> Any:
-    """Greys of 16 bits scaled to 8, which Pillow would cut off at 255. Raises ValueError where the range is unknown."""
+    """Grey values of 16 bits, scaled to 8: Pillow would clip them at 255. Raises ValueError if the range is unknown."""
     import numpy as np
     from PIL import Image
 
-    # Pillow before 11 opens PNGs of 16 bits as I, and all versions such PGMs
+    # Pillow opens PGMs of 16 bits as mode I, and before version 11 PNGs too
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return Image.fromarray(np.rint(np.asarray(picture) / 257).astype("uint8"))
     if picture.mode in ("I", "F"):
-        raise ValueError(f"of mode {picture.mode}, whose range is unknown; expected 8 or 16 bits a channel")
+        raise ValueError(f"of mode {picture.mode}, whose range is unknown; expected 8 or 16 bits per channel")
     return picture

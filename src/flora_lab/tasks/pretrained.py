@@ -1,4 +1,4 @@
-"""A task's model: by its name on the hub, a folder, or a config, with weights of a file if it has some of its own."""
+"""A task's model: from a folder, the hub, or a config, optionally with the weights of a file."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from flora.files import open_tensors
+from flora.files import local_path, open_tensors
 
 
 @dataclass
 class Pretrained:
     name: str | None = field(
-        default=None, metadata={"help": "a transformers model: its folder, or name on the hub", "path": True}
+        default=None, metadata={"help": "a transformers model: a folder, or a name on the hub", "path": True}
     )
     config: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "in place of a name: model_type and the fields of its config"}
+        default_factory=dict, metadata={"help": "instead of a name: model_type and the fields of its config"}
     )
     weights: str | None = field(
-        default=None, metadata={"help": "a safetensors file of its weights, for a config", "path": True}
+        default=None, metadata={"help": "safetensors file with the weights, if given by config", "path": True}
     )
 
     def load(self, kind: str, head: tuple[str, ...], **overrides: Any) -> nn.Module:
         """The model as transformers' Auto class ``kind``, with ``overrides`` in its config.
 
-        What lies under ``head`` keeps its fresh weights. Raises ValueError naming the model, or the file.
+        The modules under ``head`` get new weights. Raises ValueError naming the model, or the file.
         """
         import transformers
 
@@ -40,8 +40,9 @@ class Pretrained:
         auto = getattr(transformers, kind)
         try:
             if self.name:
-                model = auto.from_pretrained(self.name, dtype=torch.float32, ignore_mismatched_sizes=True, **overrides)
-                redraw(model, head)  # or one of as many classes would be kept
+                keys = {"dtype": torch.float32, "ignore_mismatched_sizes": True, **overrides}
+                model = auto.from_pretrained(self.source(), **keys)
+                redraw(model, head)  # from_pretrained keeps a head with as many classes
                 return model
             model = auto.from_config(make_config(self.config, **overrides))
         except Exception as error:  # a model's own code may raise anything
@@ -50,19 +51,25 @@ class Pretrained:
             load_weights(model, self.weights, head)
         return model
 
+    def source(self) -> str:
+        """The folder, or the name on the hub. Raises ValueError if it is a folder that does not exist."""
+        return str(local_path(self.name) or self.name)
+
     def check(self) -> None:
-        """Raises ValueError where the keys do not say one model."""
+        """Raise ValueError if the keys do not name exactly one model."""
         if (self.name is None) == (not self.config):
             raise ValueError(f"a model is given by name or config, got name={self.name} and config={self.config}")
         if self.config and "model_type" not in self.config:
             raise ValueError(f"config={self.config}: expected a model_type, such as convnextv2")
         if self.name and self.weights:
-            raise ValueError(f"weights={self.weights}: a named model ({self.name}) brings its own")
+            raise ValueError(f"weights={self.weights}: a named model ({self.name}) has its own")
 
 
 def make_config(fields: dict[str, Any], **overrides: Any) -> Any:
-    """The transformers config of model_type and further ``fields``. Raises ValueError for those that are unknown, which
-    transformers would keep and nothing would read."""
+    """The transformers config of ``fields``: model_type and others.
+
+    Raises ValueError for an unknown field: transformers would store it, and nothing would read it.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = str(fields["model_type"])
@@ -72,23 +79,23 @@ def make_config(fields: dict[str, Any], **overrides: Any) -> Any:
     plain = type(config)()
     known = {*dir(plain), *plain.attribute_map}
     for name in fields:
-        if name not in known and name in vars(config):  # others were understood: an older name, say
+        if name not in known and name in vars(config):  # else it is another name of a known one
             raise ValueError(f"{type(config).__name__} has no {name!r}{_nearest(name, known)}")
     return config
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    found = get_close_matches(name, sorted(known))
-    return f"; nearest: {', '.join(found)}" if found else ""
+    close = get_close_matches(name, sorted(known))
+    return f"; nearest: {', '.join(close)}" if close else ""
 
 
 def brief(error: Exception) -> str:
-    """Its message in one line; transformers' may list hundreds of models."""
+    """The message in one line, cut off: transformers may list hundreds of models."""
     return shorten(str(error), 400, placeholder=" …") or type(error).__name__
 
 
 def redraw(model: nn.Module, head: tuple[str, ...]) -> None:
-    """Fresh weights, from torch's generator, for every module of the head."""
+    """Draw new weights, from torch's generator, for every module of the head."""
     below = tuple(f"{name}." for name in head)
     for name, module in model.named_modules():
         if f"{name}.".startswith(below) and hasattr(module, "reset_parameters"):
@@ -96,15 +103,16 @@ def redraw(model: nn.Module, head: tuple[str, ...]) -> None:
 
 
 def load_weights(model: nn.Module, file: str, head: tuple[str, ...]) -> None:
-    """Every weight of ``file`` but the head's, whose classes are others."""
+    """Load every weight of ``file`` except the head's, which has other classes. Raises ValueError if names or shapes
+    differ from the model's."""
     own = model.state_dict()
-    new = tuple(f"{name}." for name in head)
+    below = tuple(f"{name}." for name in head)
     with open_tensors(file) as tensors:
-        found = {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith(new)}
-    wanted = {name for name in own if not name.startswith(new) and not name.endswith("num_batches_tracked")}
-    for name in sorted(wanted ^ {name for name in found if not name.endswith("num_batches_tracked")}):
+        saved = {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith(below)}
+    wanted = {name for name in own if not name.startswith(below) and not name.endswith("num_batches_tracked")}
+    for name in sorted(wanted ^ {name for name in saved if not name.endswith("num_batches_tracked")}):
         raise ValueError(f"{file}: {name!r} is in only one of the file and {type(model).__name__}")
-    for name, tensor in found.items():
+    for name, tensor in saved.items():
         if name in own and tensor.shape != own[name].shape:
             raise ValueError(f"{file}: {name!r} is {list(tensor.shape)}, the model's is {list(own[name].shape)}")
-    model.load_state_dict(own | {name: tensor for name, tensor in found.items() if name in own})
+    model.load_state_dict(own | {name: tensor for name, tensor in saved.items() if name in own})

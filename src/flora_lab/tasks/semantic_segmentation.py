@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flora_lab.tasks.backbone import load_backbone, map_norms
 from flora_lab.tasks.base import Task
-from flora_lab.tasks.data import Table, check_each, need_columns, three
+from flora_lab.tasks.data import Records, check_each, need_columns, three
 from flora_lab.tasks.pictures import open_image, read
 from flora_lab.tasks.pretrained import Pretrained
 from flora_lab.tasks.scenes import IGNORED, Scenes, labels_of, read_pairs
@@ -24,106 +24,105 @@ HEADS = ("decode_head", "auxiliary_head", "segmentation_head", "classifier", "he
 
 @dataclass
 class SemanticSegmentation(Task):
-    name: str = field(default="semantic_segmentation", metadata={"help": "the job"})
+    name: str = field(default="semantic_segmentation", metadata={"help": "the task"})
     model: Pretrained = field(default_factory=Pretrained)
     backbone: Pretrained | None = field(
-        default=None, metadata={"help": "what a model given by its config is built on (by default an UperNet)"}
+        default=None, metadata={"help": "backbone of a model given by config (default: an UperNet)"}
     )
     data: Scenes = field(default_factory=Scenes)
 
     metric = "mIoU"
 
     def splits(self, seed: int) -> dict[str, LabelledScenes]:
-        splits = three(self._tables, self.data, seed, self.data.path)
+        splits = three(self._records, self.data, seed, self.data.path)
         return {
-            name: LabelledScenes(table, self.data, self.data.augment and name == "train")
-            for name, table in splits.items()
+            name: LabelledScenes(records, self.data, self.data.augment and name == "train")
+            for name, records in splits.items()
         }
 
     def check(self, splits: dict[str, LabelledScenes]) -> None:
-        """A class of the test split must be in train, unless of that only a few examples are drawn."""
-        keys, train = self.data, splits["train"].table
+        """Also that train has every class of the test split, unless only some of its examples are used."""
+        keys, train = self.data, splits["train"].records
         shape = None if keys.size else open_image(train, 0, keys.image).size
-        found = {name: self._labels(examples.table, shape) for name, examples in splits.items()}
-        for name, labels in found.items():
-            if not labels:
+        labels = {name: self._labels(examples.records, shape) for name, examples in splits.items()}
+        for name, some in labels.items():
+            if not some:
                 left_out = f"task.data.ignore={keys.ignore} and task.data.reduce_labels={keys.reduce_labels}"
                 raise ValueError(f"{keys.path}: the {name} split has no labelled pixel, with {left_out}")
-        for label in sorted(found["test"].keys() - found["train"].keys()) if keys.train_examples is None else ():
-            raise ValueError(
-                f"{splits['test'].table.name(found['test'][label])}: label {label + keys.reduce_labels} is not in the "
-                "train split; task.data.ignore leaves a label out"
-            )
+        for label in sorted(labels["test"].keys() - labels["train"].keys()) if keys.train_examples is None else ():
+            name = splits["test"].records.name(labels["test"][label])
+            problem = f"label {label + keys.reduce_labels} is not in the train split"
+            raise ValueError(f"{name}: {problem}; task.data.ignore leaves a label out")
 
-    def _labels(self, table: Table, shape: tuple[int, int] | None) -> dict[int, int]:
-        """Each label that counts, with a row that has it."""
-        classes, found = self.classes, {}
+    def _labels(self, records: Records, shape: tuple[int, int] | None) -> dict[int, int]:
+        """Each label that is not ignored, with the index of a record that has it."""
+        classes, labels = self.classes, {}
 
-        def look(table: Table, index: int) -> None:
-            found.update(dict.fromkeys(self._checked(table, index, classes, shape), index))  # safe in several threads
+        def look(records: Records, index: int) -> None:
+            labels.update(dict.fromkeys(self._labels_of(records, index, classes, shape), index))  # thread-safe
 
-        check_each([table], look)
-        return found
+        check_each([records], look)
+        return labels
 
-    def _checked(self, table: Table, index: int, classes: int, shape: tuple[int, int] | None) -> set[int]:
-        """The labels of a row that count."""
+    def _labels_of(self, records: Records, index: int, classes: int, shape: tuple[int, int] | None) -> set[int]:
+        """A record's labels that are not ignored. Raises ValueError if sizes or labels are wrong."""
         import numpy as np
 
-        keys, labels = self.data, labels_of(table, index, self.data)
-        picture = open_image(table, index, keys.image, len(keys.mean))
+        keys, labels = self.data, labels_of(records, index, self.data)
+        picture = open_image(records, index, keys.image, len(keys.mean))
         if picture.size != labels.shape[::-1]:
             sizes = " and ".join(f"{width} × {height}" for width, height in (picture.size, labels.shape[::-1]))
-            raise ValueError(f"{table.name(index)}: {keys.image!r} and {keys.annotation!r} differ in size, {sizes}")
+            raise ValueError(f"{records.name(index)}: {keys.image!r} and {keys.annotation!r} differ in size, {sizes}")
         if shape and picture.size != shape:
-            raise ValueError(f"{table.name(index)}: not of the first picture's size; give task.data.size")
-        found = set(np.flatnonzero(np.bincount(labels.ravel())).tolist()) - {IGNORED}
-        if strange := [label for label in found if label >= classes]:
+            raise ValueError(f"{records.name(index)}: not of the first picture's size; set task.data.size")
+        present = set(np.flatnonzero(np.bincount(labels.ravel())).tolist()) - {IGNORED}
+        if wrong := [label for label in present if label >= classes]:
             first = int(keys.reduce_labels)
             raise ValueError(
-                f"{table.name(index)}: {keys.annotation!r} has label {strange[0] + first}, expected {first} to "
+                f"{records.name(index)}: {keys.annotation!r} has label {wrong[0] + first}, expected {first} to "
                 f"{classes - 1 + first}, or one of task.data.ignore={keys.ignore}"
             )
-        return found
+        return present
 
     @cached_property
-    def _tables(self) -> dict[str, Table]:
+    def _records(self) -> dict[str, Records]:
         keys, folder = self.data, Path(self.data.path)
         paired = (folder / "images").is_dir() and (folder / "annotations").is_dir()
-        tables = read_pairs(folder, keys) if paired else read(keys.path, images=[keys.image, keys.annotation])
-        need_columns(tables, keys.image, keys.annotation)
-        return tables
+        splits = read_pairs(folder, keys) if paired else read(keys.path, images=[keys.image, keys.annotation])
+        need_columns(splits, keys.image, keys.annotation)
+        return splits
 
     @cached_property
     def classes(self) -> int:
         if self.data.classes:
             return self.data.classes
-        found: list[int] = []  # appending is safe in several threads
+        largest: list[int] = []
 
-        def look(table: Table, index: int) -> None:
-            labels = labels_of(table, index, self.data)
-            found.append(int(labels[labels != IGNORED].max(initial=0)))
+        def look(records: Records, index: int) -> None:
+            labels = labels_of(records, index, self.data)
+            largest.append(int(labels[labels != IGNORED].max(initial=0)))  # thread-safe
 
-        check_each(self._tables.values(), look)
-        return max([*found, 1]) + 1
+        check_each(self._records.values(), look)
+        return max([*largest, 1]) + 1
 
     def build(self) -> nn.Module:
         if self.backbone is None:
             model = self.model.load("AutoModelForSemanticSegmentation", HEADS, num_labels=self.classes)
         elif self.model.name:
-            raise ValueError(f"task.backbone: a named model ({self.model.name}) brings its own")
+            raise ValueError(f"task.backbone: a named model ({self.model.name}) has its own")
         else:
-            body = load_backbone(self.backbone)
-            around = Pretrained(config={"model_type": "upernet", **self.model.config}, weights=self.model.weights)
-            keys = {"num_labels": self.classes, "backbone_config": body.config}
-            model = around.load("AutoModelForSemanticSegmentation", HEADS, **keys)
-            model.backbone = body
+            backbone = load_backbone(self.backbone)
+            decoder = Pretrained(config={"model_type": "upernet", **self.model.config}, weights=self.model.weights)
+            keys = {"num_labels": self.classes, "backbone_config": backbone.config}
+            model = decoder.load("AutoModelForSemanticSegmentation", HEADS, **keys)
+            model.backbone = backbone
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = BatchNorm
         return model
 
     def head(self, model: nn.Module) -> list[str]:
-        """The decoder, and the norms that a backbone has for its maps only."""
+        """The decoder, and the norms that the backbone applies to its maps only."""
         names = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
         if not names:
             raise ValueError(f"{type(model).__name__} has none of the heads {', '.join(HEADS)}")
@@ -131,11 +130,11 @@ class SemanticSegmentation(Task):
 
     @staticmethod
     def reduce(logits: Any, labels: Tensor) -> Tensor:
-        """Each image's pixels by class: rightly predicted, labelled, predicted.
+        """Count each image's pixels by class: correctly predicted, labelled, predicted.
 
         ``logits`` (batch, classes, h, w), or a tuple that starts with them; ``labels`` (batch, height, width). Returns
-        (batch, 3, classes), which is all of the confusion matrix that IoU and accuracy need; -1 where the logits of
-        an image are not finite.
+        (batch, 3, classes): all that IoU and accuracy need of the confusion matrix; -1 for an image whose logits are
+        not finite.
         """
         logits = logits[0] if isinstance(logits, tuple) else logits
         finite = logits.isfinite().flatten(1).all(1)
@@ -154,8 +153,8 @@ class SemanticSegmentation(Task):
         return counts.where(finite[:, None, None], -1)
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        """Of all labelled pixels of a split together, as MMSegmentation counts: mIoU is the mean over the classes that
-        are labelled or predicted there, mAcc over those that are labelled. All NaN for a model that diverged."""
+        """Over all labelled pixels of a split, as in MMSegmentation: mIoU is the mean over the classes that are
+        labelled or predicted, mAcc over those that are labelled. All NaN if the model diverged."""
         if (prediction.predictions < 0).any():
             return dict.fromkeys(("mIoU", "mAcc", "accuracy"), math.nan)
         right, labelled, predicted = prediction.predictions.sum(0)
@@ -168,8 +167,8 @@ class SemanticSegmentation(Task):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """With its running statistics where a batch has one value a channel: UperNet pools an image to one pixel, and the
-    last batch of an epoch may be one image."""
+    """Uses its running statistics if a batch has one value per channel: UperNet pools an image to one pixel, and the
+    last batch of an epoch may have one image."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.numel() == x.shape[1]:
@@ -179,23 +178,23 @@ class BatchNorm(nn.BatchNorm2d):
 
 @dataclass
 class LabelledScenes:
-    """A table's pictures (channels, height, width) and their labels (height, width)."""
+    """Pictures (channels, height, width) and their labels (height, width)."""
 
-    table: Table
+    records: Records
     keys: Scenes
     augment: bool
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as V
 
         keys = self.keys
-        picture = open_image(self.table, index, keys.image, len(keys.mean))
+        picture = open_image(self.records, index, keys.image, len(keys.mean))
         image = V.to_dtype(V.to_image(picture), torch.float32, scale=True)
-        labels = torch.from_numpy(labels_of(self.table, index, keys))[None]
+        labels = torch.from_numpy(labels_of(self.records, index, keys))[None]
         height, width = keys.size or labels.shape[1:]
         scale = min(height / labels.shape[1], width / labels.shape[2])
         if self.augment:
