@@ -224,7 +224,7 @@ def test_broken_lines_are_left_out_where_asked_and_one_of_two_texts_may_be_empty
         ({"data": Sentences(path="./nowhere")}, r"\./nowhere: no such file or folder"),
         ({"data": Sentences(path="{folder}")}, r"train.tsv: No such file"),
         ({"data": Sentences(path="{folder}/data", max_length=1000)}, r"max_length=1000: .* reads up to 512 tokens"),
-        ({"model": Pretrained(config={"model_type": "bert"})}, r"task.model.name=None: expected a folder or a name on the hub"),
+        ({"model": Pretrained(config={"model_type": "bert"})}, r"task.model.name=None: expected a folder or a name"),
         ({"model": Pretrained(name="{folder}/none")}, r"none has no tokenizer"),
     ],
 )
