@@ -32,7 +32,7 @@ GRADIENT_BATCHES = 8
 
 @dataclass(frozen=True)
 class Trial:
-    """``variant``: a name in the job's `methods`. ``budget``: None for a method that has none."""
+    """``variant``: a name in the job's `methods`. ``budget``: None for a method without one."""
 
     variant: str
     budget: int | None
@@ -83,13 +83,9 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         "machine": machine(),
     }
     if fitted.trainer.is_world_process_zero():
-        trained = fitted.model.cpu()
-        row["bytes"] = save(trained, folder / "trained")
+        row |= _saved(config, trial, file, fitted.model.cpu(), folder / "trained", data["test"])
         if norms:
-            row["spectra"] = spectra(trained, norms.base)
-        diverged = not all(parameter.isfinite().all() for parameter in trained.parameters())
-        if isinstance(trained, peft.PeftModel) and not diverged:
-            row |= round_trip(task, trained, base_model(task, file, trial.seed), folder / "trained", data["test"])
+            row["spectra"] = spectra(fitted.model, norms.base)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return row
 
@@ -102,6 +98,15 @@ def set_up(config: Config, variant: str, budget: int | None, model: nn.Module, t
     method, options = config.method_of(variant), dict(config.methods[variant].options)
     targets = config.target_modules or config.task.targets
     return adapt(method, model, config.task.head(model), budget or 0, options, target_modules=targets, steps=total)
+
+
+def _saved(config: Config, trial: Trial, file: Path | None, model: nn.Module, folder: Path, examples: Examples) -> Row:
+    """Save the trained model; its size on disk, and how exactly an adapter comes back unless it diverged."""
+    size = {"bytes": save(model, folder)}
+    diverged = not all(parameter.isfinite().all() for parameter in model.parameters())
+    if diverged or not isinstance(model, peft.PeftModel):
+        return size
+    return size | round_trip(config.task, model, base_model(config.task, file, trial.seed), folder, examples)
 
 
 def _batches(task: Task, examples: Examples, size: int, seed: int) -> Iterable[dict]:
