@@ -25,15 +25,11 @@ def job_keys() -> Iterator[tuple[str, str]]:
 def job_errors() -> Iterator[None]:
     """A user's mistake becomes one line and exit code 2; trials that failed, a line each and exit code 1."""
     try:
-        from flora.models import quiet
-
-        quiet()
-        try:
-            yield
-        except (ConfigError, OSError) as error:
-            raise Refused(str(error)) from error
-        except TrialsFailed as error:
-            raise click.ClickException(str(error)) from error
+        yield
+    except (ConfigError, OSError) as error:
+        raise Refused(str(error)) from error
+    except TrialsFailed as error:
+        raise click.ClickException(str(error)) from error
     except ModuleNotFoundError as error:
         raise Refused(f"{error.name} is not installed: pip install 'flora-peft[train]'") from error
 
@@ -49,10 +45,15 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     """
     given = as_overrides(overrides)
     with job_errors():
-        from flora_lab.run.train import train as run
         from flora_lab.settings import load_config
 
-        run(load_config(config, given))
+        job = load_config(config, given)  # before the imports that take seconds
+
+        from flora.models import quiet
+        from flora_lab.run.train import train as run
+
+        quiet()
+        run(job)
 
 
 @click.command(cls=KeyedCommand, keys=job_keys)
@@ -73,10 +74,15 @@ def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys
     single = [f"comparison.{key}={value}" for key, value in keys.items() if value and key in ("engine", "workers")]
     given = [*as_overrides(overrides), *lists, *single]
     with job_errors():
-        from flora_lab.run.compare import compare as run
         from flora_lab.settings import load_config
 
-        run(load_config(config, given), methods.split(",") if methods else ())
+        job = load_config(config, given)  # before the imports that take seconds
+
+        from flora.models import quiet
+        from flora_lab.run.compare import compare as run
+
+        quiet()
+        run(job, methods.split(",") if methods else ())
 
 
 @click.command()

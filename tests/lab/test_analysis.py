@@ -9,6 +9,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -547,3 +549,8 @@ def test_the_walls_inside():
         found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
         assert not [module for module in found if module.split(".")[0] == forbidden]
+
+
+def test_a_report_does_not_wait_for_torch():
+    code = "import sys, flora_lab.analysis; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

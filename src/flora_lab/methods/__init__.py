@@ -5,24 +5,21 @@ and names the others in its notes. budget.py defines "equal parameters". Every m
 
 A new method is one function (a `Request` and the method's options in, an `AdaptedModel` out) and one row. A method that
 PEFT has is `with_peft.at_rank` with its config class; one that PEFT has as an option of LoRA is a row alone.
+
+Importing this package loads neither torch nor PEFT: a command's help, a typo and a report need not wait for them.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from flora.tuner.config import check_rank
-from flora_lab.methods.adalora import adalora
-from flora_lab.methods.adapters import houlsby, pfeiffer
-from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request, head_parameters, trainable
-from flora_lab.methods.with_flora import flora
-from flora_lab.methods.with_lycoris import locon
-from flora_lab.methods.with_peft import loha, lokr, lora
-from flora_lab.methods.without_adapter import bitfit, full, head_only
+    from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request, head_parameters
 
 __all__ = ["METHODS", "AdaptedModel", "CannotAdapt", "Method", "Request", "adapt", "head_parameters"]
 
@@ -46,20 +43,37 @@ class Method:
     per_mode: bool = False
 
 
+def _function(place: str) -> Callable[..., AdaptedModel]:
+    """The function at "MODULE.NAME" in this package, whose module is imported when the function is called."""
+    module, _, name = place.rpartition(".")
+
+    def build(request: Request, **options: Any) -> AdaptedModel:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)(request, **options)
+
+    return build
+
+
 METHODS: dict[str, Method] = {
-    "full": Method(full, "full fine-tuning"),
-    "head": Method(head_only, "head only"),
-    "bitfit": Method(bitfit, "BitFit"),
-    "houlsby": Method(houlsby, "Houlsby adapter", "width"),
-    "pfeiffer": Method(pfeiffer, "Pfeiffer adapter", "width"),
-    "lora": Method(lora, "LoRA", "r"),
-    "dora": Method(lora, "DoRA", "r", {"use_dora": True}),
-    "adalora": Method(adalora, "AdaLoRA", "target_r"),
-    "loha": Method(loha, "LoHa", "r"),
-    "lokr": Method(lokr, "LoKr", "r"),
-    "locon": Method(locon, "LoCon, Tucker", "lora_dim"),
-    "flora": Method(flora, "FLoRA", "r", per_mode=True),
+    "full": Method(_function("without_adapter.full"), "full fine-tuning"),
+    "head": Method(_function("without_adapter.head_only"), "head only"),
+    "bitfit": Method(_function("without_adapter.bitfit"), "BitFit"),
+    "houlsby": Method(_function("adapters.houlsby"), "Houlsby adapter", "width"),
+    "pfeiffer": Method(_function("adapters.pfeiffer"), "Pfeiffer adapter", "width"),
+    "lora": Method(_function("with_peft.lora"), "LoRA", "r"),
+    "dora": Method(_function("with_peft.lora"), "DoRA", "r", {"use_dora": True}),
+    "adalora": Method(_function("adalora.adalora"), "AdaLoRA", "target_r"),
+    "loha": Method(_function("with_peft.loha"), "LoHa", "r"),
+    "lokr": Method(_function("with_peft.lokr"), "LoKr", "r"),
+    "locon": Method(_function("with_lycoris.locon"), "LoCon, Tucker", "lora_dim"),
+    "flora": Method(_function("with_flora.flora"), "FLoRA", "r", per_mode=True),
 }
+
+
+def __getattr__(name: str) -> Any:
+    """The public names of `common`."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.common"), name)
 
 
 def adapt(
@@ -89,6 +103,9 @@ def adapt(
         CannotAdapt: the method does not support this model, or the budget is too small for it.
         ValueError, TypeError: an unknown method, head or option, or a value that is not accepted.
     """
+    from flora.tuner.config import check_rank
+    from flora_lab.methods.common import Request, head_parameters, trainable
+
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")

@@ -41,11 +41,11 @@ def base_file(config: Config, folder: Path, main: bool, wait: Callable[[], None]
 def _pretrain(config: Config, task: Task, file: Path, folder: Path, main: bool, wait: Callable[[], None]) -> None:
     set_seed(config.seed)
     data, place = task.splits(config.seed), folder / "pretraining"
-    fitted = fit("base", task.build(), task, data, config.pretraining, config.seed, place, folder / "logs" / "base")
+    outcome = fit("base", task.build(), task, data, config.pretraining, config.seed, place, folder / "logs" / "base")
     wait()  # other processes may still be reading their checkpoints
     if main:
         with replace_file(file) as temporary:
-            tensors = fitted.model.state_dict()  # copied one by one, since safetensors refuses tied tensors
+            tensors = outcome.model.state_dict()  # copied one by one, since safetensors refuses tied tensors
             save_file({name: t.contiguous().clone().cpu() for name, t in tensors.items()}, temporary)
         shutil.rmtree(place)
     wait()

@@ -65,27 +65,27 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
     callbacks = [*adapted.callbacks, *filter(None, [norms])]
     logs = Path(config.output, "logs", folder.name)
     reset_peak()
-    fitted = fit(trial.variant, adapted.model, task, data, keys, trial.seed, folder, logs, callbacks, bar)
+    outcome = fit(trial.variant, adapted.model, task, data, keys, trial.seed, folder, logs, callbacks, bar)
     memory = peak_memory()
     row = {
         **subject(config, trial.variant, trial.budget),
         "seed": trial.seed,
         "learning_rate": trial.learning_rate,
-        **_evaluate(fitted, data),
+        **_evaluate(outcome, data),
         "adapter_parameters": adapted.parameters,
         **sizes,
         "epochs": keys.epochs,
-        **_times(fitted, norms),
+        **_times(outcome, norms),
         "memory": memory,
         "notes": adapted.notes,
-        "curve": _curve(fitted, task.metric),
+        "curve": _curve(outcome, task.metric),
         "norms": norms.records if norms else [],
         "machine": machine(),
     }
-    if fitted.trainer.is_world_process_zero():
-        row |= _saved(config, trial, file, fitted.model.cpu(), folder / "trained", data["test"])
+    if outcome.trainer.is_world_process_zero():
+        row |= _saved(config, trial, file, outcome.model.cpu(), folder / "trained", data["test"])
         if norms:
-            row["spectra"] = spectra(fitted.model, norms.base)
+            row["spectra"] = spectra(outcome.model, norms.base)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return row
 
@@ -152,10 +152,10 @@ def _settings(config: Config) -> str:
     return digest([*keys, config.target_modules, config.seed])
 
 
-def _evaluate(fitted: Fit, data: dict[str, Examples]) -> dict[str, dict[str, float]]:
+def _evaluate(outcome: Fit, data: dict[str, Examples]) -> dict[str, dict[str, float]]:
     """The metrics of "validation" and "test"."""
     splits = ("validation", "test")
-    return {split: _metrics(fitted.trainer.evaluate(data[split], metric_key_prefix=split)) for split in splits}
+    return {split: _metrics(outcome.trainer.evaluate(data[split], metric_key_prefix=split)) for split in splits}
 
 
 def _metrics(evaluated: Mapping[str, float]) -> dict[str, float]:
@@ -167,15 +167,15 @@ def _metrics(evaluated: Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if name not in times}
 
 
-def _times(fitted: Fit, norms: Norms | None) -> dict[str, float | None]:
+def _times(outcome: Fit, norms: Norms | None) -> dict[str, float | None]:
     return {
-        "steps": fitted.trainer.state.global_step,
-        "seconds": fitted.seconds - (norms.seconds if norms else 0.0),
-        "epoch_seconds": fitted.epoch_seconds,
+        "steps": outcome.trainer.state.global_step,
+        "seconds": outcome.seconds - (norms.seconds if norms else 0.0),
+        "epoch_seconds": outcome.epoch_seconds,
     }
 
 
-def _curve(fitted: Fit, metric: str) -> list[list[float]]:
+def _curve(outcome: Fit, metric: str) -> list[list[float]]:
     """[epoch, validation metric] of every epoch."""
-    history, key = fitted.trainer.state.log_history, f"eval_{metric}"
+    history, key = outcome.trainer.state.log_history, f"eval_{metric}"
     return [[log["epoch"], log[key]] for log in history if key in log]
