@@ -323,5 +323,5 @@ def test_every_output_layer_is_trained(config, head):
 
 
 def test_a_model_without_a_known_output_layer_is_named():
-    with pytest.raises(ValueError, match="Sequential has none of the output layers classifier, score"):
+    with pytest.raises(ValueError, match="Sequential has no output layer named classifier, score"):
         digits().head(torch.nn.Sequential())

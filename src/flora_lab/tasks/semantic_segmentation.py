@@ -125,7 +125,7 @@ class SemanticSegmentation(Task):
         """The decoder, and the norms that the backbone applies to its maps only."""
         names = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
         if not names:
-            raise ValueError(f"{type(model).__name__} has none of the heads {', '.join(HEADS)}")
+            raise ValueError(f"{type(model).__name__} has no head named {', '.join(HEADS)}")
         return names + map_norms(model)
 
     @staticmethod
