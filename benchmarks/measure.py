@@ -1,4 +1,4 @@
-"""What `speed.py` and `memory.py` share: flags, clocks, models ready to train, and the results file."""
+"""What `speed.py` and `memory.py` share: flags, clocks, adapted models, and the results file."""
 
 from __future__ import annotations
 
@@ -35,48 +35,48 @@ LIBRARIES = ("torch", "peft", "transformers", "diffusers", "lycoris-lora")
 # ------------------------------------------------------------------------------------------------- flags
 
 
-def known(table: Mapping[str, Any] | Sequence[str]) -> Callable[[str], list[str]]:
-    """Names of a table, for a flag."""
+def names_in(table: Mapping[str, Any] | Sequence[str]) -> Callable[[str], list[str]]:
+    """A flag's type: names of a table, with commas between them."""
 
-    def names(text: str) -> list[str]:
+    def parse(text: str) -> list[str]:
         if unknown := [name for name in text.split(",") if name not in table]:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(table)}")
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; expected some of {', '.join(table)}")
         return text.split(",")
 
-    return names
+    return parse
 
 
 def rows_of(text: str) -> list[Row]:
-    """The rows of a results file, for a flag."""
+    """A flag's type: the rows of a results file."""
     try:
         return json.loads(Path(text).read_text())["rows"]
     except (OSError, ValueError, KeyError) as error:
-        raise argparse.ArgumentTypeError(f"no results in {text}: {error}") from None
+        raise argparse.ArgumentTypeError(f"cannot read results from {text}: {error}") from None
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that both commands have."""
+    """The flags of both commands."""
     flags = argparse.ArgumentParser(description=description)
-    flags.add_argument("--workloads", type=known(WORKLOADS), default=list(WORKLOADS), metavar="NAME,…")
-    flags.add_argument("--methods", type=known(VARIANTS), default=list(VARIANTS), metavar="NAME,…")
+    flags.add_argument("--workloads", type=names_in(WORKLOADS), default=list(WORKLOADS), metavar="NAME,…")
+    flags.add_argument("--methods", type=names_in(VARIANTS), default=list(VARIANTS), metavar="NAME,…")
     flags.add_argument("--threads", type=int, default=2)
     flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    flags.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast")
+    flags.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: by autocast")
     flags.add_argument(
-        "--keep-memory", action="store_true", help="have the C library keep freed memory, as a GPU's allocator does"
+        "--keep-memory", action="store_true", help="make the C library keep freed memory, as a GPU's allocator does"
     )
-    flags.add_argument("--tiny", action="store_true", help="small shapes, to try everything out")
+    flags.add_argument("--tiny", action="store_true", help="small shapes, for a quick trial")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--output", type=Path, metavar="FILE.json")
     return flags
 
 
 def prepare(args: argparse.Namespace) -> None:
-    if args.keep_memory and "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it once, as the process starts
+    if args.keep_memory and "MALLOC_TRIM_THRESHOLD_" not in os.environ:  # glibc reads it at the start of the process
         keep = {name: str(2**40) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep, "MALLOC_TOP_PAD_": str(2**28)})
     torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore")  # PEFT's and transformers', about models that are no whole language models
+    warnings.filterwarnings("ignore")  # PEFT and transformers warn about incomplete language models
 
 
 # ------------------------------------------------------------------------------------------------- models to train
@@ -105,8 +105,8 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def compiled(name: str, model: nn.Module) -> Callable[..., Any]:
-    """The model compiled, entered through code of its own: those that share code search through each other's guards."""
+def compile_model(name: str, model: nn.Module) -> Callable[..., Any]:
+    """The compiled model, with a code object of its own; models that share one search through each other's guards."""
 
     def run(**batch: Any) -> Any:
         return model(**batch)
@@ -118,7 +118,7 @@ def compiled(name: str, model: nn.Module) -> Callable[..., Any]:
 def training_step(
     case: Case, model: nn.Module, run: Callable[..., Any], args: argparse.Namespace
 ) -> Callable[[], None]:
-    """Forward, backward, optimizer step and zero_grad; ``run`` is the model, or the model compiled."""
+    """Forward, backward, optimizer step and zero_grad; ``run`` is the model or the compiled model."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True) if trained else None
 
@@ -162,8 +162,11 @@ def milliseconds(action: Callable[[], Any], device: str) -> float:
 def interleaved(
     actions: Mapping[str, Callable[[], Any]], args: argparse.Namespace, seconds: float
 ) -> dict[str, list[float]]:
-    """Milliseconds of each action, round by round: a round runs each once, in shuffled order. The first rounds are
-    not counted; as many follow as ``args.rounds`` says, or as fit ``seconds``."""
+    """Milliseconds of each action in each round.
+
+    A round runs every action once, in shuffled order. The first rounds warm up and are not counted. Then come
+    ``args.rounds`` rounds, or as many as fit into ``seconds``.
+    """
     shuffle = random.Random(args.seed).shuffle
 
     def round_of_all() -> dict[str, float]:
@@ -179,8 +182,9 @@ def interleaved(
     try:
         for _ in range(WARM_UP_ROUNDS):
             warm = round_of_all()
-        fitting = int(seconds * 1e3 / sum(warm.values()))
-        rounds = [round_of_all() for _ in range(args.rounds or min(max(fitting, LEAST_ROUNDS), MOST_ROUNDS))]
+        possible = int(seconds * 1e3 / sum(warm.values()))
+        count = args.rounds or min(max(possible, LEAST_ROUNDS), MOST_ROUNDS)
+        rounds = [round_of_all() for _ in range(count)]
     finally:
         gc.enable()
         gc.unfreeze()
@@ -196,36 +200,38 @@ def quartiles(times: list[float]) -> Row:
 
 
 class Results:
-    """Rows in a JSON file, with the machine, versions and flags that they hold for. What is measured again replaces its
-    own rows, so a long run can be done in parts."""
+    """Rows in a JSON file, with the machine, the versions and the flags.
 
-    def __init__(self, kind: str, args: argparse.Namespace) -> None:
-        compiled = getattr(args, "compile", False)
+    A new row replaces the old one of the same workload, measure and variant, so a long run can be done in parts.
+    """
+
+    def __init__(self, command: str, args: argparse.Namespace) -> None:
+        compile = getattr(args, "compile", False)
         self.header = {
             "machine": machine(args),
             "versions": versions(),
             "settings": {
                 "device": args.device,
                 "precision": args.precision,
-                "compile": compiled,
+                "compile": compile,
                 "keep_memory": args.keep_memory,
                 "tiny": args.tiny,
                 "seed": args.seed,
             },
         }
         marks = [args.device, *(["bf16"] if args.precision == "bf16" else [])]
-        marks += [*(["compile"] if compiled else []), *(["kept"] if args.keep_memory else [])]
+        marks += [*(["compile"] if compile else []), *(["kept"] if args.keep_memory else [])]
         marks += ["tiny"] if args.tiny else []
-        self.path = args.output or Path(__file__).parent / "results" / f"{'-'.join([kind, *marks])}.json"
+        self.path = args.output or Path(__file__).parent / "results" / f"{'-'.join([command, *marks])}.json"
         self.rows: list[Row] = []
         if self.path.exists():
             saved = json.loads(self.path.read_text())
             self.rows = saved.pop("rows")
             if saved != self.header:
-                raise SystemExit(f"{self.path} was made with other versions or settings: name another --output")
+                raise SystemExit(f"{self.path} has results of other versions or settings: choose another --output")
 
     def replace(self, rows: list[Row]) -> None:
-        """Put the rows in, in place of those of the same workload, measure and method, and write the file."""
+        """Replace the rows of the same workload, measure and variant, and write the file."""
 
         def key(row: Row) -> tuple[str, ...]:
             return row["workload"], row["measure"], row["method"]
@@ -254,11 +260,11 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             return None
 
-    found = {library: version(library) for library in LIBRARIES}
-    return {**found, "torch": torch.__version__, "flora": flora.__version__, "python": platform.python_version()}
+    libraries = {library: version(library) for library in LIBRARIES}
+    return {**libraries, "torch": torch.__version__, "flora": flora.__version__, "python": platform.python_version()}
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, its first column to the left."""
+    """A Markdown table with its first column aligned left, the others right."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))

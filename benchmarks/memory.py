@@ -1,10 +1,10 @@
-"""Memory of a training step: what is kept for backward, and the peak on a GPU, at equal trainable parameters.
+"""Memory of a training step, kept for backward and at the peak on a GPU, at equal trainable parameters.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --device cuda --precision bf16
 
-Kept for backward: the storages that autograd saves in the forward pass, each once, without the model's own parameters
-and buffers. Peak: the allocator's, with one method's model alone on the GPU; on a CPU there is no such counter.
+Kept for backward: the storages that autograd saves in the forward pass, each counted once, without the model's
+parameters and buffers. Peak: the allocator's, with one variant's model alone on the GPU; a CPU has no such counter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workloads import WORKLOADS, Case, Workload
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of each storage, by its address."""
+    """Bytes of each storage, by address."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
@@ -45,7 +45,7 @@ def saved_bytes(case: Case, model: nn.Module, args: argparse.Namespace) -> int:
 
 
 def peak_bytes(case: Case, model: nn.Module, args: argparse.Namespace) -> int | None:
-    """Of a step after the first, which has made the optimizer's state. The base weights count where they are in use."""
+    """The peak of the second step, when the optimizer's state exists, without base weights that it replaced."""
     if args.device != "cuda":
         return None
     step = training_step(case, model, model, args)
@@ -60,7 +60,7 @@ def peak_bytes(case: Case, model: nn.Module, args: argparse.Namespace) -> int | 
     return torch.cuda.max_memory_allocated() - idle
 
 
-def measured(name: str, workload: Workload, args: argparse.Namespace) -> list[Row]:
+def measure(name: str, workload: Workload, args: argparse.Namespace) -> list[Row]:
     case = workload.case(args.tiny, args.seed, args.device)
     rows = []
     for method, adapted in adapted_models(workload, case, args):
@@ -80,7 +80,7 @@ def measured(name: str, workload: Workload, args: argparse.Namespace) -> list[Ro
 
 
 def report(rows: list[Row]) -> str:
-    """One row a method and one column a workload: MiB saved for backward, and after a slash the peak."""
+    """One line per variant, one column per workload: MiB kept for backward, and after a slash the peak."""
     cells = {(row["method"], row["workload"]): row for row in rows}
     names = [name for name in WORKLOADS if any(name == workload for _, workload in cells)]
 
@@ -103,7 +103,7 @@ def main() -> None:
     results = Results("memory", args)
     for name in args.workloads:
         print(f"\n{name}")
-        results.replace(measured(name, WORKLOADS[name], args))
+        results.replace(measure(name, WORKLOADS[name], args))
     print(f"\n{report([row for row in results.rows if row['workload'] in args.workloads])}")
     print(f"\nwritten to {results.path}")
 

@@ -1,11 +1,11 @@
-"""Times FLoRA against the frozen model, full fine-tuning and other adapters, at equal trainable parameters, in one run.
+"""Speed of FLoRA, other adapters, full fine-tuning and the frozen model, at equal trainable parameters, in one run.
 
     python benchmarks/speed.py                                  # everything: forty minutes on two cores
     python benchmarks/speed.py --workloads conv-64,bert-base --measure step --seconds 60
     python benchmarks/speed.py --table benchmarks/results/speed-cpu.json
 
-A method's overhead is what its step takes beyond the floor's: the frozen model with gradients flowing to its input.
-Ratios are taken within a round, in which each method makes one step, and the median is over rounds.
+The floor is the step of the frozen model, with gradients flowing to its input. A variant's overhead is its step minus
+the floor. In each round every variant makes one step; ratios are taken within a round, medians over rounds.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from measure import (
     Results,
     Row,
     adapted_models,
-    compiled,
+    compile_model,
     inference,
     interleaved,
-    known,
     milliseconds,
+    names_in,
     parser,
     prepare,
     quartiles,
@@ -42,9 +42,9 @@ from flora_lab.methods import AdaptedModel
 from flora_lab.methods.common import share_weights
 
 MEASURES = ("step", "inference", "wrap", "merge")
-INFERENCE_PART = 0.2  # of the seconds that the steps get
-REPEATS = 5  # of wrapping and of merging
-CLOSE_ENOUGH = 1.03  # of the faster fixed execution: what "auto" may take
+INFERENCE_PART = 0.2  # of the steps' seconds
+REPEATS = 5  # of wrapping and merging
+CLOSE_ENOUGH = 1.03  # "auto" may take this much of the faster fixed execution's time
 CONFIGS: dict[str, Callable[[Targets, int, int], PeftConfig]] = {  # what a user gives to get_peft_model
     "lora": lambda targets, rank, budget: LoraConfig(r=rank, **targets),
     "flora-auto": lambda targets, rank, budget: FloraConfig(budget=budget, **targets),
@@ -55,26 +55,26 @@ CONFIGS: dict[str, Callable[[Targets, int, int], PeftConfig]] = {  # what a user
 
 
 def time_methods(name: str, workload: Workload, case: Case, args: argparse.Namespace) -> list[Row]:
-    """Rows of the training step and of inference, every method's model alive at once."""
+    """Rows of the training step and of inference; all models are in memory at once."""
     models = dict(adapted_models(workload, case, args))
-    run = {method: compiled(method, a.model) if args.compile else a.model for method, a in models.items()}
+    run = {method: compile_model(method, a.model) if args.compile else a.model for method, a in models.items()}
     rows: list[Row] = []
     if "step" in args.measure:
         steps = {method: training_step(case, a.model, run[method], args) for method, a in models.items()}
-        rows += compared("step", name, workload, models, interleaved(steps, args, args.seconds))
+        rows += rows_of_times("step", name, workload, models, interleaved(steps, args, args.seconds))
     if "inference" in args.measure:
         for adapted in models.values():
             adapted.model.eval()
         forwards = {method: inference(case, run[method], args) for method in models}
         times = interleaved(forwards, args, args.seconds * INFERENCE_PART)
-        rows += compared("inference", name, workload, models, times)
+        rows += rows_of_times("inference", name, workload, models, times)
     return rows
 
 
-def compared(
+def rows_of_times(
     measure: str, name: str, workload: Workload, models: dict[str, AdaptedModel], times: dict[str, list[float]]
 ) -> list[Row]:
-    """Quartiles, and ratios to the floor and to LoRA's overhead."""
+    """Rows with quartiles, and ratios to the floor and to LoRA's overhead."""
     over_floor = {
         method: statistics.median(own / base for own, base in zip(times[method], times["floor"], strict=True))
         for method in times
@@ -101,7 +101,7 @@ def compared(
 
 
 def time_wrapping(name: str, workload: Workload, case: Case, args: argparse.Namespace) -> list[Row]:
-    """Rows of ``get_peft_model`` alone; for FLoRA that includes solving for the ranks."""
+    """Rows of ``get_peft_model`` alone; for FLoRA, it solves for the ranks too."""
     rank = workload.lora_rank(args.tiny)
     parameters = lora_parameters(case.model, workload.targets, rank)
     times: dict[str, list[float]] = {method: [] for method in CONFIGS}
@@ -114,12 +114,12 @@ def time_wrapping(name: str, workload: Workload, case: Case, args: argparse.Name
 
 
 def time_merging(name: str, workload: Workload, case: Case, args: argparse.Namespace) -> list[Row]:
-    """Rows of ``merge_and_unload``, with the merged model's forward against the base's, and whether every module is of
-    its original class again."""
+    """Rows of ``merge_and_unload``, with two checks: the merged model's forward time relative to the base model's, and
+    whether every module has its original class again."""
     rank = workload.lora_rank(args.tiny)
     parameters = lora_parameters(case.model, workload.targets, rank)
     times: dict[str, list[float]] = {method: [] for method in CONFIGS}
-    merged: dict[str, nn.Module] = {"base": copy.deepcopy(case.model)}
+    merged_models: dict[str, nn.Module] = {"base": copy.deepcopy(case.model)}
     for _ in range(REPEATS + 1):
         for method, config in CONFIGS.items():
             chosen = config(workload.targets, rank, parameters)
@@ -127,10 +127,10 @@ def time_merging(name: str, workload: Workload, case: Case, args: argparse.Names
             disturb(model)
 
             def merge(method: str = method, model: nn.Module = model) -> None:
-                merged[method] = model.merge_and_unload()
+                merged_models[method] = model.merge_and_unload()
 
             times[method].append(milliseconds(merge, args.device))
-    forwards = {which: inference(case, model.eval(), args) for which, model in merged.items()}
+    forwards = {which: inference(case, model.eval(), args) for which, model in merged_models.items()}
     forward_times = interleaved(forwards, args, args.seconds * INFERENCE_PART)
     classes = [type(module) for module in case.model.modules()]
     return [
@@ -143,7 +143,7 @@ def time_merging(name: str, workload: Workload, case: Case, args: argparse.Names
             "forward_over_base": statistics.median(
                 a / b for a, b in zip(forward_times[method], forward_times["base"], strict=True)
             ),
-            "classes_kept": [type(module) for module in merged[method].modules()] == classes,
+            "classes_kept": [type(module) for module in merged_models[method].modules()] == classes,
         }
         for method, own in times.items()
     ]
@@ -153,14 +153,14 @@ def time_merging(name: str, workload: Workload, case: Case, args: argparse.Names
 
 
 def report(rows: list[Row]) -> str:
-    """All tables of the rows, as Markdown."""
+    """All tables, as Markdown."""
     parts = [ratios(rows, measure, group) for measure in ("step", "inference") for group in GROUPS]
     parts += [autos_choice(rows), wrapping_and_merging(rows)]
     return "\n\n".join(filter(None, parts))
 
 
 def ratios(rows: list[Row], measure: str, group: str) -> str:
-    """One row a method and one column a workload: "overhead % (ratio to LoRA's overhead)"."""
+    """One line per variant, one column per workload: "overhead % (ratio to LoRA's overhead)"."""
     cells = {
         (row["method"], row["workload"]): row for row in rows if row["measure"] == measure and row["group"] == group
     }
@@ -178,12 +178,12 @@ def ratios(rows: list[Row], measure: str, group: str) -> str:
         return f"{100 * row['overhead']:.1f} %{ratio}"
 
     lines = [[method, *(cell(method, name) for name in names)] for method in in_order(VARIANTS, {m for m, _ in cells})]
-    caption = f"**{measure.capitalize()}, {GROUPS[group]}**: overhead over the floor (and as a part of LoRA's)"
+    caption = f"**{measure.capitalize()}, {GROUPS[group]}**: overhead over the floor (and relative to LoRA's)"
     return f"{caption}\n\n{table(['method', *names], lines)}"
 
 
 def autos_choice(rows: list[Row]) -> str:
-    """Whether "auto" takes at most ``CLOSE_ENOUGH`` times what the faster of "factored" and "merged" takes."""
+    """Whether "auto" takes at most ``CLOSE_ENOUGH`` times the time of the faster of "factored" and "merged"."""
     step = {(row["workload"], row["method"]): row["over_floor"] for row in rows if row["measure"] == "step"}
     lines, held = [], 0
     for name in WORKLOADS:
@@ -195,7 +195,7 @@ def autos_choice(rows: list[Row]) -> str:
         lines.append([name, faster, f"{ratio:.3f}", "yes" if ratio <= CLOSE_ENOUGH else "no"])
     if not lines:
         return ""
-    body = table(["workload", "the faster", "auto over it", f"at most {CLOSE_ENOUGH}"], lines)
+    body = table(["workload", "faster execution", "auto / faster", f"at most {CLOSE_ENOUGH}"], lines)
     return f"**Auto's choice**: {held} of {len(lines)} workloads\n\n{body}"
 
 
@@ -209,12 +209,12 @@ def wrapping_and_merging(rows: list[Row]) -> str:
             lines.append([row["workload"], measure, row["method"], f"{row['median_ms']:.4g}", forward, classes])
     if not lines:
         return ""
-    head = ["workload", "what", "method", "ms", "merged forward over the base's", "original classes"]
+    head = ["workload", "measure", "method", "ms", "merged forward / base", "original classes"]
     return f"**Wrapping and merging**\n\n{table(head, lines)}"
 
 
-def in_order(known: Iterable[str], present: set[str]) -> list[str]:
-    return [name for name in known if name in present]
+def in_order(names: Iterable[str], present: set[str]) -> list[str]:
+    return [name for name in names if name in present]
 
 
 def print_times(rows: list[Row]) -> None:
@@ -230,12 +230,12 @@ def print_times(rows: list[Row]) -> None:
 def arguments() -> argparse.Namespace:
     flags = parser((__doc__ or "").partition("\n")[0])
     flags.add_argument(
-        "--measure", type=known(MEASURES), default=list(MEASURES), metavar="NAME,…", help=",".join(MEASURES)
+        "--measure", type=names_in(MEASURES), default=list(MEASURES), metavar="NAME,…", help=",".join(MEASURES)
     )
-    flags.add_argument("--rounds", type=int, help="in place of as many as fit --seconds")
-    flags.add_argument("--seconds", type=float, default=150, help="for the steps of one workload")
+    flags.add_argument("--rounds", type=int, help="number of rounds, instead of as many as fit into --seconds")
+    flags.add_argument("--seconds", type=float, default=150, help="time for the steps of one workload")
     flags.add_argument("--compile", action="store_true", help="torch.compile every model")
-    flags.add_argument("--table", type=rows_of, metavar="FILE.json", help="print the tables of a file and stop")
+    flags.add_argument("--table", type=rows_of, metavar="FILE.json", help="only print the tables of a results file")
     args = flags.parse_args()
     args.methods = in_order(VARIANTS, {"floor", *args.methods})
     return args
@@ -258,9 +258,9 @@ def main() -> None:
         print(f"\n{name}")
         case = workload.case(args.tiny, args.seed, args.device)
         rows: list[Row] = []
-        for wanted, measured in sections:
-            if wanted & set(args.measure):
-                rows += measured(name, workload, case, args)
+        for measures, time_section in sections:
+            if measures & set(args.measure):
+                rows += time_section(name, workload, case, args)
         print_times(rows)
         results.replace(rows)
     print(f"\n{report([row for row in results.rows if row['workload'] in args.workloads])}")

@@ -1,7 +1,7 @@
-"""What is run: one row a workload in `WORKLOADS`, each a frozen model with random weights, one batch and the targets.
+"""The workloads: one row of `WORKLOADS` each, a frozen model with random weights, one batch and the targets.
 
-The batch requires a gradient, and so does what an embedding puts out: every layer computes the gradient of its input,
-as it does in the middle of a network, for every method alike.
+The batch and the output of embeddings require a gradient. So every layer computes the gradient of its input, as in the
+middle of a network, with every method.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ TINY_RANK = 2
 
 @dataclass
 class Case:
-    """A model and one batch, the arguments of its forward by name. ``output`` picks the tensor that backward starts
-    from: a scalar loss, or an output that gets one fixed random gradient."""
+    """A model and one batch, the keyword arguments of its forward.
+
+    ``output`` picks the tensor at which backward starts: a scalar loss, or an output that gets a fixed random gradient.
+    """
 
     model: nn.Module
     batch: dict[str, Any]
@@ -49,8 +51,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Workload:
-    """``rank``: LoRA's, whose parameters every method gets. ``targets``: the fields of a PEFT config that say what is
-    adapted. ``build`` makes the case, ``tiny`` a small one that a test runs in a moment."""
+    """A row of the table.
+
+    Attributes:
+        group: a key of GROUPS.
+        rank: LoRA's rank; its parameters are every variant's budget.
+        targets: what to adapt, as fields of a PEFT config.
+        build: makes the case; ``tiny`` a small one for tests.
+    """
 
     group: str
     rank: int
@@ -122,7 +130,7 @@ def convnext(width: int, depth: int, batch: int, side: int) -> Case:
 
 
 def unet(width: int, text: int, batch: int, side: int) -> Case:
-    """Stable Diffusion 1.5's U-Net, of two resolutions with one layer each."""
+    """The U-Net of Stable Diffusion 1.5, cut to two resolutions with one layer each."""
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel(
