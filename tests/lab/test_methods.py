@@ -221,6 +221,12 @@ def test_a_rank_pattern_may_fix_every_rank():
     assert trainable(adapted("lora", "resnet", rank_pattern={".*": 2}).model) == trainable(model)
 
 
+def test_starts_that_peft_has_for_linear_layers_leave_out_the_others():
+    model, batch = adapted("lora", "convnext", init_lora_weights="pissa"), batch_of("convnext")
+    assert model.notes[0].endswith("on 4 layers") and model.notes[1].startswith("left out, Conv2d: ")
+    assert torch.allclose(model.model.eval()(**batch).logits, model_of("convnext")(**batch).logits, atol=1e-5)
+
+
 def test_names_are_held_against_the_model():
     for wrong, message in [
         (("sgd", model_of("bert"), ["classifier"], 10), "method 'sgd'"),

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -21,6 +22,7 @@ from test_task_images import parquet
 from transformers import TrainingArguments
 
 from flora.cli import main
+from flora_lab.methods import METHODS, Method
 from flora_lab.run.fit import Checkpoints, _Trainer, arguments
 from flora_lab.run.preflight import preflight
 from flora_lab.run.saved import save
@@ -290,6 +292,24 @@ def test_a_method_that_cannot_run_is_left_out_and_said(tmp_path):
     assert [row["method"] for row in rows_of(tmp_path)] == ["head"]
     nothing = flora_train(*with_methods(tmp_path, "lora"), *SHORT, "budget=3", f"output={tmp_path / 'other'}")
     assert nothing.exit_code == 2 and "methods.lora: rank 1 has" in nothing.stderr
+
+
+def test_a_method_may_have_an_optimizer_of_its_own(tmp_path, monkeypatch):
+    made = []
+
+    def with_sgd(request, **options):
+        adapted = METHODS["lora"].build(request, **options)
+
+        def optimizer(args):
+            made.append(torch.optim.SGD(adapted.model.parameters(), args.learning_rate))
+            return made[0]
+
+        return replace(adapted, optimizer=optimizer)
+
+    monkeypatch.setitem(METHODS, "sgd", Method(with_sgd, "LoRA with SGD", "r"))
+    job = [*with_methods(tmp_path, "lora"), *SHORT, "methods.lora.method=sgd", "methods.lora.learning_rate=0.5"]
+    assert flora_train(*job).exit_code == 0
+    assert made[0].param_groups[0]["initial_lr"] == 0.5 and rows_of(tmp_path)[0]["way"] == "sgd"
 
 
 def test_a_failed_variant_costs_no_other_and_is_retried(tmp_path):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from flora.tuner.config import FloraConfig
@@ -30,6 +31,7 @@ class AdaptedModel:
         notes: for the reader: first the rank or width, then each group of targets left out, with the reason.
         callbacks: Trainer callbacks that the method needs during training.
         start: to call before training with a few batches on the model's device; None where the method needs no data.
+        optimizer: makes the optimizer from the Trainer's arguments; None: AdamW with one learning rate.
         parameters: size of the adapter. None: `adapt` counts the trainable parameters, without the head's.
     """
 
@@ -37,6 +39,7 @@ class AdaptedModel:
     notes: list[str] = field(default_factory=list)
     callbacks: list[TrainerCallback] = field(default_factory=list)
     start: Callable[[Iterable[dict]], None] | None = None
+    optimizer: Callable[[TrainingArguments], Optimizer] | None = None
     parameters: int | None = None
 
 

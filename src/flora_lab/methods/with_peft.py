@@ -19,17 +19,20 @@ _DORA = Limits(
     (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding), ("groups", "dilation", "padding_mode")
 )
 _LORA = Limits((*_DORA.layers, nn.MultiheadAttention), _DORA.ignored, parameters=True)
+_LINEAR = Limits((nn.Linear, Conv1D))
 _LYCORIS = Limits((nn.Linear, nn.Conv1d, nn.Conv2d), ("padding_mode",))  # LoHa and LoKr, which PEFT took from there
 LOKR_FACTORS = (-1, 16, 8, 4, 2)  # -1: the factor nearest to the square root of the width
 
 
 def lora(request: Request, **options: Any) -> AdaptedModel:
-    """LoRA; ``use_dora`` makes it DoRA."""
+    """LoRA and PEFT's options of it: ``use_dora`` makes it DoRA, ``init_lora_weights`` PiSSA, OLoRA, …"""
 
     def fields(rank: int, selection: Selection) -> dict[str, Any]:
         return {"lora_alpha": 2 * rank, "fan_in_fan_out": selection.transposed}
 
     limits = _DORA if options.get("use_dora") else _LORA
+    if options.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        limits = _LINEAR  # PEFT rejects the other starts for convolutions, and ignores them for embeddings
     return at_rank(request, peft.LoraConfig, limits, fields, options)
 
 

@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -38,13 +39,15 @@ def fit(
     folder: Path,
     logs: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    optimizer: Callable[[TrainingArguments], Optimizer] | None = None,
     bar: bool = True,
 ) -> Fit:
     """Train on data["train"], from the last checkpoint in ``folder`` if an earlier fit there was interrupted."""
     checkpoints = Checkpoints(folder / "checkpoints")
+    args = arguments(keys, steps(keys, data["train"]), seed, folder / "checkpoints")
     trainer = _Trainer(
         model,
-        arguments(keys, steps(keys, data["train"]), seed, folder / "checkpoints"),
+        args,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=task.collate,
@@ -52,6 +55,7 @@ def fit(
         preprocess_logits_for_metrics=task.reduce,
         # the method's callbacks first: a checkpoint is complete when they have written their part
         callbacks=[*callbacks, checkpoints, Progress(name, task.metric, bar)],
+        optimizers=(optimizer(args) if optimizer else None, None),
     )
     trainer.remove_callback(PrinterCallback)  # the bar says it
     if trainer.is_world_process_zero():

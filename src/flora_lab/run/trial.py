@@ -65,7 +65,9 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
     callbacks = [*adapted.callbacks, *filter(None, [norms])]
     logs = Path(config.output, "logs", folder.name)
     reset_peak()
-    outcome = fit(trial.variant, adapted.model, task, data, keys, trial.seed, folder, logs, callbacks, bar)
+    outcome = fit(
+        trial.variant, adapted.model, task, data, keys, trial.seed, folder, logs, callbacks, adapted.optimizer, bar
+    )
     memory = peak_memory()
     row = {
         **subject(config, trial.variant, trial.budget),
