@@ -1,6 +1,6 @@
-"""From what the user asks (a rank, one per mode, a budget) to ranks and parameter counts. Integers only.
+"""From a user's request (one rank, one rank per mode, or a budget) to ranks and parameter counts. Integers only.
 
-A weight is described by its ``shape`` (I_1, …, I_N) and its ``roles``, one per mode: "out", "in", "kernel" or "other".
+A weight has a shape (I_1, …, I_N) and one role per mode: "out", "in", "kernel" or "other".
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ Ranks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight to be given ranks: its shape, the role of each mode, and the ranks if they are fixed already."""
+    """One weight that needs ranks.
+
+    Args:
+        shape: (I_1, …, I_N).
+        roles: one per mode: "out", "in", "kernel" or "other".
+        fixed: the weight's ranks, if a budget does not decide them.
+    """
 
     shape: tuple[int, ...]
     roles: tuple[str, ...]
@@ -22,12 +28,12 @@ class Weight:
 
 
 def parameter_count(shape: Sequence[int], ranks: Sequence[int]) -> int:
-    """Trainable parameters of one core space: the core's, and I_n · r_n for each factor (paper section 4.1)."""
+    """Trainable parameters of one core space: r_1 · … · r_N for the core and I_n · r_n per factor (section 4.1)."""
     return prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
 
 
 def fits(ranks: Sequence[int], shape: Sequence[int]) -> bool:
-    """One rank a mode, each from 1 to the mode's size."""
+    """Whether there is one rank per mode, each from 1 to the mode's size."""
     return len(ranks) == len(shape) and all(1 <= rank <= size for rank, size in zip(ranks, shape, strict=True))
 
 
@@ -37,7 +43,11 @@ def default_kernel_rank(size: int) -> int:
 
 
 def uniform_ranks(weight: Weight, r: int, kernel_rank: int | None) -> Ranks:
-    """Rank ``r`` for every mode but the kernel's, which get ``kernel_rank``; never above the mode's size."""
+    """Rank ``r`` for every mode except the kernel's, which get ``kernel_rank``. No rank exceeds its mode's size.
+
+    Args:
+        kernel_rank: None for ``default_kernel_rank``.
+    """
 
     def rank(size: int, role: str) -> int:
         if role != "kernel":
@@ -47,8 +57,15 @@ def uniform_ranks(weight: Weight, r: int, kernel_rank: int | None) -> Ranks:
     return tuple(rank(size, role) for size, role in zip(weight.shape, weight.roles, strict=True))
 
 
-def given_ranks(weight: Weight, r: int | Sequence[int], kernel_rank: int | None) -> Ranks:
-    """The ranks that the user asked for with ``r``, an int or one rank per mode, clipped to the modes' sizes."""
+def clip_ranks(weight: Weight, r: int | Sequence[int], kernel_rank: int | None) -> Ranks:
+    """The ranks that ``r`` asks for, clipped to the modes' sizes.
+
+    Args:
+        r: as ``FloraConfig.r``: one number (see ``uniform_ranks``), or one rank per mode.
+
+    Raises:
+        ValueError: if ``r`` has another number of ranks than the weight has modes.
+    """
     if isinstance(r, int):
         return uniform_ranks(weight, r, kernel_rank)
     if len(r) != len(weight.shape):
@@ -59,61 +76,68 @@ def given_ranks(weight: Weight, r: int | Sequence[int], kernel_rank: int | None)
     return tuple(min(rank, size) for rank, size in zip(r, weight.shape, strict=True))
 
 
-def useful(ranks: Ranks) -> Ranks:
-    """Each rank cut to the product of the others: a core can have no more independent slices along a mode than that."""
+def usable_ranks(ranks: Ranks) -> Ranks:
+    """Each rank cut to the product of the others: along a mode, a core has no more independent slices than that."""
     while (cut := tuple(min(rank, prod(ranks) // rank) for rank in ranks)) != ranks and len(ranks) > 1:
         ranks = cut
     return ranks
 
 
 def solve_budget(weights: Sequence[Weight], budget: int, kernel_rank: int | None) -> list[Ranks]:
-    """Ranks for every weight such that all together have at most ``budget`` parameters, and as near it as can be.
+    """Ranks for every weight that together have at most ``budget`` parameters, and as nearly that many as possible.
 
-    The largest common rank that fits comes first, as a user of a single rank would choose it. What is left gives as
-    many weights as possible, the cheapest first, the next rank; then goes to single modes; and only in the end to ranks
-    beyond what the other modes can use, until no single step fits any more.
+    1. Every weight gets the same rank: the largest that fits, as a user would choose it.
+    2. As many weights as possible get the next rank, the cheapest ones first.
+    3. Single modes get one rank more, as long as the other modes can use it (``usable_ranks``).
+    4. Single modes get ranks that the other modes cannot use, until no single step fits.
 
-    Raises ValueError where even rank 1 everywhere is over the budget, with the least possible number.
+    Raises:
+        ValueError: if the least possible ranks exceed the budget, with the least possible number of parameters.
     """
 
-    def at(weight: Weight, level: int) -> Ranks:
-        return weight.fixed or useful(uniform_ranks(weight, level, kernel_rank))
+    def at(weight: Weight, r: int) -> Ranks:
+        return weight.fixed or usable_ranks(uniform_ranks(weight, r, kernel_rank))
 
     def total(ranks: Sequence[Ranks]) -> int:
-        return sum(parameter_count(w.shape, r) for w, r in zip(weights, ranks, strict=True))
+        return sum(parameter_count(w.shape, own) for w, own in zip(weights, ranks, strict=True))
 
-    ones = [w.fixed or uniform_ranks(w, 1, 1) for w in weights]
-    least = ones if kernel_rank is None else [w.fixed or uniform_ranks(w, 1, kernel_rank) for w in weights]
+    least = [w.fixed or uniform_ranks(w, 1, 1 if kernel_rank is None else kernel_rank) for w in weights]
     if total(least) > budget:
         raise ValueError(
             f"a budget of {budget} parameters is too small for these weights: least possible {total(least)}"
         )
-    low, high = 0, max(max(w.shape) for w in weights) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = total([at(w, middle) for w in weights]) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    solved = [at(w, low) for w in weights] if low else least
-    spare = budget - total(solved)
+    r, too_large = 0, max(max(w.shape) for w in weights) + 1
+    while too_large - r > 1:
+        middle = (r + too_large) // 2
+        if total([at(w, middle) for w in weights]) <= budget:
+            r = middle
+        else:
+            too_large = middle
+    ranks = [at(w, r) for w in weights] if r else least
+    spare = budget - total(ranks)
 
-    def next_rank(i: int) -> tuple[int, Ranks]:
-        more = at(weights[i], low + 1)
-        return parameter_count(weights[i].shape, more) - parameter_count(weights[i].shape, solved[i]), more
+    def cost_of_next(i: int) -> int:
+        shape = weights[i].shape
+        return parameter_count(shape, at(weights[i], r + 1)) - parameter_count(shape, ranks[i])
 
-    for i in sorted(range(len(weights)), key=lambda i: next_rank(i)[0]):
-        cost, more = next_rank(i)
+    for i in sorted(range(len(weights)), key=cost_of_next):
+        cost = cost_of_next(i)
         if 0 < cost <= spare:
-            solved[i], spare = more, spare - cost
-    for beyond in (False, True):
-        solved, spare = _fill_modes(weights, solved, spare, kernel_rank, beyond)
-    return solved
+            ranks[i], spare = at(weights[i], r + 1), spare - cost
+    for surplus in (False, True):
+        ranks, spare = _raise_single_modes(weights, ranks, spare, kernel_rank, surplus)
+    return ranks
 
 
-def _fill_modes(
-    weights: Sequence[Weight], ranks: list[Ranks], spare: int, kernel_rank: int | None, beyond: bool
+def _raise_single_modes(
+    weights: Sequence[Weight], ranks: Sequence[Ranks], spare: int, kernel_rank: int | None, surplus: bool
 ) -> tuple[list[Ranks], int]:
-    """Spend ``spare`` parameters on single modes, one rank at a time and the same for all, while any step fits. A
-    kernel rank that the user has chosen stays; a rank that the other modes can't use is raised only with ``beyond``."""
+    """Raise single ranks by one, in turn over all weights and modes, until no step fits. Kernel ranks that the user
+    chose stay. ``surplus`` allows ranks above the product of the others.
+
+    Returns:
+        the ranks, and what is left of the ``spare`` parameters.
+    """
     ranks = list(ranks)
     progress = True
     while progress:
@@ -124,7 +148,7 @@ def _fill_modes(
             for mode, size in enumerate(weight.shape):
                 others = prod(ranks[i]) // ranks[i][mode]
                 chosen = weight.roles[mode] == "kernel" and kernel_rank is not None
-                if chosen or ranks[i][mode] == size or (ranks[i][mode] >= others and not beyond):
+                if chosen or ranks[i][mode] == size or (ranks[i][mode] >= others and not surplus):
                     continue
                 if size + others <= spare:
                     ranks[i] = tuple(rank + (n == mode) for n, rank in enumerate(ranks[i]))

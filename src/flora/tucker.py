@@ -27,7 +27,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
 
 def _by_growth(factors: Sequence[Tensor]) -> list[int]:
-    """The modes, those that grow the least first: in this order the intermediate tensors stay small."""
+    """The modes by growth I_n / r_n, least first. In this order the intermediate tensors stay small."""
     return [mode for _, mode in sorted((factor.shape[0] / factor.shape[1], n) for n, factor in enumerate(factors))]
 
 
@@ -39,14 +39,17 @@ def reconstruct(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 
 def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor], in_place: bool = False) -> Tensor:
-    """``tensor + core ×_1 factors[0] … ×_N factors[N-1]``: the last product adds, so no full tensor lies between.
+    """``tensor + core ×_1 factors[0] … ×_N factors[N-1]``. The last product adds, so the sum takes no second full tensor.
 
-    ``in_place`` overwrites ``tensor``, which must be contiguous.
+    Args:
+        tensor: (I_1, …, I_N).
+        core, factors: (r_1, …, r_N), and (I_n, r_n) per mode.
+        in_place: overwrite ``tensor``, which must be contiguous.
     """
     order = _by_growth(factors)
     before = [prod(tensor.shape[:mode]) for mode in range(core.ndim)]
     after = [prod(tensor.shape[mode + 1 :]) for mode in range(core.ndim)]
-    # the last product is one of matrices (first or last mode), or of a batch of them that are not too narrow
+    # the last product must be one of matrices (first or last mode), or of a batch of matrices that are wide enough
     last = [mode for mode in order if 1 in (before[mode], after[mode]) or after[mode] >= 64][-1]
     for mode in order:
         if mode != last:
@@ -62,8 +65,12 @@ def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor], in_place
 
 
 def as_product(core: Tensor, factors: Sequence[Tensor], mode: int) -> tuple[Tensor, Tensor]:
-    """The tensor as a product, exactly: left (I_mode, q) and right (q, the other sizes in their order), with q the
-    smaller of r_mode and of the other ranks' product."""
+    """The Tucker tensor, unfolded along ``mode``, as an exact product of two matrices.
+
+    Returns:
+        left (I_mode, q) and right (q, the other sizes in their order); q is the smaller of r_mode and the product of
+        the other ranks.
+    """
     others = [factor for n, factor in enumerate(factors) if n != mode]
     slices = core.movedim(mode, 0)
     width = prod(slices.shape[1:])
@@ -78,7 +85,7 @@ def as_product(core: Tensor, factors: Sequence[Tensor], mode: int) -> tuple[Tens
 
 
 def project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
-    """``tensor ×_n factors[n]ᵀ`` over every mode whose factor is given: (I_1, …, I_N) -> (r_1, …, r_N)."""
+    """``tensor ×_n factors[n]ᵀ`` for every mode whose factor is not None: (I_1, …, I_N) -> (r_1, …, r_N)."""
     for mode, factor in enumerate(factors):
         if factor is not None:
             tensor = mode_product(tensor, factor.mT, mode)
@@ -86,9 +93,9 @@ def project(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """The ``rank`` leading left singular vectors of a wide or tall matrix: (I, J) -> (I, rank), orthonormal columns.
+    """The ``rank`` leading left singular vectors of a matrix: (I, J) -> (I, rank), orthonormal columns.
 
-    Where J < rank the basis is completed with further orthonormal columns, so the shape asked for is always met.
+    If J < rank, further orthonormal columns complete the basis. ``rank`` must not exceed I.
     """
     rows, columns = matrix.shape
     if columns <= rows:
@@ -101,16 +108,17 @@ def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
 def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """Truncated higher-order SVD: (I_1, …, I_N) -> core (r_1, …, r_N) and orthonormal factors (I_n, r_n).
 
-    Its error is at most √N times the best possible of these ranks (De Lathauwer, De Moor and Vandewalle, 2000).
+    Its error is at most √N times the least possible at these ranks (De Lathauwer, De Moor and Vandewalle, 2000a).
     """
     factors = [leading_vectors(unfold(tensor, mode), rank) for mode, rank in enumerate(ranks)]
     return project(tensor, factors), factors
 
 
 def hooi(tensor: Tensor, ranks: Sequence[int], iterations: int = 10) -> tuple[Tensor, list[Tensor]]:
-    """Higher-order orthogonal iteration: HOSVD, then each factor in turn made the best for the others held fixed.
+    """Higher-order orthogonal iteration: (I_1, …, I_N) -> core (r_1, …, r_N) and orthonormal factors (I_n, r_n).
 
-    The error never grows from one iteration to the next.
+    Starts from the truncated HOSVD, then sets each factor in turn to its optimum given the others. The error never
+    grows from one iteration to the next (De Lathauwer, De Moor and Vandewalle, 2000b).
     """
     _, factors = hosvd(tensor, ranks)
     for _ in range(iterations):
@@ -125,7 +133,12 @@ def block_sum(
 ) -> tuple[Tensor, list[Tensor]]:
     """Exact weighted sum of Tucker tensors of one shape: cores on the block diagonal, factors side by side.
 
-    ``spaces`` are (core, factors) pairs. The joined ranks are cut to what the sizes allow (``cut_ranks``).
+    Args:
+        spaces: one (core, factors) pair per tensor.
+        weights: one number per tensor.
+
+    Returns:
+        core and factors. Each rank is the sum of the tensors' ranks, cut to the mode's size (``cut_ranks``).
     """
     cores = [weight * core for (core, _), weight in zip(spaces, weights, strict=True)]
     core = cores[0].new_zeros([sum(sizes) for sizes in zip(*(c.shape for c in cores), strict=True)])
@@ -133,15 +146,20 @@ def block_sum(
     for block in cores:
         core[tuple(slice(s, s + size) for s, size in zip(start, block.shape, strict=True))] = block
         start = [s + size for s, size in zip(start, block.shape, strict=True)]
-    factors = [torch.cat(parts, dim=1) for parts in zip(*(factors for _, factors in spaces), strict=True)]
+    factors = [torch.cat(columns, dim=1) for columns in zip(*(factors for _, factors in spaces), strict=True)]
     return cut_ranks(core, factors)
 
 
 def orthonormal(
     core: Tensor, factors: Sequence[Tensor], modes: Iterable[int] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same tensor with the factors of these modes, or of all, replaced by orthonormal bases of their columns (QR);
-    the core takes up the rest. No such rank is above its mode's size, and with all of them lengths are the core's."""
+    """The same tensor with orthonormal factors: QR of each factor, its triangle multiplied into the core.
+
+    A rank above its mode's size is cut to that size. With all factors orthonormal, the tensor's norm is the core's.
+
+    Args:
+        modes: the modes to change; None for all.
+    """
     factors = list(factors)
     for mode in range(len(factors)) if modes is None else modes:
         factors[mode], triangle = torch.linalg.qr(factors[mode])
@@ -150,26 +168,29 @@ def orthonormal(
 
 
 def cut_ranks(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The same tensor with no rank above its mode's size."""
+    """The same tensor, with every rank above its mode's size cut to that size."""
     return orthonormal(core, factors, [n for n, factor in enumerate(factors) if factor.shape[1] > factor.shape[0]])
 
 
 def truncate(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """Core (r_1, …, r_N) and orthonormal factors (I_n, r_n) near ``tensor``: the nearest of these ranks where no more
-    than two modes are longer than 1 (the SVD), else HOOI's."""
+    """Approximate a tensor: (I_1, …, I_N) -> core (r_1, …, r_N) and orthonormal factors (I_n, r_n).
+
+    With at most two modes longer than 1 this is the truncated SVD, the nearest tensor of these ranks. With more it is
+    ``hooi``.
+    """
     long = sorted((mode for mode, size in enumerate(tensor.shape) if size > 1), key=lambda mode: tensor.shape[mode])
     if len(long) > 2:
         return hooi(tensor, ranks)
     factors = [tensor.new_ones(1, 1) for _ in ranks]
     core = tensor
-    for mode in long:  # the shorter one first: what is left for the other is as small as the ranks
+    for mode in long:  # the shorter mode first, so that the other one's problem is small
         factors[mode] = leading_vectors(unfold(core, mode), ranks[mode])
         core = mode_product(core, factors[mode].mT, mode)
     return core, factors
 
 
 def round_ranks(core: Tensor, factors: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """``truncate`` of a Tucker tensor to lower ranks, without forming it."""
+    """``truncate`` a Tucker tensor to lower ranks, without forming the full tensor."""
     core, bases = orthonormal(core, factors)
     core, inner = truncate(core, [min(rank, size) for rank, size in zip(ranks, core.shape, strict=True)])
     return core, [basis @ factor for basis, factor in zip(bases, inner, strict=True)]

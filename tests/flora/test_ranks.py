@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from flora.ranks import (
     Weight,
+    clip_ranks,
     default_kernel_rank,
-    given_ranks,
     parameter_count,
     solve_budget,
     uniform_ranks,
-    useful,
+    usable_ranks,
 )
 
 CONV = Weight((64, 32, 3, 3), ("out", "in", "kernel", "kernel"))
@@ -49,9 +49,9 @@ def test_ranks_never_pass_the_mode():
     assert uniform_ranks(DEPTHWISE, 8, None) == (8, 1, 4, 4)
     assert uniform_ranks(EXPERTS, 100, None) == (8, 64, 100)
     assert uniform_ranks(CONV, 8, 9) == (8, 8, 3, 3)
-    assert given_ranks(CONV, [4, 99, 1, 3], None) == (4, 32, 1, 3)
+    assert clip_ranks(CONV, [4, 99, 1, 3], None) == (4, 32, 1, 3)
     with pytest.raises(ValueError, match=r"2 ranks \[4, 4\].*4 modes.*\[64, 32, 3, 3\]"):
-        given_ranks(CONV, [4, 4], None)
+        clip_ranks(CONV, [4, 4], None)
 
 
 @given(weights, st.floats(0.0005, 1.2), st.sampled_from([None, 1, 2]))
@@ -93,6 +93,6 @@ def test_ranks_that_the_other_modes_cannot_use_come_last():
     stem = Weight((32, 1, 1, 1), CONV.roles)
     assert solve_budget([stem, LINEAR], 20_000, None)[1] == solve_budget([LINEAR], 20_000 - 36, None)[0]
     for ranks in solve_budget([CONV, LINEAR, DEPTHWISE] * 3, 60_000, None):
-        assert ranks == useful(ranks)
+        assert ranks == usable_ranks(ranks)
     assert solve_budget([stem], 300, None) == [(9, 1, 1, 1)]  # with nothing else to spend on
-    assert useful((8, 2)) == (2, 2) and useful((5,)) == (5,) and useful((9, 1, 3, 1)) == (3, 1, 3, 1)
+    assert usable_ranks((8, 2)) == (2, 2) and usable_ranks((5,)) == (5,) and usable_ranks((9, 1, 3, 1)) == (3, 1, 3, 1)

@@ -26,7 +26,7 @@ from flora.files import new_folder
 from flora.layers.kinds import output_mode
 from flora.layers.sites import Site
 from flora.models import empty_model
-from flora.ranks import Ranks, Weight, given_ranks, useful
+from flora.ranks import Ranks, Weight, clip_ranks, usable_ranks
 from flora.tuner.config import check_budget, check_rank, is_number
 from flora.tuner.planning import count_base_parameters
 
@@ -222,7 +222,7 @@ class Size:
         for part in parts:
             most = tuple(map(len, part.front.spectra))
             try:
-                ranks.append(useful(given_ranks(Weight(most, part.roles), self.rank, None)))
+                ranks.append(usable_ranks(clip_ranks(Weight(most, part.roles), self.rank, None)))
             except ValueError as error:
                 raise ValueError(f"layer {part.name!r}: {error}") from None
         return ranks

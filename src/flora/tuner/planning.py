@@ -249,7 +249,7 @@ def _fixed_ranks(
         weight = rank_rules.Weight(shape, site.kind.roles_of(shape))
         r = config.r if pattern is None else pattern
         try:
-            fixed = None if r is None else rank_rules.given_ranks(weight, r, config.kernel_rank)
+            fixed = None if r is None else rank_rules.clip_ranks(weight, r, config.kernel_rank)
         except ValueError as error:
             raise ValueError(f"layer {target.name!r}: {error}") from None
         weights.append(rank_rules.Weight(weight.shape, weight.roles, fixed))
