@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 # the rooms of each package, every one after what it may import
 ROOMS = {
-    "flora": ["tucker", "ranks", "files", "models", "layers", "tuner", "convert", "cli"],
+    "flora": ["text", "keys", "tucker", "ranks", "files", "models", "layers", "tuner", "convert", "cli"],
     "flora_lab": ["errors", "tasks", "methods", "settings", "analysis", "run", "cli"],
 }
 EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",

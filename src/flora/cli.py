@@ -1,22 +1,21 @@
-"""The `flora` command: each subcommand is one call. A mistake is one line that names it, and exit code 2.
+"""The `flora` command: each subcommand is one call. A mistake prints one line that names it, with exit code 2.
 
 Other packages add commands through the entry point group `flora.commands`. Nothing heavy is imported before a command
-runs, so that help and a typo answer at once.
+runs, so that help and typos answer at once.
 """
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import reduce
 from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Any
 
 import click
 
 from flora import __version__
-
-
-class Refused(click.ClickException):
-    exit_code = 2
+from flora.keys import KeyedCommand, Refused, as_overrides, described_keys, parse_override, set_nested
 
 
 class Commands(click.Group):
@@ -30,146 +29,86 @@ class Commands(click.Group):
         return super().get_command(ctx, cmd_name) or next((command.load() for command in added), None)
 
 
-class KeyedCommand(click.Command):
-    """A command with `key=value` arguments after its options. Its help ends with the list of keys."""
-
-    def __init__(self, name: str | None, *, keys: Callable[[], Iterator[tuple[str, str]]], **kwargs: Any) -> None:
-        super().__init__(name, **kwargs, context_settings={"ignore_unknown_options": True})
-        self.keys = keys  # called only for the help: what it lists takes seconds to import
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Keys [default]"):
-            formatter.write_dl(list(self.keys()))
-
-
-def described_keys(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, help and default) for every documented field of a dataclass, nested ones included."""
-    types = get_type_hints(config)
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(types[field.name]):
-            yield from described_keys(types[field.name], f"{prefix}{field.name}.")
-        elif "help" in field.metadata:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            yield prefix + field.name, f"{field.metadata['help']} [{default}]"
-
-
-def as_overrides(arguments: Sequence[str]) -> list[str]:
-    """`seed=1`, `--seed=1` and `--seed 1` all become `seed=1`; a `--fresh` without a value becomes `fresh=true`."""
-    overrides: list[str] = []
-    for argument in arguments:
-        key = argument.removeprefix("--")
-        if argument.startswith("--") or "=" in key.lstrip("="):
-            overrides.append(key)
-        elif overrides and "=" not in overrides[-1]:
-            overrides[-1] += f"={argument}"
-        else:
-            raise Refused(f"{argument}: expected key=value")
-    return [override if "=" in override else f"{override}=true" for override in overrides]
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flora")
 def main() -> None:
     """Fine-tune frozen models with low-rank core adapters, for weights of any number of dimensions."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- plan
+# ----------------------------------------------------------------------------------------------------------------- plan
 
 
 def plan_keys() -> Iterator[tuple[str, str]]:
     from flora import FloraConfig
 
-    return ((name, text) for name, text in described_keys(FloraConfig) if text)
+    return described_keys(FloraConfig)
 
 
 @main.command(cls=KeyedCommand, keys=plan_keys)
 @click.argument("model")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
 def plan(model: str, overrides: tuple[str, ...]) -> None:
-    """Show which weights of MODEL an adapter would train, at which ranks, and how many parameters that makes.
+    """List the weights of MODEL that an adapter would train, with their ranks and numbers of parameters.
 
     MODEL is a transformers or diffusers model: a folder with its config.json, or a name on the hub. No weights are
     loaded. Keys are the fields of FloraConfig: `flora plan MODEL budget=0.005`.
     """
-    given = [parsed(override) for override in as_overrides(overrides)]
+    pairs = [parse_override(override) for override in as_overrides(overrides)]
 
     import flora
-    from flora.models import quiet
+    from flora.models import empty_model, quiet
 
     quiet()
     keys: dict[str, Any] = {"target_modules": "all-weights"}
     known = {field.name for field in dataclasses.fields(flora.FloraConfig)}
-    for key, value in given:
+    for key, value in pairs:
         if key.partition(".")[0] not in known:
             raise Refused(f"{key}: no field of FloraConfig; `flora plan --help` lists them")
         set_nested(keys, key, value)
     try:
         config = flora.FloraConfig(**keys)
-        click.echo(str(flora.plan(_empty(model), config)))
+        click.echo(str(flora.plan(empty_model(model), config)))
     except (TypeError, ValueError) as error:
         raise Refused(" ".join(str(error).split())) from error
 
 
-def parsed(override: str) -> tuple[str, Any]:
-    """`key=value`, the value read as YAML."""
-    import yaml
-
-    key, _, text = override.partition("=")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise Refused(f"{override}: {' '.join(str(error).split())}") from error
-    if isinstance(value, str):  # PyYAML reads 1e-3 as text
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    return key, value
-
-
-def set_nested(keys: dict[str, Any], key: str, value: Any) -> None:
-    """keys["a"]["b"] = value for the key "a.b"."""
-    outer, _, inner = key.partition(".")
-    if not inner:
-        keys[outer] = value
-    else:
-        if not isinstance(keys.get(outer), dict):
-            keys[outer] = {}
-        set_nested(keys[outer], inner, value)
-
-
-# -------------------------------------------------------------------------------------------------------- conversions
+# ---------------------------------------------------------------------------------------------------------- conversions
 
 
 @main.group()
 def export() -> None:
-    """Write an adapter for other programs, which need no flora to read it."""
+    """Write an adapter in the format of other programs, which then need no flora."""
 
 
 @main.group("import")
 def import_() -> None:
-    """Make a FLoRA adapter, exactly, of what another program has trained."""
+    """Turn an adapter of another program into a FLoRA adapter, exactly."""
 
 
-def convert(name: str, sides: tuple[str | None, str, str, str], loading: dict | None = None, **arguments: Any) -> None:
-    """Call ``flora.convert.NAME`` and print what it says; then, if there is a model, how far the sides' outputs are
-    apart: (model or None, FLoRA side, other side, what that is), and what ``loading`` the other takes."""
+def convert(
+    name: str, model: str | None, sides: tuple[str, str, str], options: dict[str, Any] | None = None, **arguments: Any
+) -> None:
+    """Call ``flora.convert.NAME`` and print its result; with a model, verify the two sides on it.
+
+    Args:
+        sides: the FLoRA side, the other side, and the other side's format.
+        options: what loading the other side takes.
+    """
     from flora import convert
     from flora.models import quiet
 
     quiet()
-    model, ours, other, form = sides
     try:
         click.echo(str(getattr(convert, name)(**arguments, progress=True)))
         if model:
-            click.echo(str(convert.verify(model, ours, other, form, **(loading or {}))))
+            click.echo(str(convert.verify(model, *sides, **(options or {}))))
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from error
     except ModuleNotFoundError as error:
         raise Refused(f"{error.name} is not installed: pip install 'flora-peft[convert]'") from error
 
 
-def two(first: str, second: str, help: str = "Load both sides onto MODEL and compare the outputs.") -> Callable:
+def paths(first: str, second: str, help: str = "Load both sides onto MODEL and compare the outputs.") -> Callable:
     """The two paths of a conversion, and --verify."""
 
     def decorate(command: Callable) -> Callable:
@@ -180,125 +119,116 @@ def two(first: str, second: str, help: str = "Load both sides onto MODEL and com
 
 
 ENCODERS = (
-    click.option("--text-encoder", metavar="ADAPTER", help="A second adapter, of the text encoder."),
-    click.option("--text-encoder-2", metavar="ADAPTER", help="A third, of SDXL's second text encoder."),
+    click.option("--text-encoder", metavar="ADAPTER", help="A second adapter, for the text encoder."),
+    click.option("--text-encoder-2", metavar="ADAPTER", help="A third adapter, for SDXL's second text encoder."),
 )
 SIZE = (
     click.option("--budget", help="Parameters of all layers together, or a share of the model's (0.005)."),
-    click.option("--energy", type=float, help="The least share of the squared norm that each layer keeps."),
+    click.option("--energy", type=float, help="The share of the squared norm that each layer keeps at least."),
     click.option("--rank", type=int, help="One rank for every mode."),
 )
 
 
 def options(*some: Callable) -> Callable:
+    """Several options in one decorator."""
     return lambda command: reduce(lambda made, option: option(made), reversed(some), command)
 
 
 @export.command("lora")
-@two("adapter", "out")
-@click.option("--ragged", is_flag=True, help="Each layer its own rank; else all get the largest, with zeros.")
-@click.option("--merge-rest", metavar="BASE", help="Layers without a LoRA form: save them whole, merged into BASE's.")
+@paths("adapter", "out")
+@click.option("--ragged", is_flag=True, help="Keep each layer's own rank. Otherwise all get the largest, with zeros.")
+@click.option("--merge-rest", metavar="BASE", help="Save layers without a LoRA form whole, merged into BASE's weights.")
 def export_lora(adapter: str, out: str, verify: str | None, **options: Any) -> None:
-    """ADAPTER as a plain PEFT LoRA, in the folder OUT."""
-    convert("export_lora", (verify, adapter, out, "lora"), adapter=adapter, out=out, **options)
+    """Write ADAPTER as a plain PEFT LoRA to the folder OUT."""
+    convert("export_lora", verify, (adapter, out, "lora"), adapter=adapter, out=out, **options)
 
 
 @export.command("locon")
-@two("adapter", "out")
+@paths("adapter", "out")
 @options(*ENCODERS)
-@click.option("--prefix", help="What names begin with [lora_unet, lora_te or lycoris, by the model].")
-@click.option("--folded", is_flag=True, help="Without `lora_mid`, for programs that do not know it.")
+@click.option("--prefix", help="Prefix of the names in the file [lora_unet, lora_te or lycoris, by the model].")
+@click.option("--folded", is_flag=True, help="Write no `lora_mid`, for programs that do not know it.")
 def export_locon(adapter: str, out: str, verify: str | None, **options: Any) -> None:
-    """ADAPTER as a LyCORIS / kohya LoCon, the file OUT: for ComfyUI, A1111, InvokeAI."""
-    convert("export_locon", (verify, adapter, out, "locon"), adapter=adapter, out=out, **options)
+    """Write ADAPTER as a LyCORIS / kohya LoCon to the file OUT, for ComfyUI, A1111 and InvokeAI."""
+    convert("export_locon", verify, (adapter, out, "locon"), adapter=adapter, out=out, **options)
 
 
 @export.command("diffusers")
-@two("adapter", "out")
+@paths("adapter", "out")
 @options(*ENCODERS)
-@click.option("--component", help="The part of the pipeline that it is for [unet or transformer, by the model].")
+@click.option("--component", help="The component of the pipeline [unet, transformer or text_encoder, by the model].")
 def export_diffusers(adapter: str, out: str, verify: str | None, **options: Any) -> None:
-    """ADAPTER as OUT/pytorch_lora_weights.safetensors, for diffusers' load_lora_weights."""
-    convert("export_diffusers", (verify, adapter, out, "diffusers"), adapter=adapter, out=out, **options)
+    """Write ADAPTER as OUT/pytorch_lora_weights.safetensors, for diffusers' load_lora_weights."""
+    convert("export_diffusers", verify, (adapter, out, "diffusers"), adapter=adapter, out=out, **options)
 
 
 @import_.command("lora")
-@two("lora", "out")
+@paths("lora", "out")
 @click.option("--is-transposed", is_flag=True, help="Stacked experts are (experts, in, out).")
 def import_lora(lora: str, out: str, verify: str | None, **options: Any) -> None:
-    """The PEFT LoRA in the folder LORA as a FLoRA adapter in the folder OUT."""
-    convert("import_lora", (verify, out, lora, "lora"), lora=lora, out=out, **options)
+    """Write the PEFT LoRA in the folder LORA as a FLoRA adapter to the folder OUT."""
+    convert("import_lora", verify, (out, lora, "lora"), lora=lora, out=out, **options)
 
 
 @import_.command("locon")
 @click.argument("file")
 @click.argument("base")
 @click.argument("out")
-@click.option("--prefix", help="Of the names, where the file has several.")
+@click.option("--prefix", help="Prefix of the names to import, if the file has several.")
 @click.option("--verify", is_flag=True, help="Load both sides onto BASE and compare the outputs.")
 def import_locon(file: str, base: str, out: str, verify: bool, prefix: str | None) -> None:
-    """The LoCon FILE, of the model BASE, as a FLoRA adapter in the folder OUT."""
-    sides = (base if verify else None, out, file, "locon")
-    convert("import_locon", sides, file=file, base=_empty(base), out=out, prefix=prefix)
+    """Write the LoCon FILE, for the model BASE, as a FLoRA adapter to the folder OUT."""
+    sides = (out, file, "locon")
+    convert("import_locon", base if verify else None, sides, file=file, base=base, out=out, prefix=prefix)
 
 
 @import_.command("official")
-@two("checkpoint", "out")
+@paths("checkpoint", "out")
 @click.option("--scale", type=float, required=True, help="The s that it was trained with; the file does not tell.")
-@click.option("--prefix", help="What names begin with, before the model's own.")
-@click.option("--save", multiple=True, metavar="LAYER", help="A layer to take over whole: a new head.")
+@click.option("--prefix", help="What precedes the model's own names in the file.")
+@click.option("--save", multiple=True, metavar="LAYER", help="A layer to copy whole, such as a new head.")
 def import_official(checkpoint: str, out: str, verify: str | None, **options: Any) -> None:
-    """A checkpoint of the FLoRA authors' code as a FLoRA adapter in the folder OUT."""
-    sides = (verify, out, checkpoint, "official")
-    convert("import_official", sides, options, checkpoint=checkpoint, out=out, **options)
+    """Write a checkpoint of the FLoRA authors' code as a FLoRA adapter to the folder OUT."""
+    sides = (out, checkpoint, "official")
+    convert("import_official", verify, sides, options, checkpoint=checkpoint, out=out, **options)
 
 
 @main.command()
 @click.argument("base")
-@two("adapter", "out", "Load MODEL with the adapter, and OUT, and compare the outputs.")
-@click.option("--max-shard-size", default="5GB", show_default=True)
+@paths("adapter", "out", "Load MODEL with the adapter, and OUT, and compare the outputs.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="The largest size of one file.")
 def merge(base: str, adapter: str, out: str, verify: str | None, **options: Any) -> None:
-    """The model BASE with ADAPTER's updates in its weights, in the folder OUT."""
-    convert("merge", (verify, adapter, out, "merged"), base=base, adapter=adapter, out=out, **options)
+    """Write the model BASE, with ADAPTER's updates in its weights, to the folder OUT."""
+    convert("merge", verify, (adapter, out, "merged"), base=base, adapter=adapter, out=out, **options)
 
 
 @main.command()
 @click.argument("base")
-@two("tuned", "out", "Load MODEL with the result, and TUNED, and compare the outputs.")
+@paths("tuned", "out", "Load MODEL with the result, and TUNED, and compare the outputs.")
 @options(*SIZE)
-@click.option("--keep-rest/--drop-rest", default=True, show_default=True, help="What no core can hold, kept whole.")
+@click.option("--keep-rest/--drop-rest", default=True, show_default=True, help="Keep what no core can hold, whole.")
 def extract(base: str, tuned: str, out: str, verify: str | None, budget: str | None, **options: Any) -> None:
-    """The difference of two checkpoints as a FLoRA adapter in the folder OUT, at the best ranks of a size."""
-    sizes = {"budget": _number(budget), **options}
-    convert("extract", (verify, out, tuned, "merged"), base=base, tuned=tuned, out=out, **sizes)
+    """Write the difference of two checkpoints as a FLoRA adapter to the folder OUT, at the best ranks of a size."""
+    options["budget"] = parse_budget(budget)
+    convert("extract", verify, (out, tuned, "merged"), base=base, tuned=tuned, out=out, **options)
 
 
 @main.command()
-@two("adapter", "out")
+@paths("adapter", "out")
 @options(*SIZE)
 def compress(adapter: str, out: str, verify: str | None, budget: str | None, **options: Any) -> None:
-    """ADAPTER at smaller ranks, in the folder OUT."""
-    sides = (verify, out, adapter, "flora")
-    convert("compress", sides, adapter=adapter, out=out, budget=_number(budget), **options)
+    """Write ADAPTER at smaller ranks to the folder OUT."""
+    options["budget"] = parse_budget(budget)
+    convert("compress", verify, (out, adapter, "flora"), adapter=adapter, out=out, **options)
 
 
-def _number(budget: str | None) -> int | float | None:
+def parse_budget(budget: str | None) -> int | float | None:
+    if budget is None:
+        return None
     try:
-        if budget is None:
-            return None
         return float(budget) if "." in budget or "e" in budget else int(budget.replace(",", ""))
     except ValueError:
         raise Refused(f"--budget {budget}: a whole number of parameters, or a share such as 0.005") from None
-
-
-def _empty(name: str) -> Any:
-    from flora.models import empty_model, quiet
-
-    quiet()
-    try:
-        return empty_model(name)
-    except ValueError as error:
-        raise Refused(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""A model from a folder or the hub, of transformers or diffusers: its structure alone, or with its weights; and inputs
-to try it with."""
+"""Models of transformers and diffusers, from a folder or the hub, and example inputs to run them on."""
 
 from __future__ import annotations
 
@@ -15,17 +14,30 @@ from flora.files import local_path, read_json
 
 
 def empty_model(name: str) -> nn.Module:
-    """The model on the meta device, from its config alone, as the class that the config names."""
+    """The model on the meta device: its structure, as the class that its config names. No weights are read.
+
+    Args:
+        name: a folder, or a name on the hub (models of diffusers: a folder). See ``flora.files.local_path``.
+
+    Raises:
+        ValueError: if transformers or diffusers cannot build it.
+    """
     return _build(name, weights=False)
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model with its weights, ready to be run."""
+    """The model with its weights, in evaluation mode.
+
+    Args:
+        name: as ``empty_model``'s.
+
+    Raises:
+        ValueError: if transformers or diffusers cannot load it.
+    """
     return _build(name, weights=True).to(dtype).eval()
 
 
 def _build(name: str, weights: bool) -> nn.Module:
-    """Raises ValueError where ``name`` is no model of either library."""
     source = str(local_path(name) or name)
     try:
         return (_diffusers if _is_diffusers(source) else _transformers)(source, weights)
@@ -47,7 +59,8 @@ def _transformers(name: str, weights: bool) -> nn.Module:
     return (_class_of(config) or transformers.AutoModel).from_pretrained(name, dtype=torch.float32)
 
 
-def _class_of(config: Any) -> type | None:
+def _class_of(config: Any) -> Any:
+    """The class that the config names, None if transformers has no such class."""
     import transformers
 
     return getattr(transformers, (config.architectures or [""])[0], None)
@@ -65,15 +78,15 @@ def _on_meta(config: Any) -> nn.Module:
 def _diffusers(name: str, weights: bool) -> nn.Module:
     import diffusers
 
-    kind = getattr(diffusers, read_json(Path(name) / "config.json")["_class_name"])
+    cls = getattr(diffusers, read_json(Path(name) / "config.json")["_class_name"])
     if weights:
-        return kind.from_pretrained(name)
+        return cls.from_pretrained(name)
     with torch.device("meta"):
-        return kind.from_config(kind.load_config(name))
+        return cls.from_config(cls.load_config(name))
 
 
 def quiet() -> None:
-    """Leave the screen to our own bars, tables and errors."""
+    """Silence the log messages and progress bars of transformers and the hub: the command line prints its own."""
     import warnings
 
     import huggingface_hub
@@ -87,42 +100,43 @@ def quiet() -> None:
 
 
 def meta_model(path: Path) -> nn.Module | None:
-    """The model that a config.json describes, on the meta device; None where transformers knows no such.
+    """The model that a ``config.json`` describes, on the meta device. None if transformers does not know its type.
 
     Raises:
-        ValueError: naming ``path``, where it can't be built.
+        ValueError: naming ``path``, if transformers cannot build the model.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = read_json(path).get("model_type")
-    if kind not in CONFIG_MAPPING:
+    model_type = read_json(path).get("model_type")
+    if model_type not in CONFIG_MAPPING:
         return None
     try:
-        return _on_meta(CONFIG_MAPPING[kind].from_pretrained(str(path)))
+        return _on_meta(CONFIG_MAPPING[model_type].from_pretrained(str(path)))
     except Exception as error:  # a model's own code may raise anything
-        raise ValueError(f"{path}: transformers can't build the model, to learn its weights' names: {error}") from error
+        raise ValueError(f"{path}: transformers cannot build this model: {error}") from error
 
 
 def shared_parameters(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
+    """The names of each parameter that has more than one (tied weights)."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]
 
 
-# -------------------------------------------------------------------------------------------------- inputs to try it
+# ------------------------------------------------------------------------------------------------------- example inputs
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Random inputs of one batch, by the names of the model's forward.
+    """One batch of random inputs, by the argument names of the model's forward.
 
-    Raises ValueError where they are not known for its class.
+    Raises:
+        ValueError: if the inputs of the model's class are not known here.
     """
     accepted = inspect.signature(model.forward).parameters
     first = getattr(model, "main_input_name", "sample")
     names = [first] if first in INPUTS else []
-    config = model.config
+    config: Any = model.config
     if first == "input_ids" and "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
     if hasattr(config, "text_config") and hasattr(config, "vision_config") and "input_ids" in accepted:
@@ -130,23 +144,24 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     if first == "sample" and "timestep" in accepted:
         names += [name for name in ("timestep", "encoder_hidden_states") if name in accepted]
     if not names:
-        raise ValueError(f"no inputs are known for {type(model).__name__}; compare the two in Python")
+        raise ValueError(f"the inputs of a {type(model).__name__} are not known here; compare the outputs in Python")
     dtype = next(model.parameters()).dtype
     inputs = {name: INPUTS[name](config) for name in names}
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-def _part(config: Any, kind: str) -> Any:
-    return getattr(config, f"{kind}_config", config)
+def _config_of(config: Any, modality: str) -> Any:
+    """The text or vision part of a config, or the config itself if it has no parts."""
+    return getattr(config, f"{modality}_config", config)
 
 
 def _tokens(config: Any) -> Tensor:
-    text = _part(config, "text")
+    text = _config_of(config, "text")
     return torch.randint(3, text.vocab_size, (2, min(12, getattr(text, "max_position_embeddings", 12))))
 
 
 def _pixels(config: Any) -> Tensor:
-    vision = _part(config, "vision")
+    vision = _config_of(config, "vision")
     size = getattr(vision, "image_size", 224)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return torch.randn(2, getattr(vision, "num_channels", 3), height, width)

@@ -39,7 +39,7 @@ def reconstruct(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 
 def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor], in_place: bool = False) -> Tensor:
-    """``tensor + core ×_1 factors[0] … ×_N factors[N-1]``. The last product adds, so the sum takes no second full tensor.
+    """``tensor + core ×_1 factors[0] … ×_N factors[N-1]``. The last product adds, so no second full tensor is formed.
 
     Args:
         tensor: (I_1, …, I_N).

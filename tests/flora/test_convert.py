@@ -120,11 +120,14 @@ def test_layers_without_a_lora_form_can_be_saved_whole(tmp_path):
 SPOILT = {
     "no_config": (
         lambda folder: (folder / "adapter_config.json").unlink(),
-        "adapter_config.json is no adapter's config",
+        "adapter_config.json is not an adapter's config",
     ),
     "other_method": (lambda folder: edit(folder, peft_type="LOHA"), "peft_type 'LOHA'; 'FLORA' is needed"),
     "no_kinds": (lambda folder: edit(folder, weights=None), "load the adapter onto its model"),
-    "strange_kinds": (lambda folder: edit(folder, weights={"layer": {"sort": 1}}), "not as flora writes it"),
+    "strange_kinds": (
+        lambda folder: edit(folder, weights={"layer": {"sort": 1}}),
+        "'weights' was not written by flora, or is corrupt",
+    ),
     "truncated": (lambda folder: cut_short(folder), "not a whole safetensors file"),
     "missing": (lambda folder: change(folder, "factor_1", None), "factor_1' is missing"),
     "shape": (lambda folder: change(folder, "factor_0", torch.ones(5, 2)), r"factor_0' has shape \[5, 2\].*3 columns"),

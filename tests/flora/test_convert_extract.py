@@ -29,8 +29,8 @@ from transformers import (
 
 from cases import Experts
 from flora import FloraConfig, tucker
-from flora.convert import truncate
-from flora.convert.extract import compress, extract
+from flora.convert import compress, extract
+from flora.convert.fronts import _hull, front_of, lora_energy, spend
 from flora.ranks import parameter_count
 from reference import layers
 
@@ -57,7 +57,7 @@ SHAPES = [(5,), (4, 6), (6, 1, 4), (1, 1), (4, 3, 3), (3, 3, 2, 2)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_front_is_the_best_truncation_at_every_cost(shape):
     tensor = decaying(shape)
-    front = truncate.front(tensor)
+    front = front_of(tensor)
     total = tensor.square().sum().item()
     assert front.total == pytest.approx(total)
     energies = dict(zip(map(tuple, front.ranks.tolist()), front.energies.tolist(), strict=True))
@@ -101,39 +101,37 @@ def spent(fronts, ranks):
 
 @pytest.mark.parametrize("power", [0.3, 1.5])
 def test_a_budget_is_spent_as_exhaustive_search_would(power):
-    fronts = [truncate.front(decaying(shape, n, power)) for n, shape in enumerate([(4, 3, 3), (5, 4), (3, 2, 2)])]
-    edges = [
-        list(truncate._hull(n, [0, *f.parameters.tolist()], [0.0, *f.energies.tolist()])) for n, f in enumerate(fronts)
-    ]
+    fronts = [front_of(decaying(shape, n, power)) for n, shape in enumerate([(4, 3, 3), (5, 4), (3, 2, 2)])]
+    edges = [list(_hull(n, [0, *f.parameters.tolist()], [0.0, *f.energies.tolist()])) for n, f in enumerate(fronts)]
     assert all(slopes == sorted(slopes, reverse=True) for slopes in edges)
     ends, missed = [0] * len(fronts), []
     for _, n, end in heapq.merge(*edges, reverse=True):  # as far as this goes it is the optimum
         ends[n] = end
         costs = [0 if not e else f.parameters[e - 1].item() for e, f in zip(ends, fronts, strict=True)]
-        assert spent(fronts, truncate.spend(fronts, sum(costs)))[1] == pytest.approx(search(fronts, sum(costs)))
+        assert spent(fronts, spend(fronts, sum(costs)))[1] == pytest.approx(search(fronts, sum(costs)))
     for budget in range(min(f.parameters[0].item() for f in fronts), sum(costs), 7):
-        cost, energy = spent(fronts, truncate.spend(fronts, budget))
+        cost, energy = spent(fronts, spend(fronts, budget))
         assert cost <= budget
         missed.append(1 - energy / search(fronts, budget))
     assert max(missed) < 0.25 and sum(missed) / len(missed) < 0.02
 
 
 @functools.cache
-def front_of(shape, seed, power=1.0):
-    return truncate.front(decaying(shape, seed, power))
+def example_front(shape, seed, power=1.0):
+    return front_of(decaying(shape, seed, power))
 
 
 @given(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4), st.integers(1, 300), st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_no_budget_is_passed_and_nothing_more_fits(shapes, budget, each):
-    fronts = [front_of(shape, n) for n, shape in enumerate(shapes)]
+    fronts = [example_front(shape, n) for n, shape in enumerate(shapes)]
     least = [parameter_count(shape, [1] * len(shape)) for shape in shapes]
     lowest = sum(least) if each else min(least)
     if lowest > budget:
         with pytest.raises(ValueError, match=f"too small for these weights: least possible {lowest}"):
-            truncate.spend(fronts, budget, each)
+            spend(fronts, budget, each)
         return
-    ranks = truncate.spend(fronts, budget, each)
+    ranks = spend(fronts, budget, each)
     costs = [parameter_count(shape, r) if r else 0 for shape, r in zip(shapes, ranks, strict=True)]
     assert sum(costs) <= budget and all(ranks if each else [True])
     for front, cost in zip(fronts, costs, strict=True):
@@ -142,8 +140,8 @@ def test_no_budget_is_passed_and_nothing_more_fits(shapes, budget, each):
 
 
 def test_lora_s_energy_is_that_of_the_singular_values_it_can_pay_for():
-    assert truncate.lora_energy([[3.0, 2.0], [4.0, 1.0]], [5, 10], 20) == 9 + 16 + 4
-    assert truncate.lora_energy([[3.0, 2.0], [4.0, 1.0]], [5, 10], 14) == 9 + 4
+    assert lora_energy([[3.0, 2.0], [4.0, 1.0]], [5, 10], 20) == 9 + 16 + 4
+    assert lora_energy([[3.0, 2.0], [4.0, 1.0]], [5, 10], 14) == 9 + 4
 
 
 # ------------------------------------------------------------------------------------------- one model of many layers
@@ -547,7 +545,7 @@ def test_rounding_refuses_bad_sizes(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             compress(tmp_path / "large", tmp_path / "small", **size)
-    with pytest.raises(ValueError, match="is no adapter's config"):
+    with pytest.raises(ValueError, match="is not an adapter's config"):
         compress(tmp_path, tmp_path / "small", rank=1)
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
 

@@ -29,7 +29,7 @@ from flora import FloraConfig
 from flora.convert.diffusers import export_diffusers
 from flora.convert.locon import export_locon, import_locon, name_of
 from flora.convert.sgm import sgm_names
-from flora.convert.verify import verify
+from flora.convert.verification import verify
 from test_contract import Holder
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -215,7 +215,7 @@ FOREIGN = {
     "alphas": (layer_file(alpha=torch.ones(2)), r"alpha is \[1.0, 1.0\]"),
     "layer": ({"lycoris_other.lora_up.weight": torch.ones(1), "lycoris_other.lora_down.weight": torch.ones(1)},
               r"lycoris_other.*no such layer"),
-    "prefix": ({"unet.conv_in.lora_A.weight": torch.ones(1)}, r"'unet' begins with none of lora_unet_.*prefix="),
+    "prefix": ({"unet.conv_in.lora_A.weight": torch.ones(1)}, r"'unet' does not begin with lora_unet_.*prefix="),
     "prefixes": ({f"lora_{name}_x.alpha": torch.ones(1) for name in ("te1", "unet")},
                  r"2 models \(lora_te1, lora_unet\).*prefix="),
     "empty": ({}, r"0 models"),

@@ -20,7 +20,7 @@ from cases import CASES
 from flora import FloraConfig
 from flora.convert.adapter import Adapter
 from flora.convert.checkpoint import Checkpoint, MissingWeight
-from flora.convert.merge import merge
+from flora.convert.merging import merge
 from flora.tuner.peft_compat import SAVES_BIASES
 from reference import first, ulps
 from test_contract import Holder
@@ -390,7 +390,7 @@ SPOILT = {
     "cut-off": (lambda base, adapter: shorten(base / "model.safetensors"), "not a whole safetensors file"),
     "missing-shard": (lambda base, adapter: sorted(shards_of(base).glob("*.safetensors"))[1].unlink(), "are missing"),
     "cut-off-shard": (lambda base, adapter: shorten(sorted(shards_of(base).glob("*.safetensors"))[1]), "-00002-of-"),
-    "shard-lacks-key": (lambda base, adapter: one_key_away(shards_of(base)), "the index says it is there"),
+    "shard-lacks-key": (lambda base, adapter: one_key_away(shards_of(base)), "although the index lists it"),
     "broken-index": (
         lambda base, adapter: (shards_of(base) / "model.safetensors.index.json").write_text("[]"), "JSON object",
     ),
@@ -408,7 +408,7 @@ SPOILT = {
         lambda base, adapter: rewrite(
             base, lambda t: {f"{side}.{k}": v.clone() for k, v in t.items() for side in ("left", "right")}
         ),
-        "several weights",
+        "may be any of left.bert",
     ),
     "quantized": (
         lambda base, adapter: rewrite(base, lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}),

@@ -1,12 +1,13 @@
 """To and from other formats, adapter by adapter and weight by weight: no model has to be in memory."""
 
+from flora.convert.compression import compress
 from flora.convert.diffusers import export_diffusers
-from flora.convert.extract import compress, extract
+from flora.convert.extraction import extract
 from flora.convert.locon import export_locon, import_locon
 from flora.convert.lora import export_lora, import_lora
-from flora.convert.merge import merge
+from flora.convert.merging import merge
 from flora.convert.official import import_official
-from flora.convert.verify import verify
+from flora.convert.verification import verify
 
 __all__ = [
     "compress", "export_diffusers", "export_locon", "export_lora", "extract", "import_locon", "import_lora",

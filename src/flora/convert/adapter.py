@@ -1,4 +1,4 @@
-"""A FLoRA adapter's folder, read and written weight by weight: no model is needed."""
+"""The folder of a FLoRA adapter, read and written weight by weight: no model is needed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flora.files import WEIGHTS, from_hub, local_path, open_tensors
+from flora.files import WEIGHTS, from_hub, local_path, open_tensors, save_tensors
+from flora.layers.core_space import add_updates
 from flora.layers.sites import Site
 from flora.ranks import parameter_count
 from flora.tuner.config import FloraConfig
@@ -24,7 +24,14 @@ SPACE = ".tucker_space."
 
 @dataclass(frozen=True)
 class Update:
-    """One weight's update, ``scale · core ×_1 factors[0] …`` with core (r_1, …, r_N) and factors[n] (I_n, r_n)."""
+    """The update of one weight: ``scale · core ×_1 factors[0] … ×_N factors[N-1]`` (equation 5).
+
+    Args:
+        site: which weight of which layer.
+        core: (r_1, …, r_N).
+        factors: (I_n, r_n) per mode.
+        scale: the s of equation 5.
+    """
 
     site: Site
     core: Tensor
@@ -33,6 +40,7 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The weight's shape (I_1, …, I_N)."""
         return tuple(factor.shape[0] for factor in self.factors)
 
     @property
@@ -47,54 +55,68 @@ class Update:
     def dtype(self) -> torch.dtype:
         return self.core.dtype
 
-    def exact(self) -> tuple[Tensor, list[Tensor]]:
-        """The core, scale in it, and the factors in float64, for what is computed with them."""
-        return self.core.double() * self.scale, [factor.double() for factor in self.factors]
+    def scaled_space(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
+        """The core times the scale, and the factors, in ``dtype``: what computations start from."""
+        return self.core.to(dtype) * self.scale, [factor.to(dtype) for factor in self.factors]
+
+    def merged_into(self, weight: Tensor) -> Tensor:
+        """``weight + update``, (I_1, …, I_N), in the weight's dtype. As in the layer's own merge, the sum is formed in
+        float32 at least and rounded once."""
+        return add_updates(weight, [self.scaled_space(torch.promote_types(weight.dtype, torch.float32))])
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is in the folder: the config, where the updates act, and their tensors, each read when it is asked for.
+    """An adapter's folder: its config, the sites of its updates, and its tensors, which are read on demand.
 
-    Raises:
-        ValueError: naming file, key and shape, where it is no whole FLoRA adapter.
+    Args:
+        folder: where it lies.
+        config: its ``adapter_config.json``.
+        sites: one per adapted weight.
+        other_keys: the keys of all tensors that are not part of an update: trained heads, biases.
     """
 
     folder: Path
     config: FloraConfig
     sites: list[Site]
-    rest: list[str] = field(default_factory=list)  # keys of all that is no update: trained heads, biases
+    other_keys: list[str] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Adapter:
-        folder = adapter_folder(folder)
+    def open(cls, source: str | Path) -> Adapter:
+        """Open an adapter by its folder or its name on the hub. Only headers are read.
+
+        Raises:
+            ValueError: naming file, key and shape, if it is not a whole FLoRA adapter.
+        """
+        folder = adapter_folder(source)
+        path = folder / "adapter_config.json"
         read_config(folder, "FLORA")
         config = FloraConfig.from_pretrained(str(folder))
         if not config.weights:
             raise ValueError(
-                f"{folder / 'adapter_config.json'} does not say which kinds of layers it adapts ('weights' is empty): "
-                "load the adapter onto its model with this version of flora and save it again"
+                f"{path} does not list the kinds of the adapted layers ('weights' is empty): load the adapter onto its "
+                "model with this version of flora and save it again"
             )
         try:
             sites = [Site.from_dict(name, facts) for name, facts in config.weights.items()]
         except (AttributeError, TypeError, ValueError) as error:
-            path = folder / "adapter_config.json"
-            raise ValueError(f"{path}: 'weights' is not as flora writes it: {error}") from None
+            raise ValueError(f"{path}: 'weights' was not written by flora, or is corrupt: {error}") from None
         if config.saved_shapes is None:
             raise ValueError(f"{folder} has no {WEIGHTS}")
         for site in sites:
             _check_shapes(folder / WEIGHTS, site, config.saved_shapes)
         with open_tensors(folder / WEIGHTS) as file:
-            rest = [key for key in file.keys() if SPACE not in key]
-        return cls(folder, config, sites, rest)
+            other_keys = [key for key in file.keys() if SPACE not in key]
+        return cls(folder, config, sites, other_keys)
 
     def shape(self, site: Site) -> tuple[int, ...]:
-        """The weight's; nothing is read for it."""
-        shapes = self.config.saved_shapes
+        """The shape (I_1, …, I_N) of a site's weight, from the file's header."""
+        shapes = self.config.saved_shapes or {}
         modes = range(len(shapes[f"{site.stem}{SPACE}core"]))
         return tuple(shapes[f"{site.stem}{SPACE}factor_{n}"][0] for n in modes)
 
     def updates(self) -> Iterator[Update]:
+        """The updates in the order of ``sites``, each read when it is needed."""
         with open_tensors(self.folder / WEIGHTS) as file:
             keys = {key.removeprefix(PREFIX): key for key in file.keys()}
 
@@ -107,11 +129,14 @@ class Adapter:
                 yield Update(site, core, factors, read(site.stem, "scale").item())
 
     def other_tensors(self) -> dict[str, Tensor]:
+        """The tensors that are not part of an update, by key."""
         with open_tensors(self.folder / WEIGHTS) as file:
-            return {key: file.get_tensor(key) for key in self.rest}
+            return {key: file.get_tensor(key) for key in self.other_keys}
 
 
 def _check_shapes(file: Path, site: Site, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless the file has core, factors and scale of a site, of shapes that belong together."""
+
     def shape(name: str, modes: int | None) -> tuple[int, ...]:
         key = f"{site.stem}{SPACE}{name}"
         if key not in shapes:
@@ -123,42 +148,50 @@ def _check_shapes(file: Path, site: Site, shapes: dict[str, tuple[int, ...]]) ->
     ranks = shape("core", None)
     shape("scale", 0)
     for n, rank in enumerate(ranks):
-        found = shape(f"factor_{n}", 2)
-        if found[1] != rank:
+        factor = shape(f"factor_{n}", 2)
+        if factor[1] != rank:
             raise ValueError(
-                f"{file}: '{site.stem}{SPACE}factor_{n}' has shape {list(found)}; the core of shape {list(ranks)} "
+                f"{file}: '{site.stem}{SPACE}factor_{n}' has shape {list(factor)}; the core of shape {list(ranks)} "
                 f"needs {rank} columns"
             )
 
 
-def bar(items: Iterable, total: int, label: str, show: bool) -> Iterable:
-    """The items, with a progress bar."""
+def progress_bar(items: Iterable, total: int, label: str, show: bool) -> Iterable:
+    """The items, with a progress bar if ``show``."""
     return tqdm(items, total=total, desc=label, disable=not show, leave=False)
 
 
 def adapter_folder(source: str | Path) -> Path:
-    """The folder of an adapter that is given by its path or by its name on the hub."""
+    """The folder of an adapter that is given by its path or by its name on the hub.
+
+    Raises:
+        ValueError: if there is none.
+    """
     return local_path(source) or from_hub(str(source), ["adapter_*"])
 
 
 def read_config(folder: Path, peft_type: str) -> dict[str, Any]:
-    """``adapter_config.json`` of a PEFT adapter of that type."""
+    """The ``adapter_config.json`` of a PEFT adapter. Raises ValueError if its type is not ``peft_type``."""
     path = folder / "adapter_config.json"
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no adapter's config: {error}") from error
-    found = content.get("peft_type") if isinstance(content, dict) else None
-    if found != peft_type:
-        raise ValueError(f"{path} is of peft_type {found!r}; {peft_type!r} is needed")
+        raise ValueError(f"{path} is not an adapter's config: {error}") from error
+    actual = content.get("peft_type") if isinstance(content, dict) else None
+    if actual != peft_type:
+        raise ValueError(f"{path} has peft_type {actual!r}; {peft_type!r} is needed")
     return content
 
 
 def write_adapter(
-    folder: Path, config: FloraConfig, updates: Iterable[Update], rest: dict[str, Tensor] | None = None
+    folder: Path, config: FloraConfig, updates: Iterable[Update], others: dict[str, Tensor] | None = None
 ) -> None:
-    """Write an adapter that ``PeftModel.from_pretrained`` reads: ranks and sites of the updates go into the config."""
-    tensors, ranks, weights = dict(rest or {}), {}, {}
+    """Write an adapter for ``PeftModel.from_pretrained``. Ranks and sites of the updates go into the config.
+
+    Args:
+        others: tensors that are not part of an update, by key.
+    """
+    tensors, ranks, weights = dict(others or {}), {}, {}
     for update in updates:
         stem = f"{PREFIX}{update.site.stem}{SPACE}"
         tensors[f"{stem}core"] = update.core.contiguous()
@@ -168,9 +201,9 @@ def write_adapter(
         weights[update.site.name] = update.site.to_dict()
     config.ranks, config.weights = ranks, weights
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS, tensors)
 
 
 def summary(updates: Sequence[Update]) -> str:
-    """How much there is, for the line that a command prints."""
+    """Numbers of weights and parameters, for the line that a command prints."""
     return f"{len(updates)} weights, {sum(update.parameters for update in updates):,} parameters"

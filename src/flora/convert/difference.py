@@ -11,72 +11,85 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from flora.convert.checkpoint import Checkpoint
-from flora.convert.slots import Side, Slot, parts, slots_of
-from flora.convert.truncate import Front, front
+from flora.convert.checkpoint import Checkpoint, split_key
+from flora.convert.fronts import Front, front_of
+from flora.convert.slots import Slot, SlotReader, slots_of
 from flora.layers import kinds
-from flora.layers.kinds import RAW, Kind
-from flora.layers.weights import full_name
+from flora.layers.kinds import RAW
+from flora.layers.sites import Site
 from flora.tuner.config import FloraConfig
 from flora.tuner.planning import PlannedWeight, make_plan
 from flora.tuner.targets import canonical_module
 
 
 @dataclass(frozen=True)
-class Place:
-    """How a core space gets at a weight: ``target`` names its layer, or, if ``raw``, the parameter itself; ``name`` is
-    what FLoRA calls it."""
-
-    name: str
-    target: str
-    raw: bool
-    kind: Kind
-    roles: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Change:
-    """A slot that is not the same in both. ``energy``: ‖D‖² of a parameter's difference D. ``place``, ``front``: of a
-    weight that gets a core space. ``new``: the base has nothing of this shape."""
+    """A slot that differs between the checkpoints.
+
+    Args:
+        slot: the parameter or buffer.
+        energy: ‖D‖² of a parameter's difference D.
+        site, front: of a weight that can have a core space, else None.
+        new: whether the base has no tensor of this shape.
+    """
 
     slot: Slot
     energy: float = 0.0
-    place: Place | None = None
+    site: Site | None = None
     front: Front | None = None
     new: bool = False
 
 
-class Pair:
-    """The checkpoints ``base`` and ``tuned`` of the structure ``model``; to begin with, headers alone are read.
+@dataclass(frozen=True)
+class Holders:
+    """Where the changes go that no core space holds.
+
+    Args:
+        layers: modules to save whole.
+        vectors: slots that a raw parameter of rank 1 holds exactly.
+        left_out: changes that PEFT cannot hold.
+    """
+
+    layers: list[str]
+    vectors: list[Slot]
+    left_out: list[Change]
+
+
+class CheckpointPair:
+    """The checkpoints ``base`` and ``tuned`` of one ``model``. Only headers are read at first.
 
     Raises:
-        ValueError: naming checkpoint, key and shapes, where they are not of this model.
+        ValueError: naming checkpoint, key and shapes, if one is not of this model.
     """
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint, model: nn.Module) -> None:
         self.model = model
-        slots, taken = list(slots_of(model)), set()
-        self.base, self.tuned = Side(base, slots), Side(tuned, slots)
+        slots = list(slots_of(model))
+        self.base, self.tuned = SlotReader(base, slots), SlotReader(tuned, slots)
         for slot in slots:
-            before, after = self.base.keys[slot], self.tuned.keys[slot]
-            taken.update(after)
-            if before and not after and slot.is_parameter:
-                raise ValueError(f"{tuned.source} has no weight {slot.name!r}, which is {before[0]!r} in {base.source}")
-            for checkpoint, keys in ((base, before), (tuned, after)) if slot.is_parameter else ():
-                if strange := [key for key in keys if not checkpoint.dtype(key).is_floating_point]:
-                    raise ValueError(
-                        f"{checkpoint.source}: {strange[0]!r} has dtype {checkpoint.dtype(strange[0])}; a "
-                        "floating-point one is needed"
-                    )
-            if (shape := self.tuned.shape(slot)) not in (None, slot.shape):
-                raise ValueError(
-                    f"{tuned.source}: {after[0]!r} has shape {list(shape)}, but {list(slot.shape)} in the model that "
-                    "the adapter would be loaded onto; give one with the tuned model's heads"
-                )
+            self._check(slot)
+        known = {key for slot in slots for key in self.tuned.keys[slot]}
         for key in tuned.keys():
-            if key not in taken and tuned.dtype(key).is_floating_point and not self._is_in_base(key):
-                raise ValueError(f"{tuned.source}: {key!r} is no weight of the model, a {type(model).__name__}")
+            if key not in known and tuned.dtype(key).is_floating_point and not self._is_in_base(key):
+                raise ValueError(f"{tuned.source}: {key!r} is not a weight of the model, a {type(model).__name__}")
         self.slots = {name: slot for slot in slots if self.tuned.keys[slot] for name in slot.names}
+
+    def _check(self, slot: Slot) -> None:
+        base, tuned = self.base.checkpoint, self.tuned.checkpoint
+        before, after = self.base.keys[slot], self.tuned.keys[slot]
+        if before and not after and slot.is_parameter:
+            raise ValueError(f"{tuned.source} has no weight {slot.name!r}, which is {before[0]!r} in {base.source}")
+        for checkpoint, keys in ((base, before), (tuned, after)) if slot.is_parameter else ():
+            if strange := [key for key in keys if not checkpoint.dtype(key).is_floating_point]:
+                raise ValueError(
+                    f"{checkpoint.source}: {strange[0]!r} has dtype {checkpoint.dtype(strange[0])}; a floating-point "
+                    "one is needed"
+                )
+        if (shape := self.tuned.shape(slot)) not in (None, slot.shape):
+            raise ValueError(
+                f"{tuned.source}: {after[0]!r} has shape {list(shape or ())}, but {list(slot.shape)} in the model that "
+                "the adapter would be loaded onto; give a model with the tuned model's heads"
+            )
 
     def _is_in_base(self, key: str) -> bool:
         base, tuned = self.base.checkpoint, self.tuned.checkpoint
@@ -86,10 +99,10 @@ class Pair:
     def modules(self) -> dict[str, nn.Module]:
         return dict(self.model.named_modules(remove_duplicate=False))
 
-    # ------------------------------------------------------------------------------------------------- what changed
+    # ----------------------------------------------------------------------------------------------------- what changed
 
     def changes(self) -> Iterator[Change | None]:
-        """One for every slot, None for what is the same in both."""
+        """One per slot, None if it is the same in both checkpoints."""
         for name, slot in self.slots.items():
             if name == slot.name:
                 yield self._change(slot)
@@ -105,46 +118,48 @@ class Pair:
         energy = difference.square().sum().item()
         if energy != energy or energy == float("inf"):
             raise ValueError(f"{slot.name!r}: the difference of base and tuned model is not finite")
-        place = self._place(slot)
-        return Change(slot, energy, place, place and front(difference))
+        site = self._site(slot)
+        return Change(slot, energy, site, front_of(difference) if site else None)
 
     def difference(self, slot: Slot) -> Tensor:
         """tuned - base in float64, of the slot's shape."""
         return self.tuned.read(slot).double() - self.base.read(slot).double()
 
     def dtype(self, slot: Slot) -> torch.dtype:
-        """Of the core and the factors: float32, unless a checkpoint has more."""
+        """The dtype for core and factors: float64 if a checkpoint has it, else float32."""
         wide = torch.float64 in (self.base.dtype(slot), self.tuned.dtype(slot))
         return torch.float64 if wide else torch.float32
 
-    def _place(self, slot: Slot) -> Place | None:
-        module, leaf = parts(slot.name)
-        # a shared weight is adapted in one of its layers only, or not at all
+    def _site(self, slot: Slot) -> Site | None:
+        """The site of a weight that can have a core space, else None."""
+        module, leaf = split_key(slot.name)
+        # PEFT adapts a shared weight in one of its layers, or not at all
         if slot.is_vector or not module or len(slot.names) > 1:
             return None
-        layer = canonical_module(self.model, module)
-        weight = leaf if layer == module else f"{module.removeprefix(f'{layer}.')}.{leaf}"
+        name = canonical_module(self.model, module)
+        weight = leaf if name == module else f"{module.removeprefix(f'{name}.')}.{leaf}"
+        layer = self.modules[name]
         try:
-            kind, _, roles = kinds.describe(self.modules[layer], weight)
+            kind, _, _ = kinds.describe(layer, weight)
         except ValueError:
             return None
-        raw = kind is RAW or len(kind.weights) > 1  # such a layer's name would target all of its weights
-        return Place(
-            name=full_name(layer, weight),
-            target=slot.name if raw else layer,
-            raw=raw,
-            kind=kind,
-            roles=roles,
-        )
+        return Site.of(layer, kind, name, weight)
 
-    # ------------------------------------------------------------------------------------------------ what holds it
+    # ---------------------------------------------------------------------------------------------- what holds the rest
 
-    def rest(self, adapted: Iterable[Slot], changes: Sequence[Change]) -> tuple[list[str], list[Slot], list[Change]]:
-        """What holds the changes beside the adapted weights: layers to be saved whole, where all of their parameters
-        changed or a vector would not do; vectors to be adapted at rank 1; and the changes that nothing in PEFT holds:
-        of a module that has adapted layers in it, or of the model itself.
+    def holders(self, adapted: Iterable[Slot], changes: Sequence[Change]) -> Holders:
+        """Where the changes go that no core space holds.
 
-        Raises ValueError where that is a new weight, without which the model can't run.
+        A layer is saved whole if all of its parameters changed, or one that is not a vector. Other vectors are adapted
+        at rank 1. Left out is what PEFT cannot hold: parameters of the model itself, or of a module that contains
+        adapted layers.
+
+        Args:
+            adapted: the slots that get core spaces.
+            changes: all other changes.
+
+        Raises:
+            ValueError: if a new weight would be left out, since the model cannot run without it.
         """
         changed = defaultdict(list)
         for change in changes:
@@ -157,12 +172,14 @@ class Pair:
             if clash is None:
                 break
             if new := [change.slot.name for change in changed[clash] if change.new]:
-                raise ValueError(f"{new[0]!r} is new, but its layer can't be saved beside adapted ones of such names")
+                raise ValueError(
+                    f"{new[0]!r} is new, but PEFT cannot save its layer whole beside adapted layers of similar names"
+                )
             whole.remove(clash)
-        saved = [name for name in self.modules if any(name.endswith(module) for module in whole)]
+        layers = [name for name in self.modules if any(name.endswith(module) for module in whole)]
         others = [change for change in changes if not set(change.slot.modules) <= set(whole)]
         vectors = [change.slot for change in others if self._can_be_raw(change)]
-        return saved, vectors, [change for change in others if not self._can_be_raw(change)]
+        return Holders(layers, vectors, [change for change in others if not self._can_be_raw(change)])
 
     def _is_full(self, module: str, own: Sequence[Change]) -> bool:
         return len(own) == sum(p is not None for p in self.modules[module]._parameters.values())
@@ -173,37 +190,43 @@ class Pair:
         return slot.is_parameter and slot.is_vector and not change.new and not shared and module != ""
 
     def _can_save(self, module: str, busy: set[str]) -> bool:
-        """Whether it, and all that PEFT takes for it because its name ends the same or lies within such a name, are
-        single layers and free of adapters."""
+        """Whether PEFT can save the module whole. PEFT takes all modules whose names end in this name, or contain it:
+        they must be single layers without adapters."""
         meant = [name for name in self.modules if name.endswith(module)] if module else [""]
         inner = [name for name in self.modules if f".{module}." in f".{name}."]
         around = [module[:n] for n, letter in enumerate(module) if letter == "."]
         return not (any(map(self._has_layers, meant)) or busy.intersection(meant + inner + around))
 
     def _has_layers(self, module: str) -> bool:
-        """Whether there are layers with parameters in it."""
+        """Whether it contains layers with parameters."""
         inner = self.modules[module].children()
         return kinds.kind_of(self.modules[module]) is None and any(any(True for _ in c.parameters()) for c in inner)
 
     def tensors(self, module: str) -> dict[str, Tensor]:
-        """All that a layer's state dict has, as in the tuned checkpoint."""
+        """All tensors of a layer's state dict, by name, from the tuned checkpoint. Raises ValueError if one is
+        missing."""
         names = [f"{module}.{key}" for key in self.modules[module].state_dict()]
         if missing := [name for name in names if name not in self.slots]:
             raise ValueError(f"{self.tuned.checkpoint.source} has no weight {missing[0]!r}")
         return {name: self.tuned.read(self.slots[name]) for name in names}
 
-    def plan(
-        self, places: Sequence[Place], vectors: Sequence[Slot], saved: Sequence[str]
+    def adapter_config(
+        self, changes: Sequence[Change], vectors: Sequence[Slot], layers: Sequence[str]
     ) -> tuple[FloraConfig, list[PlannedWeight]]:
-        """The config that adapts these weights, and what it makes of the model: now and then more raw parameters, whose
-        names end in the same way as others'."""
-        modules = [place.target for place in places if not place.raw]
-        raw = [place.target for place in places if place.raw] + [slot.name for slot in vectors]
+        """The config that adapts the weights of ``changes``, and ``vectors``, and saves ``layers`` whole; and all
+        weights that it adapts. These may be more: PEFT also finds raw parameters whose names end in the same way."""
+        raw = [c.slot.name for c in changes if c.site and _needs_raw_target(c.site)] + [slot.name for slot in vectors]
+        modules = [c.site.module for c in changes if c.site and not _needs_raw_target(c.site)]
         config = FloraConfig(
-            r=1, target_modules=modules or None, target_parameters=raw or None, modules_to_save=list(saved) or None
+            r=1, target_modules=modules or None, target_parameters=raw or None, modules_to_save=list(layers) or None
         )
-        rows = make_plan(self.model, config).rows
-        if {row.target for row in rows if not row.raw} != set(modules):  # a name ends in the same way as another
+        weights = make_plan(self.model, config).rows
+        if {weight.target for weight in weights if not weight.raw} != set(modules):  # a name is the end of another name
             config.target_modules = "|".join(map(re.escape, modules))
-            rows = make_plan(self.model, config).rows
-        return config, rows
+            weights = make_plan(self.model, config).rows
+        return config, weights
+
+
+def _needs_raw_target(site: Site) -> bool:
+    """Whether the weight is targeted by its own name. The layer's name would target all weights of its kind."""
+    return site.kind is RAW or len(site.kind.weights) > 1

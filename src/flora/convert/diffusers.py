@@ -1,4 +1,4 @@
-"""To diffusers: a plain LoRA, ``pytorch_lora_weights.safetensors``, in one file for all parts of a pipeline."""
+"""To diffusers: a plain LoRA, ``pytorch_lora_weights.safetensors``, in one file for all components of a pipeline."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flora.convert.adapter import Adapter
-from flora.convert.lora import lora_of, obstacle
+from flora.convert.lora import lora_obstacle, lora_of
 from flora.convert.products import Product, refuse
-from flora.files import new_folder
+from flora.files import new_folder, save_tensors
 from flora.layers.sites import Site
 
 FILE = "pytorch_lora_weights.safetensors"
-METADATA = "lora_adapter_metadata"  # in the file's header: the arguments of LoraConfig, part by part
+METADATA = "lora_adapter_metadata"  # in the file's header: the arguments of LoraConfig per component
 UNET = (
     "conv_in", "conv_out", "time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj", "down_blocks",
     "mid_block", "up_blocks",
@@ -37,62 +36,68 @@ def export_diffusers(
     ``model.load_lora_adapter(out, prefix=component, use_safetensors=True)``.
 
     Args:
-        component: the part of the pipeline that ``adapter`` is of; without it "unet", "transformer" or "text_encoder",
-            as its layers' names tell.
-        text_encoder, text_encoder_2: adapters of those parts, for the same file.
+        adapter: a folder, or a name on the hub.
+        out: a new folder.
+        component: the component of the pipeline that ``adapter`` adapts. By default "unet", "transformer" or
+            "text_encoder", told by its layers' names.
+        text_encoder, text_encoder_2: adapters of those components, for the same file.
+        progress: show a progress bar.
 
     Returns:
-        what was written, in a line.
+        a line that describes the LoRA.
 
     Raises:
-        ValueError: with the layers that have no LoRA form, or what else is in the adapter; nothing is written then.
+        ValueError: listing the layers without a LoRA form, or tensors for which the file has no place. Nothing is
+            written then.
+        FileExistsError: if ``out`` exists.
     """
     source = Adapter.open(adapter)
     component = component or component_of(source)
     if component is None:
-        raise ValueError(f"{adapter}: its layers do not tell the part of the pipeline; name it by component=")
-    parts = parts_of(source, component, {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2})
+        raise ValueError(f"{adapter}: its layers do not tell the component of the pipeline; name it by component=")
+    sources = sources_of(source, component, {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2})
     tensors: dict[str, Tensor] = {}
     arguments: dict[str, Any] = {}
-    for part, source in parts.items():
-        some, config = _part(source, part, progress)
-        tensors |= {f"{part}.{name}": tensor for name, tensor in some.items()}
-        arguments |= {f"{part}.{name}": value for name, value in config.items()}
-    with new_folder(Path(out)) as folder:
-        save_file(tensors, folder / FILE, metadata={"format": "pt", METADATA: json.dumps(arguments)})
-    ranks = ", ".join(f"{part} of rank {arguments[f'{part}.r']}" for part in parts)
+    for name, one in sources.items():
+        own_tensors, own_arguments = _component_lora(one, name, progress)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in own_tensors.items()}
+        arguments |= {f"{name}.{key}": value for key, value in own_arguments.items()}
+    with new_folder(out) as folder:
+        save_tensors(folder / FILE, tensors, {METADATA: json.dumps(arguments)})
+    ranks = ", ".join(f"{name} of rank {arguments[f'{name}.r']}" for name in sources)
     count = sum(tensor.numel() for tensor in tensors.values())
     return f"{out}: LoRA, {ranks}, {len(tensors) // 2} weights, {count:,} parameters"
 
 
-def _part(source: Adapter, part: str, progress: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and the arguments of LoraConfig."""
-    reasons = {site: reason for site in source.sites if (reason := _obstacle(site))}
-    refuse(source, reasons, "LoRA form in diffusers", "`flora merge` writes them into the model")
-    pairs, config = lora_of(source, ragged=False, progress=progress)
-    # PEFT's names, but for text encoders, where diffusers knows them of attention only
-    ends = ("lora_linear_layer.down", "lora_linear_layer.up") if "text_encoder" in part else ("lora_A", "lora_B")
+def _component_lora(source: Adapter, component: str, progress: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A component's tensors by name, and the arguments of its LoraConfig."""
+    obstacles = {site: reason for site in source.sites if (reason := _obstacle(site))}
+    refuse(source, obstacles, "LoRA form in diffusers", "`flora merge` writes them into the model")
+    products, config = lora_of(source, ragged=False, progress=progress)
+    # PEFT's names; but of text encoders diffusers knows PEFT's names of attention layers only
+    ends = ("lora_linear_layer.down", "lora_linear_layer.up") if "text_encoder" in component else ("lora_A", "lora_B")
     tensors = {
-        f"{name_in(part, site.module)}.{end}.weight": tensor
-        for site, pair in pairs.items()
+        f"{name_in(component, site.module)}.{end}.weight": tensor
+        for site, pair in products.items()
         for end, tensor in zip(ends, down_up(pair), strict=True)
     }
-    # endings of names, which hold with CLIP's extra level and without it
-    names = [site.module.removeprefix("text_model.") for site in pairs]
+    # diffusers matches the ends of names; these match with CLIP's extra level and without it
+    names = [site.module.removeprefix("text_model.") for site in products]
     return tensors, {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": names}
 
 
 def _obstacle(site: Site) -> str | None:
-    if site.kind.locon_form is None:  # the same layers
-        return f"diffusers knows LoRA of linear layers and convolutions, not of {site.kind.name}"
-    return obstacle(site, ())
+    if site.kind.locon_form is None:  # diffusers takes the same layers as LoCon
+        return f"diffusers takes LoRA of linear layers and convolutions, not of {site.kind.name}"
+    return lora_obstacle(site, ())
 
 
-# --------------------------------------------------------------------------------------- what LoCon files share with it
+# ---------------------------------------------------------------------------------------------- shared with LoCon files
 
 
 def component_of(source: Adapter) -> str | None:
-    """The part of a pipeline that the adapter is of, by its layers' names and its model's class; None for another."""
+    """The component of a pipeline that an adapter adapts, by its layers' names and its model's class. None if they do
+    not tell."""
     tops = {site.module.partition(".")[0] for site in source.sites}
     model = (source.config.auto_mapping or {}).get("base_model_class") or ""
     if tops <= set(UNET):
@@ -104,31 +109,35 @@ def component_of(source: Adapter) -> str | None:
     return None
 
 
-def parts_of(source: Adapter, name: str, others: dict[str, str | Path | None]) -> dict[str, Adapter]:
-    """The adapters for one file, by what their tensors' names begin with.
+def sources_of(source: Adapter, prefix: str, others: dict[str, str | Path | None]) -> dict[str, Adapter]:
+    """The adapters of one file by the prefix of their tensors' names.
+
+    Args:
+        source, prefix: the first adapter, and its prefix.
+        others: further adapters by prefix, None for those that the user did not give.
 
     Raises:
-        ValueError: where two would begin alike, or one holds more than updates of weights.
+        ValueError: if two have the same prefix, or one holds more than updates of weights.
     """
-    if others.get(name) is not None:
-        raise ValueError(f"{source.folder} and {others[name]} would both be {name!r} in the file")
-    parts = {name: source} | {other: Adapter.open(folder) for other, folder in others.items() if folder is not None}
-    for part in parts.values():
-        if part.rest:
+    if others.get(prefix) is not None:
+        raise ValueError(f"{source.folder} and {others[prefix]} would both be {prefix!r} in the file")
+    sources = {prefix: source} | {name: Adapter.open(other) for name, other in others.items() if other is not None}
+    for one in sources.values():
+        if keys := one.other_keys:
             raise ValueError(
-                f"{part.folder}: {len(part.rest)} tensors, such as {part.rest[0]!r}, are no updates of weights; the "
-                "file has no place for them"
+                f"{one.folder}: {len(keys)} tensors, such as {keys[0]!r}, are not updates of weights; the file has no "
+                "place for them"
             )
-    return parts
+    return sources
 
 
-def name_in(part: str, module: str) -> str:
-    """The module's name in a file: of CLIP's text model with a level that transformers 5 has no more."""
-    flat = part.startswith(("text_encoder", "lora_te")) and module.startswith("encoder.layers.")
+def name_in(prefix: str, module: str) -> str:
+    """A module's name in a file. CLIP's text model has one level more there than in transformers 5."""
+    flat = prefix.startswith(("text_encoder", "lora_te")) and module.startswith("encoder.layers.")
     return f"text_model.{module}" if flat else module
 
 
 def down_up(pair: Product) -> tuple[Tensor, Tensor]:
-    """(out, q) and (q, in, k …) -> (q, in, k …) and (out, q, 1 …), as linear layers and convolutions have them."""
+    """(out, q) and (q, in, k …) -> (q, in, k …) and (out, q, 1 …): the weights of two layers, as LoRA's files have."""
     left, right = pair
     return right.contiguous(), left.reshape(*left.shape, *[1] * (right.ndim - 2)).contiguous()

@@ -1,24 +1,26 @@
-"""The figure of an extraction, from its report: no torch."""
+"""The figure of a truncation, from its report: no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from flora.convert.report import Report
+from flora.convert.report import TruncationReport
 
 ROLES = {"out": "output modes", "in": "input modes", "kernel": "kernel modes", "other": "modes of raw parameters"}
 LINE, DOT = "#0072b2", "#d55e00"
-LOWEST = 1e-5  # singular values from Gram matrices are rounding not far below
+LOWEST = 1e-5  # not far below, singular values computed from Gram matrices are rounding
 
 
-def spectra(report: Report, path: Path) -> None:
-    """Singular values of every mode's unfolding, over the largest one, by rank: a panel a role, a faint line a weight,
-    a dot at the rank that it got."""
+def plot_spectra(report: TruncationReport, path: Path) -> None:
+    """Draw the singular values of every mode's unfolding, divided by the largest one, over the rank.
+
+    There is one panel per role, one faint line per weight, and a dot at the rank that the weight got.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
-    # a mode of length 1 has nothing to show, nor has an update that is zero
+    # modes of length 1 and updates of zero have nothing to show
     modes = [
         (role, [value / values[0] for value in values], row.ranks and row.ranks[n])
         for row in report.rows

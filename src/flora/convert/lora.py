@@ -7,35 +7,47 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from flora.convert.adapter import PREFIX, Adapter, Update, adapter_folder, bar, read_config, summary, write_adapter
+from flora.convert.adapter import (
+    PREFIX,
+    Adapter,
+    Update,
+    adapter_folder,
+    progress_bar,
+    read_config,
+    summary,
+    write_adapter,
+)
 from flora.convert.checkpoint import Checkpoint
-from flora.convert.merge import merged_weight
-from flora.convert.products import Product, from_product, from_stack, outside_obstacle, padded, product, refuse
-from flora.files import WEIGHTS, new_folder, open_tensors
+from flora.convert.products import Product, beside_obstacle, from_product, from_stack, pad_rank, product, refuse
+from flora.files import WEIGHTS, new_folder, open_tensors, save_tensors
 from flora.layers.kinds import CONV, EMBEDDING, LINEAR, LINEAR_TRANSPOSED, RAW
 from flora.layers.sites import Site
 from flora.tuner.config import FloraConfig
 from flora.tuner.peft_compat import get_pattern_key
 
-CARRIED = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+# fields that both configs have
+COMMON = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
-# ------------------------------------------------------------------------------------------- what has such a product
 
+def lora_obstacle(site: Site, shape: Sequence[int], others: Iterable[Site] = ()) -> str | None:
+    """Why PEFT's LoRA has no form for this update that loads and is exact; None if it has one.
 
-def obstacle(site: Site, shape: Sequence[int], others: Iterable[Site] = ()) -> str | None:
-    """Why PEFT's LoRA has no form for this weight's update that loads and is exact; None if it has one."""
-    if site.kind is RAW:
-        if len(shape) not in (2, 3):
-            return f"a raw parameter of {len(shape)} modes, where LoRA knows 2 and 3"
-        mixed = any(f"{other.module}.".startswith(f"{site.module}.") and other.kind is not RAW for other in others)
-        return "a raw parameter of a layer that is adapted, too, or has adapted layers in it" if mixed else None
+    Args:
+        shape: the weight's.
+        others: the adapter's sites.
+    """
     if site.kind.lora_form is None:
         return f"LoRA has no form for {site.kind.name}"
-    if outside := outside_obstacle(site):
-        return outside
+    if _is_raw(site):
+        if len(shape) not in (2, 3):
+            return f"a raw parameter of {len(shape)} modes; LoRA takes 2 or 3"
+        mixed = any(f"{other.module}.".startswith(f"{site.module}.") and not _is_raw(other) for other in others)
+        return "a raw parameter of a layer that is adapted too, or contains adapted layers" if mixed else None
+    if obstacle := beside_obstacle(site):
+        return obstacle
     if site.groups > 1:
         return "a grouped convolution"
     if site.dilated:
@@ -43,7 +55,11 @@ def obstacle(site: Site, shape: Sequence[int], others: Iterable[Site] = ()) -> s
     return f"LoRA ignores padding_mode={site.padding_mode!r}" if site.padding_mode != "zeros" else None
 
 
-# ------------------------------------------------------------------------------------------------------------- export
+def _is_raw(site: Site) -> bool:
+    return site.kind.lora_form == "parameter"
+
+
+# --------------------------------------------------------------------------------------------------------------- export
 
 
 def export_lora(
@@ -56,47 +72,52 @@ def export_lora(
 ) -> str:
     """Write a FLoRA adapter as a plain PEFT LoRA that gives the same outputs.
 
-    The scale is in B, and alpha is the rank, so that LoRA's own scale is 1. Every layer gets the largest rank needed,
-    filled up with zeros; with ``ragged`` each keeps its own by ``rank_pattern``, which some programs ignore.
+    B holds the scale, and alpha is the rank, so that LoRA's own scale is 1.
 
     Args:
-        merge_rest: the base model's weights, a folder, file or name on the hub. Layers without a LoRA form are then
-            saved whole, the update merged into their weights, as PEFT's ``modules_to_save``.
+        adapter: a folder, or a name on the hub.
+        out: a new folder.
+        ragged: give every layer its own rank, through ``rank_pattern``, which some programs ignore. Otherwise all
+            layers get the largest rank, filled up with zeros.
+        merge_rest: the base model's weights (a folder, a file or a name on the hub). Layers without a LoRA form are
+            then saved whole, merged, as PEFT's ``modules_to_save``.
+        progress: show a progress bar.
 
     Returns:
-        what was written, in a line.
+        a line that describes the LoRA.
 
     Raises:
-        ValueError: with the layers that have no LoRA form; nothing is written then.
+        ValueError: listing the layers without a LoRA form. Nothing is written then.
+        FileExistsError: if ``out`` exists.
     """
     source = Adapter.open(adapter)
     sites = source.sites
-    obstacles = {site: reason for site in sites if (reason := obstacle(site, source.shape(site), sites))}
+    obstacles = {site: reason for site in sites if (reason := lora_obstacle(site, source.shape(site), sites))}
     if merge_rest is None or len(obstacles) == len(sites):
         refuse(source, obstacles, "LoRA form", "--merge-rest BASE saves them whole; `flora merge` merges the model")
-    with new_folder(Path(out)) as folder:
-        rest = _merged(source, obstacles, merge_rest) if obstacles else {}
-        pairs, config = lora_of(source, ragged, progress, without=obstacles)
-        tensors = {key: tensor for site, pair in pairs.items() for key, tensor in _named(site, pair, pairs)}
-        save_file(tensors | rest | source.other_tensors(), folder / WEIGHTS, metadata={"format": "pt"})
+    with new_folder(out) as folder:
+        whole = _merged_layers(source, obstacles, merge_rest) if obstacles and merge_rest else {}
+        products, config = lora_of(source, ragged, progress, without=obstacles)
+        tensors = {key: tensor for site, pair in products.items() for key, tensor in _named(site, pair, products)}
+        save_tensors(folder / WEIGHTS, tensors | whole | source.other_tensors())
         config.save_pretrained(str(folder))
     count = sum(tensor.numel() for tensor in tensors.values())
-    whole = f"; saved whole: {', '.join(_modules(obstacles))}" if obstacles else ""
-    return f"{out}: LoRA of rank {config.r}, {len(pairs)} weights, {count:,} parameters{whole}"
+    saved = f"; saved whole: {', '.join(_modules(obstacles))}" if obstacles else ""
+    return f"{out}: LoRA of rank {config.r}, {len(products)} weights, {count:,} parameters{saved}"
 
 
 def _modules(sites: Iterable[Site]) -> list[str]:
     return list(dict.fromkeys(site.module for site in sites))
 
 
-def _merged(source: Adapter, sites: Iterable[Site], base: str | Path) -> dict[str, Tensor]:
-    """All tensors of these sites' modules, the updates merged into their weights, under PEFT's names."""
+def _merged_layers(source: Adapter, sites: Iterable[Site], base: str | Path) -> dict[str, Tensor]:
+    """All tensors of these sites' modules by PEFT's names, with the updates merged into the weights."""
     checkpoint = Checkpoint.open(base)
     modules = _modules(sites)
     for site in source.sites:
         if site.module not in modules and site.module.startswith(tuple(f"{module}." for module in modules)):
             raise ValueError(f"{source.folder}: {site.name!r} lies in a module that would have to be saved whole")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for update in source.updates():
         if (module := update.site.module) in modules:
             key = checkpoint.find(module, update.site.parameter)
@@ -109,81 +130,87 @@ def _merged(source: Adapter, sites: Iterable[Site], base: str | Path) -> dict[st
                 if other.startswith(f"{on_disk}."):
                     tensors.setdefault(f"{PREFIX}{module}{other.removeprefix(on_disk)}", checkpoint.tensor(other))
             name = f"{PREFIX}{module}.{update.site.parameter}"
-            tensors[name] = merged_weight(update, tensors[name])
+            tensors[name] = update.merged_into(tensors[name])
     return tensors
 
 
 def lora_of(
     source: Adapter, ragged: bool = False, progress: bool = False, without: Iterable[Site] = ()
 ) -> tuple[dict[Site, Product], LoraConfig]:
-    """The products of all weights but those ``without``, of one rank unless ``ragged``, and the config that goes with
-    them, in which the modules of the others are saved whole."""
-    others = set(without)
-    updates = bar(source.updates(), len(source.sites), "export", progress)
-    pairs = {update.site: product(update) for update in updates if update.site not in others}
-    ranks = {site: left.shape[1] for site, (left, _) in pairs.items()}
+    """The products of all updates except those ``without``, whose modules are saved whole, and the config to match.
+    All products have one rank unless ``ragged``."""
+    excluded = set(without)
+    updates = progress_bar(source.updates(), len(source.sites), "export", progress)
+    products = {update.site: product(update) for update in updates if update.site not in excluded}
+    ranks = {site: left.shape[1] for site, (left, _) in products.items()}
     rank = max(ranks.values())
     pattern = {f"^{site.name}": own for site, own in ranks.items() if own != rank} if ragged else {}
     if not ragged:
-        pairs = {site: padded(pair, rank) for site, pair in pairs.items()}
-    layers = [site for site in pairs if site.kind is not RAW]
+        products = {site: pad_rank(pair, rank) for site, pair in products.items()}
+    layers = [site for site in products if not _is_raw(site)]
     # in the order of PEFT's own wrapping, for import_lora
-    raw = sorted((site for site in pairs if site.kind is RAW), key=lambda site: site.depth)
+    raw = sorted((site for site in products if _is_raw(site)), key=lambda site: site.depth)
+    transposed = [site for site in layers if site.kind.lora_form == "linear" and site.kind.input_first]
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=[site.module for site in layers] if others else _targets(source.config, layers),
+        target_modules=[site.module for site in layers] if excluded else _target_modules(source.config, layers),
         target_parameters=[f"{site.module}.{site.parameter}" for site in raw] or None,
         bias=source.config.bias.replace("flora_only", "lora_only"),
         trainable_token_indices=source.config.trainable_token_indices,
-        fan_in_fan_out=bool(layers) and not raw and all(site.kind is LINEAR_TRANSPOSED for site in layers),
-        modules_to_save=[*(source.config.modules_to_save or ()), *_modules(others)] or None,
+        fan_in_fan_out=bool(layers) and not raw and len(transposed) == len(layers),
+        modules_to_save=[*(source.config.modules_to_save or ()), *_modules(excluded)] or None,
         inference_mode=True,
-        **{name: getattr(source.config, name) for name in CARRIED},
+        **{name: getattr(source.config, name) for name in COMMON},
     )
-    return pairs, config
+    return products, config
 
 
-def _targets(config: FloraConfig, layers: list[Site]) -> list[str]:
-    """The user's own list where it names just these layers, else the layers' names: lists, since not every program
-    that reads a LoRA knows a regex."""
-    asked = config.target_modules
-    plain = isinstance(asked, set) and not (config.exclude_modules or config.layers_to_transform is not None)
-    whole = plain and all(any(f".{site.module}".endswith(f".{name}") for name in asked) for site in layers)
-    return sorted(asked) if whole else [site.module for site in layers]
+def _target_modules(config: FloraConfig, layers: list[Site]) -> list[str]:
+    """The user's own list if it names exactly these layers, else the layers' names. Always a list: not every program
+    that reads a LoRA takes a regex."""
+    names = config.target_modules
+    if isinstance(names, set) and not config.exclude_modules and config.layers_to_transform is None:
+        if all(any(f".{site.module}".endswith(f".{name}") for name in names) for site in layers):
+            return sorted(names)
+    return [site.module for site in layers]
 
 
 def _named(site: Site, pair: Product, sites: Iterable[Site]) -> list[tuple[str, Tensor]]:
-    """PEFT's names and layouts of a product's two tensors."""
+    """A product's two tensors by PEFT's names and in its layouts."""
     left, right = pair
     stem, names = f"{PREFIX}{site.module}", ("lora_A.weight", "lora_B.weight")
     if site.kind.lora_form == "embedding":
         names = ("lora_embedding_A", "lora_embedding_B")
-    elif site.kind is RAW:  # PEFT wraps them in the module's order, which makes the last one the outermost
+    elif _is_raw(site):  # PEFT wraps them in the module's order, which makes the last one the outermost
         stem += ".base_layer" * (sum(other.module == site.module for other in sites) - 1 - site.depth)
-    if left.ndim == 3:  # of a stack: experts slowest in A, fastest in B
+    if left.ndim == 3:  # of a stack: the expert varies slowest in A, fastest in B
         left, right = left.flatten(1), right.transpose(0, 1).flatten(0, 1)
     elif site.kind.lora_form == "conv":
         left = left.view(*left.shape, *[1] * (right.ndim - 2))
     return [(f"{stem}.{name}", tensor.contiguous()) for name, tensor in zip(names, (right, left), strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------------- import
+# --------------------------------------------------------------------------------------------------------------- import
 
 
 def import_lora(lora: str | Path, out: str | Path, *, is_transposed: bool = False, progress: bool = False) -> str:
-    """Write a PEFT LoRA as a FLoRA adapter that gives the same outputs, to be trained on, merged or compressed.
+    """Write a PEFT LoRA as a FLoRA adapter that gives the same outputs, to train on, merge or compress.
 
     Args:
-        is_transposed: stacked parameters are (experts, in, out), which a LoRA's file does not tell.
+        lora: a folder, or a name on the hub.
+        out: a new folder.
+        is_transposed: whether stacked parameters are (experts, in, out), which a LoRA's files do not tell.
+        progress: show a progress bar.
 
     Returns:
-        what was written, in a line.
+        a line that describes the adapter.
 
     Raises:
-        ValueError: naming file, key and shape, where it is no LoRA, or one that is no plain update of weights (DoRA …).
+        ValueError: naming file, key and shape, if it is not a LoRA or not a plain update of weights (DoRA …).
+        FileExistsError: if ``out`` exists.
     """
     path = adapter_folder(lora) / WEIGHTS
     content = read_config(path.parent, "LORA")
@@ -192,28 +219,32 @@ def import_lora(lora: str | Path, out: str | Path, *, is_transposed: bool = Fals
             f"{path.with_name('adapter_config.json')}: {options[0]} makes it more than an update of weights"
         )
     config = LoraConfig.from_pretrained(str(path.parent))
-    with new_folder(Path(out)) as folder, open_tensors(path) as file:
-        keys = list(file.keys())
-        pairs = {
-            key: key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B") for key in keys if _is_a(key)
-        }
-        if missing := [key for pair in pairs.items() for key in pair if key not in keys]:
-            raise ValueError(f"{path}: {missing[0]!r} is missing")
-        rest = [key for key in keys if key not in pairs and key not in pairs.values()]
-        if not pairs or (strange := [key for key in rest if "lora_" in key]):
-            raise ValueError(f"{path} is no plain LoRA: it has {(strange if pairs else keys)[:1]}")
+    with new_folder(out) as folder, open_tensors(path) as file:
+        pairs, others = _pairs(path, file)
         updates = []
-        for a, b in bar(pairs.items(), len(pairs), "import", progress):
+        for a, b in progress_bar(pairs.items(), len(pairs), "import", progress):
             try:
                 updates.append(_update(a, file.get_tensor(b), file.get_tensor(a), config, is_transposed))
             except ValueError as error:
                 raise ValueError(f"{path}: {a!r}: {error}") from None
-        write_adapter(folder, _flora_config(config), updates, {key: file.get_tensor(key) for key in rest})
+        write_adapter(folder, _flora_config(config), updates, {key: file.get_tensor(key) for key in others})
     return f"{out}: {summary(updates)}"
 
 
-def _is_a(key: str) -> bool:
-    return key.endswith((".lora_A.weight", ".lora_embedding_A"))
+def _pairs(path: Path, file: safe_open) -> tuple[dict[str, str], list[str]]:
+    """The key of each A with the key of its B, and all other keys."""
+    keys = list(file.keys())
+    pairs = {
+        key: key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
+        for key in keys
+        if key.endswith((".lora_A.weight", ".lora_embedding_A"))
+    }
+    if missing := [key for pair in pairs.items() for key in pair if key not in keys]:
+        raise ValueError(f"{path}: {missing[0]!r} is missing")
+    others = [key for key in keys if key not in pairs and key not in pairs.values()]
+    if not pairs or (strange := [key for key in others if "lora_" in key]):
+        raise ValueError(f"{path} is not a plain LoRA: it has {(strange if pairs else keys)[:1]}")
+    return pairs, others
 
 
 def _update(key: str, b: Tensor, a: Tensor, config: LoraConfig, is_transposed: bool) -> Update:
@@ -221,7 +252,7 @@ def _update(key: str, b: Tensor, a: Tensor, config: LoraConfig, is_transposed: b
     stem = key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
     module, *inner = stem.split(".base_layer")
     if any(inner):
-        raise ValueError("a weight inside an attention layer is not known here")
+        raise ValueError("a weight inside an attention layer cannot be imported")
     raw = [name for name in config.target_parameters or () if f".{module}".endswith(f".{name.rpartition('.')[0]}")]
     if raw:  # PEFT's last one is the outermost
         parameter = raw[len(raw) - 1 - len(inner)].rpartition(".")[2]
@@ -229,7 +260,7 @@ def _update(key: str, b: Tensor, a: Tensor, config: LoraConfig, is_transposed: b
         site = Site(RAW, module, parameter, path, is_transposed=is_transposed)
     else:
         linear = LINEAR_TRANSPOSED if config.fan_in_fan_out else LINEAR
-        site = Site(EMBEDDING if "embedding" in key else linear if a.ndim == 2 else CONV, module)
+        site = Site(EMBEDDING if key.endswith("lora_embedding_A") else linear if a.ndim == 2 else CONV, module)
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, site.name), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, site.name), config.lora_alpha)
     scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
@@ -253,5 +284,5 @@ def _flora_config(config: LoraConfig) -> FloraConfig:
         bias=config.bias.replace("lora_only", "flora_only"),
         trainable_token_indices=config.trainable_token_indices,
         modules_to_save=config.modules_to_save,
-        **{name: getattr(config, name) for name in CARRIED},
+        **{name: getattr(config, name) for name in COMMON},
     )

@@ -1,19 +1,29 @@
-"""What a truncation kept and what it cost: plain numbers, no torch."""
+"""What a truncation kept, and at which cost: plain numbers, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import Any
 
 from flora.ranks import Ranks, parameter_count
+from flora.text import sizes, table
 
 
 @dataclass(frozen=True)
-class Row:
-    """One weight. ``ranks`` None: it was not worth its parameters. ``norm``: ‖D‖ of its difference or update D.
-    ``error``: ‖D - what was written‖ / ‖D‖. ``spectra``, ``roles``: a mode's singular values, falling, and its part."""
+class TruncatedWeight:
+    """One weight of a ``TruncationReport``. D is its difference or its update.
+
+    Args:
+        name: its name in an adapter.
+        kind: the name of its kind of layer.
+        shape: (I_1, …, I_N).
+        ranks: (r_1, …, r_N); None if it was not worth its parameters.
+        norm: ‖D‖.
+        error: ‖D - written update‖ / ‖D‖.
+        spectra: the singular values of every mode's unfolding of D, in descending order.
+        roles: the role of every mode: "out", "in", "kernel" or "other".
+    """
 
     name: str
     kind: str
@@ -38,8 +48,12 @@ class Row:
 class Rest:
     """What changed and is in no core space.
 
-    ``layers``, ``vectors``: kept exactly, with ``parameters`` entries. ``left_out``: not kept. ``kept_share``,
-    ``left_share``: of the whole difference's ‖D‖²; what is new, and buffers, are in neither.
+    Args:
+        layers: layers that are kept whole.
+        vectors: vectors that are kept exactly, as raw parameters of rank 1.
+        left_out: weights and buffers that are not kept.
+        parameters: number of entries of ``layers`` and ``vectors``.
+        kept_share, left_share: shares of the whole difference's ‖D‖². New weights and buffers count in neither.
     """
 
     layers: list[str]
@@ -61,41 +75,44 @@ class Rest:
 
 
 @dataclass(frozen=True)
-class Report:
-    """``rows``: every weight that could have a core space. ``lora_error``: of LoRA by truncated SVD of the same
-    weights, at as many parameters. ``rest``: None where nothing else changed. ``str()`` is the table."""
+class TruncationReport:
+    """What ``extract`` or ``compress`` wrote. ``str()`` is the table.
 
-    rows: list[Row]
+    Args:
+        rows: every weight that could have a core space.
+        lora_error: the error of LoRA on the same weights, by truncated SVD, at as many parameters.
+        rest: what changed besides; None if nothing did.
+    """
+
+    rows: list[TruncatedWeight]
     lora_error: float
     rest: Rest | None = None
 
     @property
     def parameters(self) -> int:
+        """Parameters of all core spaces together."""
         return sum(row.parameters for row in self.rows)
 
     @property
     def error(self) -> float:
-        """Of all these weights together: √(Σ ‖D - what was written‖² / Σ ‖D‖²)."""
+        """Over all rows: √(Σ ‖D - written update‖² / Σ ‖D‖²)."""
         total = sum(row.norm**2 for row in self.rows)
         return sqrt(sum((row.error * row.norm) ** 2 for row in self.rows) / total) if total else 0.0
 
     @property
     def energy(self) -> float:
+        """The share of Σ ‖D‖² that is kept."""
         return 1 - self.error**2
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: without the spectra."""
-        rows = [
-            {name: getattr(row, name) for name in ("name", "kind", "shape", "ranks", "parameters", "norm", "error")}
-            for row in self.rows
-        ]
-        rest = self.rest and asdict(self.rest)
+        """For JSON, without the spectra."""
+        keys = ("name", "kind", "shape", "ranks", "parameters", "norm", "error")
         return {
             "parameters": self.parameters,
             "error": self.error,
             "lora_error": self.lora_error,
-            "rest": rest,
-            "weights": rows,
+            "rest": self.rest and asdict(self.rest),
+            "weights": [{key: getattr(row, key) for key in keys} for row in self.rows],
         }
 
     def __str__(self) -> str:
@@ -104,20 +121,14 @@ class Report:
             (
                 row.name,
                 row.kind,
-                _sizes(row.shape),
-                _sizes(row.ranks) if row.ranks else "none",
+                sizes(row.shape),
+                sizes(row.ranks) if row.ranks else "none",
                 f"{row.parameters:,}",
                 f"{row.error:.4f}",
                 f"{row.energy:.2%}",
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-
-        def line(cells: Iterable[str]) -> str:
-            pairs = enumerate(zip(cells, widths, strict=True))
-            return "  ".join(c.rjust(w) if n > 3 else c.ljust(w) for n, (c, w) in pairs).rstrip()
-
         adapted = sum(row.ranks is not None for row in self.rows)
         total = (
             f"{adapted} weights, {self.parameters:,} parameters: relative error {self.error:.4f}, "
@@ -125,8 +136,4 @@ class Report:
             f"LoRA (truncated SVD) at as many parameters: relative error {self.lora_error:.4f}",
         )
         rest = [str(self.rest)] if self.rest else []
-        return "\n".join([line(head), line("─" * w for w in widths), *map(line, lines), "", *total, *rest])
-
-
-def _sizes(numbers: Iterable[int]) -> str:
-    return "×".join(map(str, numbers))
+        return "\n".join([table(head, lines, right=head[4:]), "", *total, *rest])

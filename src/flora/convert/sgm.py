@@ -1,4 +1,4 @@
-"""The names of a U-Net's layers in Stability's own code, which files for SDXL have in place of diffusers'."""
+"""The names of a U-Net's layers in Stability's own code: files for SDXL may have these in place of diffusers' names."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|
 
 
 def sgm_name(module: str, depth: int, attends: bool) -> str | None:
-    """The name of a module of diffusers' UNet2DConditionModel; None for what has no other.
+    """Stability's name for a module of diffusers' UNet2DConditionModel. None if it has no other name.
 
-    A level of ``depth`` layers is depth + 1 blocks in a row: on the way down its layers, then the downsampler; on the
-    way up its layers, in the last of them the upsampler, too. A block is a list: residual layer, attention, sampler.
+    A level of ``depth`` layers is ``depth + 1`` blocks. On the way down these are its layers and the downsampler; on
+    the way up its layers, the last of which includes the upsampler. A block lists residual layer, attention, sampler.
 
     Args:
+        module: diffusers' name.
         depth: the model's ``layers_per_block``.
         attends: whether this module's level has attention.
     """
@@ -37,24 +38,25 @@ def sgm_name(module: str, depth: int, attends: bool) -> str | None:
         return OUTSIDE[module]
     if not (match := BLOCK.fullmatch(module)):
         return None
-    way, level, part, number, rest = match.groups()
-    if part == "resnets":
+    direction, level, block, number, rest = match.groups()
+    if block == "resnets":
         rest = RESNET.get(rest, rest)
-    elif part == "downsamplers":
+    elif block == "downsamplers":
         rest = "op"
-    if way is None:
-        return f"middle_block.{2 * int(number) if part == 'resnets' else 1}.{rest}"
+    if direction is None:
+        return f"middle_block.{2 * int(number) if block == 'resnets' else 1}.{rest}"
     first = int(level) * (depth + 1)
-    if part == "downsamplers":
+    if block == "downsamplers":
         return f"input_blocks.{first + depth + 1}.0.{rest}"
-    if part == "upsamplers":
+    if block == "upsamplers":
         return f"output_blocks.{first + depth}.{1 + attends}.{rest}"
-    place = "0" if part == "resnets" else "1"
-    return f"{'input' if way == 'down' else 'output'}_blocks.{first + int(number) + (way == 'down')}.{place}.{rest}"
+    down = direction == "down"
+    index = 0 if block == "resnets" else 1
+    return f"{'input' if down else 'output'}_blocks.{first + int(number) + down}.{index}.{rest}"
 
 
 def sgm_names(model: nn.Module) -> dict[str, str]:
-    """The other name of every module of a U-Net that has one; none for other models."""
+    """Stability's names of a U-Net's modules, by diffusers' names. Empty for other models."""
     depth = getattr(getattr(model, "config", None), "layers_per_block", None)
     if not isinstance(depth, int):
         return {}

@@ -1,4 +1,4 @@
-"""Tensors on disk, read one at a time, whatever the layout: no model has to be in memory."""
+"""Tensors on disk in any layout, read one at a time: no model has to be in memory."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from torch import Tensor
 
 from flora.files import WEIGHTS, from_hub, local_path, open_tensors, read_json
 
-# transformers', then diffusers' name of the weights, without the suffix
+# names of the weights, without the suffix, of transformers, diffusers, and older transformers
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-# of a training run, beside its weights
+# files of an adapter or a training run, which may lie beside a model's weights
 NO_WEIGHTS = (".*", WEIGHTS, "adapter_model.bin", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
 NESTED = ("state_dict", "model")
 PIPELINE = "model_index.json"
 BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-# safetensors' names; the last is newer than torch 2.6
-NAMES = {
+# safetensors' names of dtypes; torch 2.6 lacks the last one
+DTYPE_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
-DTYPES = {name: getattr(torch, dtype) for name, dtype in NAMES.items() if hasattr(torch, dtype)}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in DTYPE_NAMES.items() if hasattr(torch, dtype)}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of a tensor before it is read."""
+    """Shape and dtype of a tensor in a safetensors file, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -42,27 +42,34 @@ class Header:
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """The tensors of one model, by their keys.
+    """The tensors of one model, by key.
 
-    ``source``: as it was named, for messages. ``folder``: where it lies, None for a single file. ``files``: the file of
-    every key, in the files' order. ``metadata``: of its safetensors files.
+    Args:
+        source: the user's name for it, for messages.
+        folder: where it lies; None for a single file.
+        files: the file of every key, in the files' order.
+        metadata: of its safetensors files.
     """
 
     source: str
     folder: Path | None
     files: dict[str, Path]
     metadata: dict[str, str] = field(default_factory=dict)
-    # the header of a tensor in a safetensors file; of a torch file the tensor itself, which is on disk until it is read
+    # headers of a safetensors file; of a torch file the tensors themselves, which are mapped and read on access
     _entries: dict[str, Header | Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> Self:
-        """A folder as transformers or diffusers write it, one file (.safetensors, or .bin, .pt, .pth: read without
-        unpickling code), or a model's name on the hub. Headers alone are read.
+        """Open a model's weights. Only headers are read.
+
+        Args:
+            source: a folder as transformers or diffusers write it, one file (.safetensors, or .bin, .pt, .pth, from
+                which no code is unpickled), or a name on the hub.
+            revision: on the hub.
 
         Raises:
-            ValueError: where there are no weights, a file is not whole or holds anything but tensors, or the hub does
-                not give the model.
+            ValueError: if there are no weights, a file is corrupt or holds anything but tensors, or the hub does not
+                return the model.
         """
         path = local_path(source)
         if path is not None and path.is_file():
@@ -79,13 +86,11 @@ class TensorFiles:
         for path in paths:
             for key, entry in _entries(path, metadata):
                 if key in entries:
-                    raise ValueError(
-                        f"{source}: {key!r} is in {files[key].name} and in {path.name}: which one is meant?"
-                    )
+                    raise ValueError(f"{source}: {key!r} is in {files[key].name} and in {path.name}; keep one of them")
                 files[key], entries[key] = path, entry
         for key, path in index.items():
             if files.get(key) != path:
-                raise ValueError(f"{path}: {key!r} is missing, though the index says it is there")
+                raise ValueError(f"{path}: {key!r} is missing, although the index lists it")
         if not files:
             raise ValueError(f"{paths[0]} holds no tensors")
         return cls(source, folder, files, metadata, entries)
@@ -103,7 +108,7 @@ class TensorFiles:
         return self._entry(key).dtype
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor, read now; it is the caller's own."""
+        """Read a tensor. It is the caller's own."""
         entry = self._entry(key)
         if isinstance(entry, Tensor):
             return entry.clone(memory_format=torch.contiguous_format)
@@ -116,16 +121,16 @@ class TensorFiles:
         return self._entries[key]
 
     def nearest(self, key: str) -> str:
-        """What to say of a key that is missing."""
+        """The end of a message about a missing key: the nearest keys that exist."""
         return f"the nearest: {', '.join(difflib.get_close_matches(key, self.files, n=3, cutoff=0.0))}"
 
 
-# ------------------------------------------------------------------------------------------------------ which files
+# ---------------------------------------------------------------------------------------------------------- which files
 
 
 def _model_from_hub(name: str, revision: str | None) -> Path:
     folder = from_hub(name, BESIDE_WEIGHTS, revision)
-    if not (folder / PIPELINE).is_file():  # all of its weights would come
+    if not (folder / PIPELINE).is_file():  # of a pipeline this would download the weights of all components
         folder = from_hub(name, [*BESIDE_WEIGHTS, "*.safetensors"], revision)
         if not any(folder.glob("*.safetensors")):
             folder = from_hub(name, [*BESIDE_WEIGHTS, "*.bin"], revision)
@@ -133,7 +138,7 @@ def _model_from_hub(name: str, revision: str | None) -> Path:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files with the model's weights, and the file of each key as an index says it, empty without one."""
+    """The files with the model's weights, and the file of each key if there is an index, else {}."""
     files = {path.name for path in folder.iterdir() if not any(path.match(pattern) for pattern in NO_WEIGHTS)}
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
         weights = sorted(name for name in files if name.endswith(suffixes))
@@ -142,19 +147,19 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
         if plain:
             return [folder / plain[0]], {}
         if len(indices) > 1:
-            raise ValueError(f"{folder} has several indices: {', '.join(indices)}; name the model's own folder")
+            raise ValueError(f"{folder} has several indices: {', '.join(indices)}; give a folder with one model")
         if indices:
             return _indexed(folder / indices[0])
         if weights:
             return [folder / name for name in weights], {}
-    raise ValueError(f"{folder} has no weights of a model{_instead(folder)}")
+    raise ValueError(f"{folder} has no weights of a model{_other_contents(folder)}")
 
 
-def _instead(folder: Path) -> str:
+def _other_contents(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
-        return ": it is an adapter's"
+        return ": it is an adapter's folder"
     if (folder / PIPELINE).is_file():
-        return ": it is a pipeline's; name the folder of the part that is meant, such as unet"
+        return ": it is a pipeline's folder; give the folder of one component, such as unet"
     return ""
 
 
@@ -162,14 +167,14 @@ def _indexed(path: Path) -> tuple[list[Path], dict[str, Path]]:
     try:
         index = {key: path.parent / name for key, name in read_json(path)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of a sharded checkpoint: {error!r}") from error
+        raise ValueError(f"{path} is not an index of a sharded checkpoint: {error!r}") from error
     paths = sorted(set(index.values()))
     if missing := [shard.name for shard in paths if not shard.is_file()]:
         raise ValueError(f"{path} names files that are missing: {', '.join(missing)}")
     return paths, index
 
 
-# --------------------------------------------------------------------------------------------------- what they hold
+# ------------------------------------------------------------------------------------------------------- their contents
 
 
 def _entries(path: Path, metadata: dict[str, str]) -> Iterator[tuple[str, Header | Tensor]]:
@@ -185,25 +190,25 @@ def _entries(path: Path, metadata: dict[str, str]) -> Iterator[tuple[str, Header
     elif path.suffix in TORCH_SUFFIXES:
         yield from _unnested(path, _load(path)).items()
     else:
-        raise ValueError(f"{path} is no checkpoint; .safetensors, {', '.join(TORCH_SUFFIXES)} are read")
+        raise ValueError(f"{path} is not a checkpoint; .safetensors, {', '.join(TORCH_SUFFIXES)} can be read")
 
 
 def _load(path: Path) -> Any:
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:  # of before torch 1.6, which can't be mapped
+        except RuntimeError as error:  # a file from before torch 1.6, which cannot be mapped
             if "mmap can only be used" not in str(error):
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, which is not read: it could run code") from error
+        raise ValueError(f"{path} holds more than tensors; it is not read, since it could run code") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a whole torch file: {error}") from error
 
 
 def _unnested(path: Path, content: Any) -> dict[str, Tensor]:
-    """The dict of tensors, out of the dicts that training programs put around it."""
+    """The dict of tensors, without the dicts that training programs put around it."""
     while isinstance(content, Mapping):
         inner = next((content[name] for name in NESTED if isinstance(content.get(name), Mapping)), None)
         if inner is None:

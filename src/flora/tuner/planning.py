@@ -15,6 +15,7 @@ from flora.layers import kinds
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
 from flora.ranks import Ranks
+from flora.text import sizes, table
 from flora.tuner.config import FloraConfig
 from flora.tuner.peft_compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from flora.tuner.targets import Target, find_targets
@@ -87,24 +88,15 @@ class Plan:
         return [row for row in self.rows if row.module == module]
 
     def __str__(self) -> str:
-        def sizes(numbers: Iterable[int]) -> str:
-            return "×".join(map(str, numbers))
-
         head = ("weight", "kind", "shape", "ranks", "parameters", "execution")
-        lines = [
+        rows = [
             (r.name, r.layer_type, sizes(r.shape), sizes(r.ranks), f"{r.parameters:,}", r.execution) for r in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-
-        def line(cells: Iterable[str]) -> str:
-            cells = [c.rjust(w) if n == 4 else c.ljust(w) for n, (c, w) in enumerate(zip(cells, widths, strict=True))]
-            return "  ".join(cells).rstrip()
-
         total = (
             f"{len(self.rows)} weights, {self.total:,} trainable parameters, "
             f"{100 * self.share:.3g} % of the model's {self.base_parameters:,}"
         )
-        return "\n".join([line(head), line("─" * w for w in widths), *map(line, lines), "", total])
+        return "\n".join([table(head, rows, right=["parameters"]), "", total])
 
 
 def plan(model: nn.Module, config: FloraConfig) -> Plan:

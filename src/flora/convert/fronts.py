@@ -1,14 +1,14 @@
-"""Ranks from spectra: what a truncation keeps of a tensor, and which ranks keep the most under a budget.
+"""Ranks from spectra: how much a truncation keeps of a tensor, and which ranks keep the most within a budget.
 
-With full orthonormal bases U_n of the modes' singular vectors, S = D ×_1 U_1ᵀ … ×_N U_Nᵀ is as long as D, and the
-truncated HOSVD of ranks r keeps its leading block: energy E(r) = ‖S[:r_1, …, :r_N]‖², error² = ‖D‖² - E(r). (The
-modes' spectra alone only bound it, error² ≤ Σ_n Σ_{i > r_n} σ_{n,i}² (De Lathauwer et al., 2000): twice too much for a
-matrix.) HOOI, which starts from there, keeps no less.
+Let the columns of U_n be all singular vectors of mode n. Then S = D ×_1 U_1ᵀ … ×_N U_Nᵀ has the norm of D, and the
+truncated HOSVD at ranks r keeps the leading block of S: energy E(r) = ‖S[:r_1, …, :r_N]‖², error² = ‖D‖² - E(r). HOOI
+starts from there and keeps no less. (The modes' spectra alone give only the bound error² ≤ Σ_n Σ_{i > r_n} σ_{n,i}²
+(De Lathauwer et al., 2000), which for a matrix is twice the error².)
 
-A front is the ranks of one tensor that no cheaper ones beat: all that has to be remembered of a layer. Between layers
-the budget goes where it buys the most energy per parameter, along the fronts' concave hulls. As long as the next step
-still fits, what is chosen is the best there is for the parameters it takes; only what is then left of the budget, less
-than that step, is spent without such a guarantee.
+The front of a tensor is its Pareto front: all ranks at which no cheaper ranks keep as much energy. It is all that must
+be remembered of a layer until the ranks are chosen. The budget is spent where it buys the most energy per parameter,
+along the concave hulls of the fronts. Up to the first step that does not fit, no other choice of as many parameters
+keeps more. Only the remaining budget, less than that step costs, is spent without this guarantee.
 """
 
 from __future__ import annotations
@@ -25,13 +25,20 @@ from torch import Tensor
 from flora import tucker
 from flora.ranks import Ranks
 
-FINE = 64  # ranks up to here are all looked at; beyond, steps of a 32nd part do
+FINE = 64  # up to here every rank is considered; above, ranks in steps of 1/32 of their size
 
 
 @dataclass(frozen=True)
 class Front:
-    """Ranks (P, N), their parameters (P,), rising, and the energy they keep (P,), rising. ``total``: ‖D‖². ``spectra``:
-    the singular values of every mode's unfolding, falling."""
+    """The Pareto front of one tensor D, with P points.
+
+    Args:
+        ranks: (P, N).
+        parameters: (P,), in ascending order.
+        energies: (P,), what the ranks keep of ‖D‖², in ascending order.
+        total: ‖D‖².
+        spectra: the singular values of every mode's unfolding, in descending order.
+    """
 
     ranks: Tensor
     parameters: Tensor
@@ -40,23 +47,29 @@ class Front:
     spectra: list[list[float]]
 
     def at(self, index: int) -> Ranks:
+        """The ranks of one point."""
         return tuple(self.ranks[index].tolist())
 
     def keeping(self, share: float) -> Ranks:
-        """The cheapest ranks that keep this share of the energy; all that is more than rounding for a share of 1."""
+        """The cheapest ranks that keep this share of the energy. A share of 1 keeps all that exceeds rounding."""
         index = int(torch.searchsorted(self.energies, share * self.total))
         return self.at(min(index, len(self.energies) - 1))
 
 
-def front(tensor: Tensor, sizes: Sequence[int] | None = None) -> Front:
-    """The front of a float64 tensor that is not zero; ``sizes`` are the I_n where it stands in bases of its modes."""
+def front_of(tensor: Tensor, sizes: Sequence[int] | None = None) -> Front:
+    """The front of a tensor.
+
+    Args:
+        tensor: D, or its core in orthonormal bases: float64, not zero.
+        sizes: (I_1, …, I_N), if ``tensor`` is a core.
+    """
     sizes = tensor.shape if sizes is None else sizes
     total = tensor.square().sum().item()
     long = [mode for mode, size in enumerate(tensor.shape) if size > 1]
     if len(long) <= 2:
         values = _matrix_energies(tensor)
-        steps = torch.arange(1, len(values) + 1)
-        ranks = torch.stack([steps if mode in long else torch.ones_like(steps) for mode in range(tensor.ndim)], 1)
+        counts = torch.arange(1, len(values) + 1)
+        ranks = torch.stack([counts if mode in long else torch.ones_like(counts) for mode in range(tensor.ndim)], 1)
         energies, squares = values.cumsum(0), [values if n in long else values.sum()[None] for n in range(tensor.ndim)]
     else:
         most = [min(size, tensor.numel() // size) for size in tensor.shape]
@@ -74,7 +87,7 @@ def front(tensor: Tensor, sizes: Sequence[int] | None = None) -> Front:
 
 
 def _matrix_energies(tensor: Tensor) -> Tensor:
-    """Squared singular values, falling, of a tensor with at most two modes longer than 1."""
+    """Squared singular values, in descending order, of a tensor with at most two modes longer than 1."""
     matrix = tensor.squeeze()
     matrix = matrix.reshape(matrix.shape[0] if matrix.ndim else 1, -1)
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
@@ -89,7 +102,8 @@ def _steps(size: int) -> Tensor:
 
 
 def _undominated(costs: Tensor, gains: Tensor, enough: float) -> Tensor:
-    """Indices of what gains more than all that costs no more, by cost, up to the first that gains enough."""
+    """Indices of the points that gain more than every other point of at most their cost, in the order of costs, up to
+    the first that gains ``enough``."""
     order = torch.argsort(gains, descending=True, stable=True)
     order = order[torch.argsort(costs[order], stable=True)]
     best = gains[order].cummax(0).values
@@ -99,18 +113,24 @@ def _undominated(costs: Tensor, gains: Tensor, enough: float) -> Tensor:
     return order[: int(torch.searchsorted(gains[order], enough)) + 1]
 
 
-# -------------------------------------------------------------------------------------------------- one budget for all
+# ------------------------------------------------------------------------------------------- one budget for all tensors
 
 
 def spend(fronts: Sequence[Front], budget: int, each: bool = False) -> list[Ranks | None]:
-    """Ranks for every tensor, which together have at most ``budget`` parameters and keep as much energy as they can; no
-    further point of a front fits. None for a tensor that gets nothing; no tensor does if ``each`` must have ranks.
+    """Ranks for every tensor that together have at most ``budget`` parameters and keep as much energy as possible (see
+    the module). In the end no further point of a front fits.
 
-    Raises ValueError where the budget is too small, with the least possible number.
+    Args:
+        fronts: one per tensor.
+        budget: a number of parameters.
+        each: every tensor must get ranks. Otherwise a tensor that is not worth its parameters gets None.
+
+    Raises:
+        ValueError: if the budget is too small, with the least possible number of parameters.
     """
     costs = [front.parameters.tolist() for front in fronts]
     gains = [front.energies.tolist() for front in fronts]
-    if not each:  # what is left out costs nothing
+    if not each:  # a tensor without ranks costs nothing
         costs, gains = [[0, *cost] for cost in costs], [[0.0, *gain] for gain in gains]
     least = sum(cost[0] for cost in costs) if each else min(cost[1] for cost in costs)
     if least > budget:
@@ -136,7 +156,7 @@ def spend(fronts: Sequence[Front], budget: int, each: bool = False) -> list[Rank
 
 
 def _hull(i: int, costs: list[int], gains: list[float]) -> Iterator[tuple[float, int, int]]:
-    """The edges of tensor i's upper concave hull, steepest first: (gain per cost, i, index of its end)."""
+    """The edges of the upper concave hull of tensor i's front, steepest first: (gain per cost, i, index of the end)."""
 
     def slope(start: int, end: int) -> float:
         return (gains[end] - gains[start]) / (costs[end] - costs[start])
@@ -151,8 +171,12 @@ def _hull(i: int, costs: list[int], gains: list[float]) -> Iterator[tuple[float,
 
 
 def lora_energy(spectra: Sequence[Sequence[float]], costs: Sequence[int], budget: int) -> float:
-    """The most energy that plain low-rank products keep with at most ``budget`` parameters: matrices by their singular
-    values, ``costs`` parameters a rank."""
+    """The most energy that plain low-rank products keep with at most ``budget`` parameters.
+
+    Args:
+        spectra: the singular values of every matrix.
+        costs: the parameters per rank of every matrix.
+    """
     steps = [(value**2 / cost, cost) for values, cost in zip(spectra, costs, strict=True) for value in values]
     kept = 0.0
     for gain, cost in sorted(steps, reverse=True):

@@ -1,4 +1,4 @@
-"""Both sides of a conversion on one model, and how far apart their outputs are."""
+"""Both sides of a conversion on one model: how far apart their outputs are."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from torch.utils._pytree import tree_leaves
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.diffusers import FILE
 from flora.convert.official import layers_of, whole_layer
-from flora.files import open_tensors
+from flora.files import local_path, open_tensors
 from flora.models import example_inputs, load_model
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Of two sides' outputs for the same random inputs: the largest difference, the largest output, and the largest
-    effect of the adapter."""
+class OutputDifference:
+    """Absolute values of two sides' outputs for the same random inputs.
+
+    Args:
+        largest: the largest difference between the sides.
+        output: the largest output.
+        effect: the largest change that the adapter makes to the base model's outputs.
+    """
 
     largest: float
     output: float
@@ -38,21 +43,31 @@ class Difference:
         )
 
 
-def verify(model: str, adapter: str | Path, other: str | Path, form: str, **options: Any) -> Difference:
-    """How far the outputs of the FLoRA adapter and of what it was converted to, or from, are apart.
+def verify(model: str, adapter: str | Path, other: str | Path, form: str, **options: Any) -> OutputDifference:
+    """Compare the outputs of a FLoRA adapter with those of what it was converted to or from.
 
     Args:
         model: the base model, a folder or a name on the hub.
         adapter: the FLoRA side.
-        other, form: the other side, and what it is: one of ``FORMS``.
-        options: what loading it takes beside its path: of "official" scale, prefix and save.
+        other: the other side, a folder or file.
+        form: the format of ``other``, a key of ``FORMS``.
+        options: what loading ``other`` takes besides its path: scale, prefix and save for "official".
+
+    Raises:
+        ValueError: if one side cannot be loaded, or example inputs of the model are not known.
     """
     base = load_model(model)
     inputs = example_inputs(base)
     plain = _outputs(base, inputs)
-    ours = _outputs(PeftModel.from_pretrained(copy.deepcopy(base), str(adapter)).eval(), inputs)
-    theirs = _outputs(FORMS[form](base, str(other), **options).eval(), inputs)
-    return Difference(_apart(ours, theirs), max(t.abs().max().item() for t in ours), _apart(ours, plain))
+    ours = _outputs(PeftModel.from_pretrained(copy.deepcopy(base), _name(adapter)).eval(), inputs)
+    theirs = _outputs(FORMS[form](base, _name(other), **options).eval(), inputs)
+    largest = max(tensor.abs().max().item() for tensor in ours)
+    return OutputDifference(_distance(ours, theirs), largest, _distance(ours, plain))
+
+
+def _name(source: str | Path) -> str:
+    """A path with ``~`` expanded, or a name on the hub."""
+    return str(local_path(source) or source)
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
@@ -65,7 +80,7 @@ def _plain(output: Any) -> tuple:
     return output.to_tuple() if hasattr(output, "to_tuple") else (output,)
 
 
-def _apart(some: list[Tensor], others: list[Tensor]) -> float:
+def _distance(some: list[Tensor], others: list[Tensor]) -> float:
     return max((one - other).abs().max().item() for one, other in zip(some, others, strict=True))
 
 
@@ -89,7 +104,7 @@ def _locon(model: nn.Module, path: str) -> nn.Module:
 
 
 def _prefix_of(model: nn.Module, names: set[str], path: str) -> str:
-    """What most of the model's layers have before their own name in the file, which may be of other models too."""
+    """The prefix that most of the model's layers have in the file, which may hold layers of other models too."""
     ends = [f"_{module}".replace(".", "_") for module, _ in model.named_modules() if module]
     counts = Counter(name.removesuffix(end) for name in names for end in ends if name.endswith(end))
     if not counts:
@@ -99,27 +114,29 @@ def _prefix_of(model: nn.Module, names: set[str], path: str) -> str:
 
 def _diffusers(model: nn.Module, path: str) -> nn.Module:
     if not hasattr(model, "load_lora_adapter"):
-        raise ValueError(f"{type(model).__name__} has no load_lora_adapter; verify with a model of diffusers")
+        raise ValueError(f"{type(model).__name__} has no load_lora_adapter; give a model of diffusers")
     modules = {name for name, _ in model.named_modules()}
     with open_tensors(Path(path) / FILE) as file:
-        places = [key.removesuffix(".lora_A.weight").partition(".") for key in file.keys()]
-    part = next((part for part, _, module in places if module in modules), None)
-    if part is None:
+        names = [key.removesuffix(".lora_A.weight").partition(".") for key in file.keys()]
+    component = next((component for component, _, module in names if module in modules), None)
+    if component is None:
         raise ValueError(f"{path} has no layer of a {type(model).__name__}")
-    model.load_lora_adapter(path, prefix=part, use_safetensors=True)
+    load: Any = model.load_lora_adapter
+    load(path, prefix=component, use_safetensors=True)
     return model
 
 
 @torch.no_grad()
 def _official(model: nn.Module, path: str, scale: float, prefix: str | None, save: Sequence[str]) -> nn.Module:
-    """The authors' layers as they compute: factor after factor on the core's first mode, and the first two swapped."""
+    """The authors' own computation: each factor in turn multiplies the core's first mode; then the first two modes are
+    swapped."""
     source = Checkpoint.open(path)
     prefix, cores = layers_of(source, prefix)
     for key, module in cores.items():
         delta = source.tensor(key)
         for n in range(delta.ndim):
             delta = torch.tensordot(delta, source.tensor(key.removesuffix("G") + str(n)), dims=([0], [1]))
-        model.get_submodule(module).weight += scale * delta.transpose(0, 1)
+        model.get_parameter(f"{module}.weight").add_(scale * delta.transpose(0, 1))
     for module in save:
         tensors = {name.removeprefix(f"{module}."): t for name, t in whole_layer(source, prefix, module)}
         model.get_submodule(module).load_state_dict(tensors)
