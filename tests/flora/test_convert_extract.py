@@ -209,7 +209,7 @@ def write(model, path):
 def no_figure(request, monkeypatch):
     """Figures take longer than all else here."""
     if "figure" not in request.node.name:
-        monkeypatch.setattr("flora.convert.figures.spectra", lambda report, path: None)
+        monkeypatch.setattr("flora.convert.figures.plot_spectra", lambda report, path: None)
 
 
 @pytest.fixture
@@ -465,7 +465,7 @@ BAD = {
     "shape": (GOOD, {"linear.weight": torch.zeros(6, 5)}, r"'linear.weight' has shape \[6, 5\], but \[6, 6\] in"),
     "integers": (GOOD, {"linear.weight": torch.zeros(6, 6, dtype=torch.int8)}, "has dtype torch.int8; a float"),
     "missing": (GOOD, {"linear.weight": None}, "tuned.safetensors has no weight 'linear.weight', which is"),
-    "unknown": (GOOD, {"other.weight": torch.zeros(2, 2)}, "'other.weight' is no weight of the model, a Net"),
+    "unknown": (GOOD, {"other.weight": torch.zeros(2, 2)}, "'other.weight' is not a weight of the model, a Net"),
     "not finite": (GOOD, {"linear.weight": torch.full((6, 6), torch.nan)}, "'linear.weight': the .* not finite"),
     "the same": (GOOD, net().state_dict(), "no weight of two or more modes differs, they are the same"),
     "vectors": (GOOD, {**net().state_dict(), "linear.bias": torch.ones(6)}, "only 1 others, such as 'linear.bias'"),

@@ -90,8 +90,8 @@ def export_locon(
     """
     if user_path(out).suffix != ".safetensors":
         raise ValueError(f"{out}: the name must end in .safetensors")
-    sources = _sources(Adapter.open(adapter), prefix, text_encoder, text_encoder_2)
     with new_file(out) as path:
+        sources = _sources(Adapter.open(adapter), prefix, text_encoder, text_encoder_2)
         tensors = _file_tensors(sources, folded, progress)
         save_tensors(path, tensors)
     weights = sum(key.endswith(UP) for key in tensors)
