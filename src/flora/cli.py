@@ -48,9 +48,9 @@ def plan_keys() -> Iterator[tuple[str, str]]:
 @click.argument("model")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
 def plan(model: str, overrides: tuple[str, ...]) -> None:
-    """List the weights of MODEL that an adapter would train, with their ranks and numbers of parameters.
+    """List the weights that an adapter would train.
 
-    MODEL is a transformers or diffusers model: a folder with its config.json, or a name on the hub. No weights are
+    The table has their shapes, ranks and numbers of parameters. MODEL is a transformers or diffusers model: a folder with its config.json, or a name on the hub. No weights are
     loaded. Keys are the fields of FloraConfig: `flora plan MODEL budget=0.005`.
     """
     pairs = [parse_override(override) for override in as_overrides(overrides)]
@@ -77,12 +77,12 @@ def plan(model: str, overrides: tuple[str, ...]) -> None:
 
 @main.group()
 def export() -> None:
-    """Write an adapter in the format of other programs, which then need no flora."""
+    """Export an adapter for programs without flora."""
 
 
 @main.group("import")
 def import_() -> None:
-    """Turn an adapter of another program into a FLoRA adapter, exactly."""
+    """Import an adapter of another program, exactly."""
 
 
 def convert(
@@ -123,8 +123,8 @@ ENCODERS = (
     click.option("--text-encoder-2", metavar="ADAPTER", help="A third adapter, for SDXL's second text encoder."),
 )
 SIZE = (
-    click.option("--budget", help="Parameters of all layers together, or a share of the model's (0.005)."),
-    click.option("--energy", type=float, help="The share of the squared norm that each layer keeps at least."),
+    click.option("--budget", help="Parameters of all layers together, or a share (0.005) of BASE's or ADAPTER's."),
+    click.option("--energy", type=float, help="The least share of its squared norm that each layer keeps."),
     click.option("--rank", type=int, help="One rank for every mode."),
 )
 
@@ -139,7 +139,10 @@ def options(*some: Callable) -> Callable:
 @click.option("--ragged", is_flag=True, help="Keep each layer's own rank. Otherwise all get the largest, with zeros.")
 @click.option("--merge-rest", metavar="BASE", help="Save layers without a LoRA form whole, merged into BASE's weights.")
 def export_lora(adapter: str, out: str, verify: str | None, **options: Any) -> None:
-    """Write ADAPTER as a plain PEFT LoRA to the folder OUT."""
+    """Write a plain PEFT LoRA.
+
+    ADAPTER is a FLoRA adapter's folder, or its name on the hub. OUT is a new folder.
+    """
     convert("export_lora", verify, (adapter, out, "lora"), adapter=adapter, out=out, **options)
 
 
@@ -149,7 +152,10 @@ def export_lora(adapter: str, out: str, verify: str | None, **options: Any) -> N
 @click.option("--prefix", help="Prefix of the names in the file [lora_unet, lora_te or lycoris, by the model].")
 @click.option("--folded", is_flag=True, help="Write no `lora_mid`, for programs that do not know it.")
 def export_locon(adapter: str, out: str, verify: str | None, **options: Any) -> None:
-    """Write ADAPTER as a LyCORIS / kohya LoCon to the file OUT, for ComfyUI, A1111 and InvokeAI."""
+    """Write a LoCon of LyCORIS / kohya.
+
+    ComfyUI, A1111 and InvokeAI read it. ADAPTER is a FLoRA adapter's folder, or its name on the hub. OUT is a new file.
+    """
     convert("export_locon", verify, (adapter, out, "locon"), adapter=adapter, out=out, **options)
 
 
@@ -158,7 +164,11 @@ def export_locon(adapter: str, out: str, verify: str | None, **options: Any) -> 
 @options(*ENCODERS)
 @click.option("--component", help="The component of the pipeline [unet, transformer or text_encoder, by the model].")
 def export_diffusers(adapter: str, out: str, verify: str | None, **options: Any) -> None:
-    """Write ADAPTER as OUT/pytorch_lora_weights.safetensors, for diffusers' load_lora_weights."""
+    """Write a LoRA for diffusers.
+
+    `pipeline.load_lora_weights(OUT)` loads it. ADAPTER is a FLoRA adapter's folder, or its name on the hub. OUT is a
+    new folder.
+    """
     convert("export_diffusers", verify, (adapter, out, "diffusers"), adapter=adapter, out=out, **options)
 
 
@@ -166,7 +176,10 @@ def export_diffusers(adapter: str, out: str, verify: str | None, **options: Any)
 @paths("lora", "out")
 @click.option("--is-transposed", is_flag=True, help="Stacked experts are (experts, in, out).")
 def import_lora(lora: str, out: str, verify: str | None, **options: Any) -> None:
-    """Write the PEFT LoRA in the folder LORA as a FLoRA adapter to the folder OUT."""
+    """Read a PEFT LoRA.
+
+    LORA is its folder, or its name on the hub. OUT is a new folder, for the FLoRA adapter.
+    """
     convert("import_lora", verify, (out, lora, "lora"), lora=lora, out=out, **options)
 
 
@@ -177,7 +190,10 @@ def import_lora(lora: str, out: str, verify: str | None, **options: Any) -> None
 @click.option("--prefix", help="Prefix of the names to import, if the file has several.")
 @click.option("--verify", is_flag=True, help="Load both sides onto BASE and compare the outputs.")
 def import_locon(file: str, base: str, out: str, verify: bool, prefix: str | None) -> None:
-    """Write the LoCon FILE, for the model BASE, as a FLoRA adapter to the folder OUT."""
+    """Read a LoCon of LyCORIS / kohya.
+
+    BASE is the model that FILE adapts: a folder, or a name on the hub. OUT is a new folder, for the FLoRA adapter.
+    """
     sides = (out, file, "locon")
     convert("import_locon", base if verify else None, sides, file=file, base=base, out=out, prefix=prefix)
 
@@ -188,7 +204,10 @@ def import_locon(file: str, base: str, out: str, verify: bool, prefix: str | Non
 @click.option("--prefix", help="What precedes the model's own names in the file.")
 @click.option("--save", multiple=True, metavar="LAYER", help="A layer to copy whole, such as a new head.")
 def import_official(checkpoint: str, out: str, verify: str | None, **options: Any) -> None:
-    """Write a checkpoint of the FLoRA authors' code as a FLoRA adapter to the folder OUT."""
+    """Read a checkpoint of the FLoRA authors' code.
+
+    OUT is a new folder, for the FLoRA adapter.
+    """
     sides = (out, checkpoint, "official")
     convert("import_official", verify, sides, options, checkpoint=checkpoint, out=out, **options)
 
@@ -198,7 +217,11 @@ def import_official(checkpoint: str, out: str, verify: str | None, **options: An
 @paths("adapter", "out", "Load MODEL with the adapter, and OUT, and compare the outputs.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="The largest size of one file.")
 def merge(base: str, adapter: str, out: str, verify: str | None, **options: Any) -> None:
-    """Write the model BASE, with ADAPTER's updates in its weights, to the folder OUT."""
+    """Merge an adapter into its base model's weights.
+
+    BASE is a folder, a file of weights, or a name on the hub. OUT is a new folder; or a new file, if it ends in
+    .safetensors.
+    """
     convert("merge", verify, (adapter, out, "merged"), base=base, adapter=adapter, out=out, **options)
 
 
@@ -208,7 +231,10 @@ def merge(base: str, adapter: str, out: str, verify: str | None, **options: Any)
 @options(*SIZE)
 @click.option("--keep-rest/--drop-rest", default=True, show_default=True, help="Keep what no core can hold, whole.")
 def extract(base: str, tuned: str, out: str, verify: str | None, budget: str | None, **options: Any) -> None:
-    """Write the difference of two checkpoints as a FLoRA adapter to the folder OUT, at the best ranks of a size."""
+    """Extract an adapter from a full fine-tune.
+
+    The adapter is the difference of the checkpoints BASE and TUNED at the best ranks of a size. OUT is a new folder.
+    """
     options["budget"] = parse_budget(budget)
     convert("extract", verify, (out, tuned, "merged"), base=base, tuned=tuned, out=out, **options)
 
@@ -217,7 +243,10 @@ def extract(base: str, tuned: str, out: str, verify: str | None, budget: str | N
 @paths("adapter", "out")
 @options(*SIZE)
 def compress(adapter: str, out: str, verify: str | None, budget: str | None, **options: Any) -> None:
-    """Write ADAPTER at smaller ranks to the folder OUT."""
+    """Compress an adapter to smaller ranks.
+
+    ADAPTER is a folder, or a name on the hub. OUT is a new folder.
+    """
     options["budget"] = parse_budget(budget)
     convert("compress", verify, (out, adapter, "flora"), adapter=adapter, out=out, **options)
 

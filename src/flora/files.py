@@ -163,7 +163,8 @@ def saved_shapes(
     """Shapes of an adapter's core spaces, by their tensors' names in the base model. Only the header is read.
 
     Args:
-        source: what ``PeftModel.from_pretrained`` takes: a folder, else a name on the hub, which is asked for the file.
+        source: what ``PeftModel.from_pretrained`` takes: a folder, or else a name on the hub. The file is downloaded to
+            the hub's cache, where PEFT finds it again.
         subfolder: the adapter's folder in ``source``.
         download: arguments of ``huggingface_hub.hf_hub_download``: revision, token, cache_dir …
 

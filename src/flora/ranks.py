@@ -136,7 +136,7 @@ def _raise_single_modes(
     chose stay. ``surplus`` allows ranks above the product of the others.
 
     Returns:
-        the ranks, and what is left of the ``spare`` parameters.
+        the ranks, and the number of parameters that are left.
     """
     ranks = list(ranks)
     progress = True

@@ -84,6 +84,25 @@ def test_a_command_says_what_it_wrote_and_verifies_it(folder, command, written, 
         assert float(said.partition("at most ")[2].split()[0]) < close
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    for command in (
+        "export lora ~/adapter ~/home/lora --verify ~/base",
+        "import lora ~/home/lora ~/home/back",
+        "export locon ~/adapter ~/home/locon.safetensors",
+        "import locon ~/home/locon.safetensors ~/base ~/home/back2 --verify",
+        "import official ~/authors.safetensors ~/home/back3 --scale 0.4",
+        "merge ~/base ~/adapter ~/home/merged",
+        "merge ~/base ~/adapter ~/home/merged.safetensors",
+        "extract ~/base ~/tuned ~/home/extracted --rank 3 --verify ~/base",
+        "compress ~/adapter ~/home/compressed --rank 1",
+        "plan ~/base r=2",
+    ):
+        result = CliRunner().invoke(main, command.split())
+        assert result.exit_code == 0, result.output
+    assert len(list((folder / "home").iterdir())) == 9
+
+
 MISTAKES = {
     "no_folder": ("export lora nowhere OUT/x", "nowhere"),
     "no_model": ("export lora adapter OUT/y --verify ./nowhere", "no such file or folder"),

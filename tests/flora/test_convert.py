@@ -18,7 +18,9 @@ from torch import nn
 from cases import CASES, CONV, Case
 from flora import FloraConfig
 from flora.convert import export_lora, import_lora, import_official
+from flora.convert.adapter import Adapter
 from flora.files import WEIGHTS
+from flora.layers.kinds import LINEAR
 from reference import first
 from test_contract import Holder, build
 
@@ -237,6 +239,18 @@ def test_a_raw_parameter_beside_adapted_layers_in_its_module(tmp_path):
     merged = model.merge_and_unload()
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
     torch.testing.assert_close(merged(x).detach(), expected, **CLOSE)
+
+
+def test_a_linear_layer_of_an_embeddings_module_is_no_embedding(tmp_path):
+    base = nn.Module()
+    base.embedding = nn.Sequential(nn.Linear(5, 7))  # "embedding" is in the keys of its LoRA
+    get_peft_model(base, FloraConfig(r=2, target_modules=["0"], init_weights=False)).save_pretrained(str(tmp_path))
+    export_lora(tmp_path, tmp_path / "lora")
+    import_lora(tmp_path / "lora", tmp_path / "back")
+    before, after = (next(Adapter.open(folder).updates()) for folder in (tmp_path, tmp_path / "back"))
+    assert after.site.kind is LINEAR and after.shape == (7, 5)
+    zero = torch.zeros(7, 5)
+    torch.testing.assert_close(after.merged_into(zero), before.merged_into(zero))
 
 
 def test_adapters_on_the_hub(monkeypatch, tmp_path):

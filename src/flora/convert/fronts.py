@@ -35,7 +35,7 @@ class Front:
     Args:
         ranks: (P, N).
         parameters: (P,), in ascending order.
-        energies: (P,), what the ranks keep of ‖D‖², in ascending order.
+        energies: (P,), the part of ‖D‖² that the ranks keep, in ascending order.
         total: ‖D‖².
         spectra: the singular values of every mode's unfolding, in descending order.
     """

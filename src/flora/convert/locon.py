@@ -51,7 +51,7 @@ def locon_obstacle(site: Site) -> str | None:
 
 
 def name_of(prefix: str, module: str) -> str:
-    """What the names of a module's tensors begin with."""
+    """The start of the names of a module's tensors."""
     return f"{prefix}_{name_in(prefix, module)}".replace(".", "_")
 
 
@@ -73,7 +73,7 @@ def export_locon(
     Args:
         adapter: a folder, or a name on the hub.
         out: a new .safetensors file.
-        prefix: what the tensors' names begin with. By default "lora_unet" for diffusers' U-Nets, "lora_te" for CLIP's
+        prefix: the start of the tensors' names. By default "lora_unet" for diffusers' U-Nets, "lora_te" for CLIP's
             text model and "lycoris" for any other model.
         text_encoder, text_encoder_2: adapters of a pipeline's text encoders, for the same file. Their prefix is
             "lora_te"; if there is a second one, "lora_te1" and "lora_te2".
@@ -173,7 +173,7 @@ def import_locon(
         base: the model that it adapts, whose layers' names and shapes the file does not tell: the model itself (the
             meta device is enough), its folder, or its name on the hub.
         out: a new folder.
-        prefix: what the names of the tensors to import begin with. Needed if the file is for several models.
+        prefix: the start of the names of the tensors to import. Needed if the file is for several models.
         progress: show a progress bar.
 
     Returns:

@@ -23,7 +23,7 @@ class Entry:
     Args:
         shape, dtype: the tensor's.
         origin: a key of the base, or a tensor of the adapter that replaces the base's.
-        update: what is added to it.
+        update: the update to add.
         whole: whether the tensor is the update's weight as the model has it. Otherwise transformers computes that
             weight from several tensors on disk, of which this is one (``Checkpoint.pieces``).
     """
