@@ -50,8 +50,9 @@ def plan_keys() -> Iterator[tuple[str, str]]:
 def plan(model: str, overrides: tuple[str, ...]) -> None:
     """List the weights that an adapter would train.
 
-    The table has their shapes, ranks and numbers of parameters. MODEL is a transformers or diffusers model: a folder with its config.json, or a name on the hub. No weights are
-    loaded. Keys are the fields of FloraConfig: `flora plan MODEL budget=0.005`.
+    The table has their shapes, ranks and numbers of parameters. MODEL is a transformers or diffusers model: a folder
+    with its config.json, or a name on the hub. No weights are loaded. Keys are the fields of FloraConfig: `flora plan
+    MODEL budget=0.005`.
     """
     pairs = [parse_override(override) for override in as_overrides(overrides)]
 
