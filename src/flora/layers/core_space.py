@@ -5,7 +5,6 @@ delta = scale · core ×_1 factors[0] … ×_N factors[N-1], with core (r_1, …
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -15,39 +14,6 @@ from torch import Tensor, nn
 
 from flora import ranks as rank_rules
 from flora import tucker
-
-PART = 4.0
-
-
-def unified_scale(weight: Tensor, fan_in: int, ranks: Sequence[int]) -> float:
-    """``scale="auto"``: one rule for all backbones, in place of the paper's s in {0.04, 0.4, 4}.
-
-    Let every trained number be of order one: factors and core with entries of unit root mean square. An entry of the
-    delta is then a sum of r_1 · … · r_N products of independent numbers of order one, so
-
-        rms(delta) = scale · √(r_1 … r_N)
-
-    and a unit change of the core moves the weight by a fixed part of the weight's own size exactly if
-
-        scale = PART · rms(weight) / √(r_1 … r_N).
-
-    Shape, kind, order, ranks and start drop out. What PART is, only the learning rate can tell: Adam moves a number by
-    about the learning rate a step, whatever its gradient. LoRA as it is mostly used (rank r of 8 to 16, alpha = 2 r,
-    Kaiming's factor of rms 1/√(3 I_in), a weight of rms 1/√I_in) moves its weight by 2 √(r/3), that is 3.3 to 4.6 times
-    its own size, for a unit change of its zero factor. With 4 here, a learning rate that suits LoRA suits this too.
-
-    A weight of zeros has no size of its own; it counts as one drawn with variance 1 / fan_in. Of a large weight some
-    2¹⁶ entries are looked at, spread evenly: their root mean square is the weight's to half a percent.
-    """
-    numbers = weight.detach().reshape(-1)
-    some = numbers[:: numbers.numel() >> 16 | 1]  # an odd step, so as not to follow a column
-    rms = _rms(some) or _rms(numbers) or 1 / math.sqrt(fan_in)
-    return PART * rms / math.sqrt(math.prod(ranks))
-
-
-def _rms(numbers: Tensor) -> float:
-    dtype = torch.promote_types(numbers.dtype, torch.float32)
-    return torch.linalg.vector_norm(numbers, dtype=dtype).item() / math.sqrt(numbers.numel())
 
 
 class CoreSpace(nn.Module):
@@ -104,15 +70,6 @@ class CoreSpace(nn.Module):
         return delta.to(self.core.dtype)
 
     @torch.no_grad()
-    def start(self, init: str, output_mode: int, unit: bool) -> None:
-        """Fill core and factors as the start ``init`` says (``STARTS``).
-
-        ``unit`` gives the random entries unit variance, as ``scale="auto"`` presumes; without it every random factor
-        has columns of about unit length, which suits a scale given as a number.
-        """
-        STARTS[init](self, output_mode, unit)
-
-    @torch.no_grad()
     def assign(self, core: Tensor, factors: Sequence[Tensor]) -> None:
         """Copy core and factors in; the shapes must be this space's."""
         for target, source in zip((self.core, *self.factors), (core, *factors), strict=True):
@@ -135,50 +92,6 @@ class CoreSpace(nn.Module):
 
 def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _gaussian_(space: CoreSpace, mode: int, unit: bool) -> None:
-    space.factors[mode].normal_(std=1.0 if unit else space.shape[mode] ** -0.5)
-
-
-def _start_core(space: CoreSpace, output_mode: int, unit: bool) -> None:
-    """The paper's: core zero, factors random Gaussian (section 4, after LoRA's section 3.1)."""
-    for mode in range(len(space.shape)):
-        _gaussian_(space, mode, unit)
-
-
-def _start_factor(space: CoreSpace, output_mode: int, unit: bool) -> None:
-    """LoRA's: only the output factor is zero. The core's output unfolding starts orthogonal, as G = I would be,
-    so that every column of the output factor sees another part of the input."""
-    _start_core(space, output_mode, unit)
-    rows = tucker.unfold(space.core, output_mode)
-    start = nn.init.orthogonal_(torch.empty(rows.shape, dtype=torch.float32, device=rows.device))
-    if unit:
-        start *= math.sqrt(max(rows.shape))
-    space.core.copy_(start.reshape(space.core.movedim(output_mode, 0).shape).movedim(0, output_mode))
-    space.factors[output_mode].zero_()
-
-
-def _start_official(space: CoreSpace, output_mode: int, unit: bool) -> None:
-    """The authors' variant of "core": factors by Kaiming's uniform rule with a = √5, whatever the scale."""
-    for factor in space.factors:
-        nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-
-
-def _start_random(space: CoreSpace, output_mode: int, unit: bool) -> None:
-    """Nothing zero: ``init_weights=False``, for tests that need an adapter with an effect."""
-    _start_core(space, output_mode, unit)
-    # as small against the weight as LoRA's, so that the same tolerances suit both
-    space.core.normal_(std=0.1 if unit else 1.0)
-
-
-STARTS: dict[str, Callable[[CoreSpace, int, bool], None]] = {
-    "core": _start_core,
-    "factor": _start_factor,
-    "gradient": _start_factor,  # until flora.initialize has seen a batch
-    "official": _start_official,
-    "random": _start_random,
-}
 
 
 def add_updates(weight: Tensor, spaces: Iterable[tuple[Tensor, Sequence[Tensor]]], in_place: bool = False) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -253,11 +252,6 @@ def output_mode(roles: tuple[str, ...]) -> int:
 def input_mode(roles: tuple[str, ...]) -> int:
     """The mode that rank dropout thins: the input's; the first mode of a raw parameter."""
     return roles.index("in") if "in" in roles else 0
-
-
-def fan_in(shape: tuple[int, ...], roles: tuple[str, ...]) -> int:
-    """The number of weights that one output sums over: the size of all modes but the output's."""
-    return prod(size for mode, size in enumerate(shape) if mode != output_mode(roles))
 
 
 def features(layer: nn.Module, shape: tuple[int, ...], roles: tuple[str, ...]) -> tuple[int, int]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from flora.layers import kinds
-from flora.layers.core_space import CoreSpace, add_updates, drop_ranks, unified_scale
+from flora.layers.core_space import CoreSpace, add_updates, drop_ranks
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
+from flora.layers.starts import start, unified_scale
 from flora.layers.weights import leaf, owner
 from flora.tuner.peft_compat import BaseTunerLayer, check_adapters_to_merge, gather_params_ctx
 
@@ -106,19 +107,18 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         Args:
             ranks: (r_1, …, r_N).
             scale: the s of equation 5, or "auto" (``unified_scale``).
-            init: a key of ``core_space.STARTS``.
+            init: a key of ``starts.STARTS``.
             execution: as ``kinds.possible`` gives it for this layer.
         """
         weight, layer = self.base_parameter, self.get_base_layer()
         if not self.tucker_space:
             self._active_adapter = [adapter_name]
-        unit = scale == "auto"
-        if unit:
+        output_mode = kinds.output_mode(self.roles)
+        if scale == "auto":
             with gather_params_ctx(weight):
-                fan_in = kinds.fan_in(self.weight_shape, self.roles)
-                scale = 1.0 if weight.is_meta else unified_scale(weight, fan_in, ranks)
+                scale = 1.0 if weight.is_meta else unified_scale(weight, ranks, output_mode, init)
         space = CoreSpace(self.weight_shape, ranks, float(scale), device=weight.device, dtype=weight.dtype)
-        space.start(init, kinds.output_mode(self.roles), unit)
+        start(space, init, output_mode)
         self.kind.after_start(layer, space)
         self.tucker_space[adapter_name] = space
         self.tucker_scaling[adapter_name] = 1.0

@@ -12,8 +12,8 @@ from typing import Any, cast
 from peft import PeftConfig
 
 from flora.files import replace_file, saved_shapes
-from flora.layers.core_space import STARTS
 from flora.layers.cost import EXECUTIONS
+from flora.layers.starts import STARTS
 from flora.tuner.peft_compat import FLORA
 
 FORMAT_VERSION = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from flora import tucker
 from flora.layers import kinds
 from flora.layers.core_space import CoreSpace
+from flora.layers.starts import fill_core
 from flora.tuner.layer import FloraLayer
 
 
@@ -75,19 +75,19 @@ def _gradients(model: nn.Module, layers: list[FloraLayer], batches: Iterable, lo
 
 @torch.no_grad()
 def _start(space: CoreSpace, gradient: Tensor, output_mode: int) -> None:
-    """Entries get a root mean square of one, the size that the unified scale presumes."""
+    """Factors with orthonormal columns, a core with orthonormal rows: the sizes of every start (``layers.starts``)."""
     factors: list[Tensor | None] = [
         None if mode == output_mode else tucker.leading_vectors(tucker.unfold(gradient, mode), rank)
         for mode, rank in enumerate(space.ranks)
     ]
     unfolded = tucker.unfold(tucker.project(gradient, factors), output_mode)
     rank = space.ranks[output_mode]
-    rows = tucker.leading_vectors(unfolded.mT, min(rank, unfolded.shape[1])).mT
-    core = rows.new_zeros(rank, unfolded.shape[1])  # a rank beyond what the input modes can tell apart stays empty
-    core[: rows.shape[0]] = rows * math.sqrt(rows.shape[1])
-    others = [size for mode, size in enumerate(space.ranks) if mode != output_mode]
-    scaled = [
-        torch.zeros_like(space.factors[mode]) if factor is None else factor * math.sqrt(factor.shape[0])
-        for mode, factor in enumerate(factors)
-    ]
-    space.assign(core.reshape(rank, *others).movedim(0, output_mode), scaled)
+    leading = tucker.leading_vectors(unfolded.mT, min(rank, unfolded.shape[1])).mT
+    rows = leading.new_zeros(rank, unfolded.shape[1])  # a rank beyond what the input modes can tell apart stays empty
+    rows[: leading.shape[0]] = leading
+    fill_core(space, rows, output_mode)
+    for mode, factor in enumerate(factors):
+        if factor is None:
+            space.factors[mode].zero_()
+        else:
+            space.factors[mode].copy_(factor)

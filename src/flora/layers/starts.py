@@ -1,0 +1,145 @@
+"""How a core space starts, and the scale that suits every start and every backbone.
+
+Names: a weight W of shape (I_1, …, I_N) has the output mode o; F is its fan-in, the product of all I_n but I_o. A core
+space has the core G (r_1, …, r_N) and the factors A⁽ⁿ⁾ (I_n, r_n). Every start leaves one part zero, so that delta is.
+
+The scale. Adam moves an entry by about the learning rate η in a step, whatever its gradient, so the sizes of the
+numbers decide how fast the update grows and turns.
+
+*Growth.* In the first step only the zero part moves, its entries to ±η. With orthonormal columns in every inner factor
+and orthonormal rows in the core's output unfolding, delta = s · A⁽ᵒ⁾ Vᵀ with V (F, r_o) orthonormal, hence
+
+    rms(delta) = s η √(r_o / F),    and    rms(delta) / rms(W) = c η √r_o    for    s = c · rms(W) · √F.
+
+Shape, order and backbone drop out. LoRA with alpha = 2 r, Kaiming's A of rms 1/√(3 F) and a weight of rms 1/√F grows by
+1.15 η √r in the same step, and by up to 2 η √r for PyTorch's own linear layers, whose rms is 1/√(3 F).
+
+*Turning.* An inner column of length 1 with I_n entries turns by η √I_n in a step, as a row of LoRA's A, of length 1/√3,
+turns by η √(3 F). Columns with entries of order one would turn by η only: they are all but frozen, and the update keeps
+the random subspace of its start. So numbers start with columns of length one, and s takes up the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from flora import tucker
+from flora.layers.core_space import CoreSpace
+
+GROWTH = 2.0  # the c above
+
+
+def unified_scale(weight: Tensor, ranks: Sequence[int], output_mode: int, init: str) -> float:
+    """``scale="auto"``: one rule for every start and backbone, in place of the paper's s in {0.04, 0.4, 4}.
+
+    With it, the first step of a learning rate η moves the weight by ``GROWTH`` · η · √q of its own size, where q is the
+    smaller of r_o and the product of the other ranks. For ``init="factor"`` that is s = GROWTH · rms(W) · √F.
+
+    A weight of zeros has no size of its own, and counts as one drawn with variance 1 / F. A large weight is sampled at
+    some 2¹⁶ evenly spread entries, which gives its root mean square to half a percent.
+    """
+    numbers = weight.detach().reshape(-1)
+    sample = numbers[:: numbers.numel() >> 16 | 1]  # an odd step, so as not to follow a column
+    rms = _rms(sample) or _rms(numbers) or math.sqrt(weight.shape[output_mode] / numbers.numel())
+    return GROWTH * rms * math.sqrt(_width(ranks, output_mode)) / STARTS[init].reach(weight.shape, ranks, output_mode)
+
+
+def _rms(numbers: Tensor) -> float:
+    dtype = torch.promote_types(numbers.dtype, torch.float32)
+    return torch.linalg.vector_norm(numbers, dtype=dtype).item() / math.sqrt(numbers.numel())
+
+
+def _width(ranks: Sequence[int], output_mode: int) -> int:
+    """The rank of the core's output unfolding."""
+    return min(ranks[output_mode], prod(ranks) // ranks[output_mode])
+
+
+@torch.no_grad()
+def start(space: CoreSpace, init: str, output_mode: int) -> None:
+    """Fill core and factors; ``init`` is a key of ``STARTS``."""
+    STARTS[init].fill(space, output_mode)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One way to start.
+
+    Args:
+        fill: fills a core space, given its output mode.
+        reach: (shape, ranks, output mode) -> rms(delta) at s = 1 when the entries of the zero part are ±1.
+    """
+
+    fill: Callable[[CoreSpace, int], None]
+    reach: Callable[[Sequence[int], Sequence[int], int], float]
+
+
+def orthonormal_(matrix: Tensor) -> None:
+    """Fill with random orthonormal columns; orthonormal rows if it is wider than tall."""
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    matrix.copy_(nn.init.orthogonal_(torch.empty(matrix.shape, dtype=wide, device=matrix.device)))
+
+
+def fill_core(space: CoreSpace, rows: Tensor, output_mode: int) -> None:
+    """Set the core by its output unfolding (r_o, product of the other ranks)."""
+    space.core.copy_(rows.reshape(space.core.movedim(output_mode, 0).shape).movedim(0, output_mode))
+
+
+def _core(space: CoreSpace, output_mode: int) -> None:
+    """The paper's: core zero, factors random Gaussian (section 4, after LoRA's section 3.1), here with columns of about
+    length one."""
+    for factor in space.factors:
+        factor.normal_(std=factor.shape[0] ** -0.5)
+
+
+def _factor(space: CoreSpace, output_mode: int) -> None:
+    """LoRA's: only the output factor is zero. Everything else is orthonormal, so that every column of the output factor
+    sees another part of the input."""
+    for mode, factor in enumerate(space.factors):
+        if mode != output_mode:
+            orthonormal_(factor)
+    rows = torch.empty_like(tucker.unfold(space.core, output_mode))
+    orthonormal_(rows)
+    fill_core(space, rows, output_mode)
+
+
+def _official(space: CoreSpace, output_mode: int) -> None:
+    """The authors' first code: core zero, factors by Kaiming's uniform rule with a = √5."""
+    for factor in space.factors:
+        nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+
+
+def _official_normal(space: CoreSpace, output_mode: int) -> None:
+    """The authors' later code: core zero, factors N(0, 0.02²). It takes s = alpha / r."""
+    for factor in space.factors:
+        factor.normal_(std=0.02)
+
+
+def _random(space: CoreSpace, output_mode: int) -> None:
+    """Nothing zero, for ``init_weights=False``. Under "auto" delta has 0.2 · GROWTH of the weight's size."""
+    for factor in space.factors:
+        orthonormal_(factor)
+    space.core.normal_(std=0.2 * math.sqrt(space.shape[output_mode] / prod(space.ranks)))
+
+
+def _reach_of_factor(shape: Sequence[int], ranks: Sequence[int], output_mode: int) -> float:
+    return math.sqrt(_width(ranks, output_mode) * shape[output_mode] / prod(shape))
+
+
+def _reach_of_core(shape: Sequence[int], ranks: Sequence[int], output_mode: int) -> float:
+    return math.sqrt(prod(ranks) / prod(shape))
+
+
+STARTS = {
+    "core": Start(_core, _reach_of_core),
+    "factor": Start(_factor, _reach_of_factor),
+    "gradient": Start(_factor, _reach_of_factor),  # until flora.initialize has seen a batch
+    "official": Start(_official, lambda shape, ranks, output_mode: 3 ** (-len(shape) / 2)),
+    "official-normal": Start(_official_normal, lambda shape, ranks, output_mode: prod(0.02 * r**0.5 for r in ranks)),
+    "random": Start(_random, _reach_of_factor),
+}
