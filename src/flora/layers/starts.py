@@ -81,8 +81,14 @@ class Start:
 
 def orthonormal_(matrix: Tensor) -> None:
     """Fill with random orthonormal columns; orthonormal rows if it is wider than tall."""
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    matrix.copy_(nn.init.orthogonal_(torch.empty(matrix.shape, dtype=wide, device=matrix.device)))
+    rows, columns = matrix.shape
+    numbers = torch.empty(rows, columns, dtype=torch.promote_types(matrix.dtype, torch.float32), device=matrix.device)
+    if rows < 4 * columns:
+        nn.init.orthogonal_(numbers)
+    else:  # tall Gaussian columns are well conditioned, so Cholesky's two products do for QR's many small steps
+        triangle = torch.linalg.cholesky_ex(numbers.normal_().mT @ numbers).L
+        numbers = torch.linalg.solve_triangular(triangle.mT, numbers, upper=True, left=False)
+    matrix.copy_(numbers)
 
 
 def fill_core(space: CoreSpace, rows: Tensor, output_mode: int) -> None:
