@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from flora.tuner.layer import FloraLayer
     from flora.tuner.model import FloraModel
     from flora.tuner.planning import plan
+    from flora.tuner.trainer import Initialize
 
 __version__ = "0.1.0"
-__all__ = ["CoreSpace", "FloraConfig", "FloraLayer", "FloraModel", "hotswap", "initialize", "plan"]
+__all__ = ["CoreSpace", "FloraConfig", "FloraLayer", "FloraModel", "Initialize", "hotswap", "initialize", "plan"]
 
 _HOMES = {
     "CoreSpace": "layers.core_space",
     "FloraConfig": "tuner.config",
     "FloraLayer": "tuner.layer",
     "FloraModel": "tuner.model",
+    "Initialize": "tuner.trainer",
     "hotswap": "tuner.hotswap",
     "initialize": "tuner.gradient",
     "plan": "tuner.planning",

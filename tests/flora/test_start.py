@@ -1,11 +1,13 @@
 """How an adapter starts: the unified scale, and the gradient start."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import flora
 from cases import CASES
@@ -13,6 +15,7 @@ from flora import FloraConfig
 from flora.layers.core_space import CoreSpace
 from flora.layers.kinds import output_mode
 from flora.layers.starts import GROWTH, STARTS, start, unified_scale
+from flora.tucker import leading_vectors, project, unfold
 from reference import first, layers, run
 from test_contract import CLOSE, build
 
@@ -126,6 +129,123 @@ def test_the_gradient_start_hears_the_leading_singular_values(case):
     assert heard == pytest.approx(space.scale.item() * singular.norm().item(), rel=1e-9)
 
 
+def exact_start(gradient, ranks):
+    """HOSVD of the whole gradient, output mode 0: the span of each factor, and of the core's rows seen from outside."""
+    factors = [leading_vectors(unfold(gradient, mode), rank) for mode, rank in enumerate(ranks) if mode]
+    small = project(gradient, [None, *factors])
+    rows = leading_vectors(unfold(small, 0).mT, ranks[0])
+    return [factor @ factor.mT for factor in factors], rows @ rows.mT
+
+
+def test_two_passes_over_a_long_mode_find_what_the_whole_gradient_gives():
+    """Wide enough for the bases of the first pass, of a spectrum that falls as gradients' do."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(size, 60, dtype=torch.float64)).Q for size in (150, 220))
+    gradient = left @ torch.diag(0.7 ** torch.arange(60, dtype=torch.float64)) @ right.mT
+    model = nn.Sequential(nn.Linear(220, 150, bias=False)).double()
+    model = get_peft_model(model, FloraConfig(r=4, target_modules=["0"], init="gradient"))
+    flora.initialize(
+        model, [right.mT, right.mT], loss=lambda model, x: ((model(x)) * (left * 0.7 ** torch.arange(60)).mT).sum()
+    )
+    space = layers(model)[0].space("default")
+    (span,), _ = exact_start(gradient, space.ranks)
+    torch.testing.assert_close(space.factors[1] @ space.factors[1].mT, span, rtol=1e-6, atol=1e-7)
+
+
+class Headed(nn.Module):
+    """A body with dropout and running statistics, and a head that is to be trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def headed():
+    torch.manual_seed(0)
+    return get_peft_model(Headed(), FloraConfig(target_modules=["0"], init="gradient", modules_to_save=["head"]))
+
+
+def cross_entropy(model, batch):
+    x, y = batch
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def pairs(count=3):
+    return [(torch.randn(16, 6), torch.randint(3, (16,))) for _ in range(count)]
+
+
+def test_initialize_changes_nothing_but_the_adapter():
+    model, batches = headed().eval(), pairs()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    flora.initialize(model, batches, loss=cross_entropy)
+    assert torch.equal(torch.get_rng_state(), state) and not model.training
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert all(p.grad is None for p in model.parameters())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"base_model.model.body.0.tucker_space.default.{name}" for name in ("core", "factor_1")}
+
+
+def test_a_head_that_is_warmed_points_the_gradient():
+    batches, starts = pairs(), []
+    for steps in (0, 20, 20):
+        model = headed()
+        flora.initialize(model, batches, loss=cross_entropy, warmup_steps=steps)
+        starts.append(layers(model)[0].space("default").factors[1].clone())
+    assert torch.equal(starts[1], starts[2]) and not torch.allclose(starts[0], starts[1])
+
+
+def test_initialize_keeps_a_trained_adapter_unless_told():
+    model, batches = headed(), pairs()
+    flora.initialize(model, batches, loss=cross_entropy)
+    flora.initialize(model, batches, loss=cross_entropy)  # still at its start
+    space = layers(model)[0].space("default")
+    nn.init.ones_(space.factors[0])
+    with pytest.raises(ValueError, match=r"has been trained: .* layer 'body.0' .* overwrite=True"):
+        flora.initialize(model, batches, loss=cross_entropy)
+    flora.initialize(model, batches, loss=cross_entropy, overwrite=True)
+    assert not space.delta().any()
+
+
+def test_a_missing_data_start_is_said_once():
+    model, (x, _) = headed().train(), pairs()[0]
+    with pytest.warns(UserWarning, match=r"init='gradient' and starts at random.*flora.initialize"):
+        model(x)
+    model(x)
+    model = headed().train()
+    flora.initialize(model, pairs(), loss=cross_entropy)
+    model(x)
+
+
+def test_the_trainer_callback_starts_the_adapter(tmp_path):
+    base = BertForSequenceClassification(
+        BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    config = FloraConfig(r=2, target_modules=["query"], init="gradient", modules_to_save=["classifier"])
+    model = get_peft_model(base, config)
+    data = [{"input_ids": torch.randint(20, (5,)), "labels": torch.tensor(n % 2)} for n in range(12)]
+    space = layers(model)[0].space("default")
+    before = space.factors[1].clone()
+    keys = {"report_to": "none", "use_cpu": True, "max_steps": 1, "learning_rate": 0.0, "disable_tqdm": True}
+    arguments = TrainingArguments(tmp_path, per_device_train_batch_size=4, **keys)
+    Trainer(model, arguments, train_dataset=data, callbacks=[flora.Initialize(batches=2)]).train()
+    assert space.started and not torch.allclose(space.factors[1], before)
+
+
+class WithoutLoss(nn.Sequential):
+    def forward(self, input):
+        return SimpleNamespace(loss=None, logits=super().forward(input))
+
+
+def without_loss():
+    return get_peft_model(WithoutLoss(nn.Linear(4, 3)), FloraConfig(target_modules=["0"], init="gradient"))
+
+
 def test_initialize_refuses_and_changes_nothing():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), FloraConfig(target_modules=["0"], init="gradient"))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -136,5 +256,9 @@ def test_initialize_refuses_and_changes_nothing():
         flora.initialize(model, [torch.ones(2, 4)], adapter="absent", loss=loss)
     with pytest.raises(ValueError, match="not finite"):
         flora.initialize(model, [torch.full((2, 4), torch.nan)], loss=loss)
+    with pytest.raises(ValueError, match="does not depend on layer '0'"):
+        flora.initialize(model, [torch.ones(2, requires_grad=True)], loss=lambda model, x: x.sum())
+    with pytest.raises(ValueError, match="needs labels"):
+        flora.initialize(without_loss(), [{"input": torch.ones(2, 4)}])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(p.requires_grad for n, p in model.named_parameters() if "tucker" not in n)

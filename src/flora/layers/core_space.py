@@ -26,6 +26,7 @@ class CoreSpace(nn.Module):
     """
 
     scale: Tensor
+    started = False  # whether a data start has filled it
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -33,6 +34,7 @@ class FloraModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = FloraLayer
     target_module_mapping = TARGET_MODULES
+    _start_checked = False
 
     # ------------------------------------------------------------------------------------------------- injection
 
@@ -126,6 +128,19 @@ class FloraModel(BaseTuner):
             raise
         fill(self.model, adapter_name, adapters, sums)
 
+    def _warn_of_missing_start(self) -> None:
+        """Once, at the first training forward."""
+        self._start_checked = True
+        configs = {name: self.peft_config[name] for name in self.active_adapters}
+        waiting = [n for n, config in configs.items() if config.init == "gradient" and config.saved_shapes is None]
+        for name in waiting:
+            if not all(layer.space(name).started for layer in self._layers() if name in layer.tucker_space):
+                warnings.warn(
+                    f"adapter {name!r} has init='gradient' and starts at random, because no data start was made: call "
+                    "flora.initialize(model, batches), or give the Trainer callbacks=[flora.Initialize()]",
+                    stacklevel=2,
+                )
+
     def _layers(self) -> Iterator[FloraLayer]:
         return (module for module in self.model.modules() if isinstance(module, FloraLayer))
 
@@ -166,6 +181,8 @@ class FloraModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand ``adapter_names=`` of a forward or generate call to every layer, as PEFT's LoRA does."""
         names = kwargs.pop("adapter_names", None)
+        if self.training and not self._start_checked:
+            self._warn_of_missing_start()
         if names is None:
             yield
             return

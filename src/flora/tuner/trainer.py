@@ -1,0 +1,58 @@
+"""The data start inside transformers' Trainer: ``Trainer(..., callbacks=[flora.Initialize()])``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
+
+from flora.tuner.gradient import initialize
+
+
+class Initialize(TrainerCallback):
+    """Calls ``flora.initialize`` with the first training batches, before the first step. A training that is resumed
+    keeps its numbers.
+
+    Args:
+        batches: their number.
+        adapter: its name.
+        options: further arguments of ``flora.initialize``.
+    """
+
+    def __init__(self, batches: int = 8, adapter: str = "default", **options: Any) -> None:
+        self.batches, self.adapter, self.options = batches, adapter, options
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Start the adapter."""
+        if state.global_step:
+            return
+        dataset = train_dataloader.dataset
+        # a loader of our own, so that the Trainer's order and random numbers stay as they are
+        loader = DataLoader(
+            dataset,
+            batch_size=args.train_batch_size,
+            shuffle=not isinstance(dataset, IterableDataset),
+            generator=torch.Generator().manual_seed(args.seed + args.process_index),
+            collate_fn=train_dataloader.collate_fn,
+        )
+        batches = [_on_device(batch, args.device) for batch in islice(loader, self.batches)]
+        initialize(_unwrapped(model), batches, self.adapter, **self.options)
+
+
+def _on_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _on_device(value, device) for key, value in batch.items()}
+    return type(batch)(_on_device(value, device) for value in batch) if isinstance(batch, (list, tuple)) else batch
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
