@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 import flora as library
@@ -56,11 +55,5 @@ def _ranks(model: nn.Module) -> str:
     return shortened([f"{ranks} ({count})" for ranks, count in counts.most_common()])
 
 
-@torch.no_grad()
 def _start_from_gradient(model: nn.Module, batches: Iterable[dict]) -> None:
-    """Initialize from the gradient in training mode, as training will see it; running statistics keep their values."""
-    training, buffers = model.training, [buffer.clone() for buffer in model.buffers()]
-    library.initialize(model.train(), batches, loss=lambda model, batch: model(**batch)["loss"])
-    model.train(training)
-    for buffer, before in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
+    library.initialize(model, batches, loss=lambda model, batch: model(**batch)["loss"])
