@@ -40,7 +40,7 @@ def initialize(
     loss: Loss | None = None,
     *,
     warmup_steps: int = 20,
-    warmup_rate: float = 3e-3,
+    warmup_rate: float = 1e-2,
     overwrite: bool = False,
 ) -> None:
     """Start the adapter's core spaces from the gradient of the loss over ``batches``.
