@@ -39,6 +39,7 @@ def main() -> None:
 
 
 def plan_keys() -> Iterator[tuple[str, str]]:
+    """The fields of FloraConfig that have a help text."""
     from flora import FloraConfig
 
     return described_keys(FloraConfig)
@@ -253,6 +254,7 @@ def compress(adapter: str, out: str, verify: str | None, budget: str | None, **o
 
 
 def parse_budget(budget: str | None) -> int | float | None:
+    """A number of parameters, or a share; raises Refused for anything else."""
     if budget is None:
         return None
     try:

@@ -45,14 +45,17 @@ class Update:
 
     @property
     def ranks(self) -> tuple[int, ...]:
+        """(r_1, …, r_N)."""
         return tuple(self.core.shape)
 
     @property
     def parameters(self) -> int:
+        """Of core and factors together."""
         return parameter_count(self.shape, self.ranks)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The number format of core and factors."""
         return self.core.dtype
 
     def scaled_space(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:

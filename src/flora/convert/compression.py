@@ -43,8 +43,7 @@ def compress(
         the report, which ``out`` holds as ``compression.json`` (see ``extract``).
 
     Raises:
-        ValueError: naming the option and what is accepted, or file, key and shape, if ``adapter`` is not a whole FLoRA
-            adapter. Nothing is written then.
+        ValueError: naming the option and what is accepted, or file, key and shape. Nothing is written then.
         FileExistsError: if ``out`` exists.
     """
     size = Size(budget, energy, rank)

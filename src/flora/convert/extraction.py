@@ -50,6 +50,8 @@ def extract(
     The report compares with LoRA at as many parameters. For a plain matrix LoRA's truncated SVD is optimal: FLoRA finds
     the same subspaces and has r² more parameters for the core. FLoRA can gain for weights with more modes.
 
+    The function is long because its arguments are documented here; every step is a function of its own.
+
     Args:
         base, tuned: a folder as transformers or diffusers write it, a file of weights, or a name on the hub.
         out: a new folder.

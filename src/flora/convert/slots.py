@@ -30,10 +30,12 @@ class Slot:
 
     @property
     def name(self) -> str:
+        """The first of its names."""
         return self.names[0]
 
     @property
     def modules(self) -> list[str]:
+        """The modules that hold it."""
         return [name.rpartition(".")[0] for name in self.names]
 
     @property

@@ -96,15 +96,18 @@ class TensorFiles:
         return cls(source, folder, files, metadata, entries)
 
     def keys(self) -> list[str]:
+        """The names of all tensors."""
         return list(self.files)
 
     def __contains__(self, key: str) -> bool:
         return key in self.files
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """Of one tensor, from the header."""
         return tuple(self._entry(key).shape)
 
     def dtype(self, key: str) -> torch.dtype:
+        """Of one tensor, from the header."""
         return self._entry(key).dtype
 
     def tensor(self, key: str) -> Tensor:
