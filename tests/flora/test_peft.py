@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+import flora
 from flora import FloraConfig, FloraLayer
 from flora.tuner.peft_compat import SAVES_BIASES
 from processes import START
@@ -279,6 +280,16 @@ def _train(model: nn.Module) -> None:
         optimizer.step()
 
 
+def own_batch(rank: int) -> dict:
+    tokens = (TOKENS + rank) % 20
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def spans(model: nn.Module) -> list[torch.Tensor]:
+    """Of all factors, free of their columns' signs."""
+    return [factor @ factor.mT for layer in layers(model) for factor in layer.space("default").factors]
+
+
 def _train_sharded(rank: int, folder: Path) -> None:
     """One process of two, each with the same batch: as if alone. Rank 0 writes what each way of sharding trained."""
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -299,6 +310,9 @@ def _train_sharded(rank: int, folder: Path) -> None:
         }
         if rank == 0:
             torch.save(state, folder / f"{how}.pt")
+    started = adapted(llama())
+    flora.initialize(nn.parallel.DistributedDataParallel(started), [own_batch(rank)], overwrite=True)
+    torch.save(spans(started), folder / f"start-{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -320,9 +334,15 @@ def test_two_processes_train_as_one(how, sharded):
             torch.testing.assert_close(state[name], p.detach())
 
 
-def test_a_hot_swap_does_not_recompile(tmp_path):
-    import flora
+def test_two_processes_start_alike_from_the_batches_of_both(sharded):
+    model = adapted(llama())
+    flora.initialize(model, [own_batch(0), own_batch(1)], overwrite=True)
+    for rank in range(2):
+        for mine, alone in zip(torch.load(sharded / f"start-{rank}.pt", weights_only=True), spans(model), strict=True):
+            torch.testing.assert_close(mine, alone)
 
+
+def test_a_hot_swap_does_not_recompile(tmp_path):
     torch.compiler.reset()
     adapted(llama(), r=2).save_pretrained(tmp_path)
     model = adapted(llama())

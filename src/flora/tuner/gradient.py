@@ -63,6 +63,8 @@ def initialize(
         ValueError: no batch, no labels, no such adapter, a merged or trained one, a loss that is not finite or does not
             depend on a layer. Nothing is changed then.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # its own averaging would miss the parameters that are frozen
     layers = _layers_to_start(model, adapter, overwrite)
     batches = list(batches)
     if not batches:

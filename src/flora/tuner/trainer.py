@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
@@ -43,7 +42,7 @@ class Initialize(TrainerCallback):
             collate_fn=train_dataloader.collate_fn,
         )
         batches = [_on_device(batch, args.device) for batch in islice(loader, self.batches)]
-        initialize(_unwrapped(model), batches, self.adapter, **self.options)
+        initialize(model, batches, self.adapter, **self.options)
 
 
 def _on_device(batch: Any, device: torch.device) -> Any:
@@ -52,7 +51,3 @@ def _on_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _on_device(value, device) for key, value in batch.items()}
     return type(batch)(_on_device(value, device) for value in batch) if isinstance(batch, (list, tuple)) else batch
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
