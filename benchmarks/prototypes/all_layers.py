@@ -42,6 +42,8 @@ class AdaptedLayer(nn.Module):
 
 
 class FactoredLinear(AdaptedLayer):
+    """(…, i) -> (…, o): the frozen layer plus two thin products."""
+
     down: Tensor  # (i, q); `AllLayers` sets both before each forward
     up: Tensor  # (q, o)
 
@@ -52,6 +54,8 @@ class FactoredLinear(AdaptedLayer):
 
 
 class MergedLayer(AdaptedLayer):
+    """The base layer, linear or convolution, with W' in place of its weight."""
+
     weight: Tensor  # W'; `AllLayers` sets it before each forward
 
     def forward(self, input: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unstack(stacks: Iterable[Tensor]) -> list[Tensor]:
+    """Stacks (L, …) -> the tensors of all of them, in order."""
     return [tensor for stack in stacks for tensor in stack.unbind(0)]
 
 
