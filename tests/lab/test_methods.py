@@ -30,14 +30,17 @@ from flora_lab.tasks.cifar_resnet import CifarResNetConfig, CifarResNetForImageC
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks for it
 
 HEADS = {"bert": ["classifier"], "vit": ["classifier"], "convnext": ["classifier"], "resnet": ["linear"]}
-CONVNETS = ("convnext", "resnet")
 SIZED = [way for way in METHODS if METHODS[way].size]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+NOT_ON_CONVNEXT = ("houlsby", "pfeiffer", "gralora", "oft")
+LINEAR_ONLY = (*NOT_ON_CONVNEXT, "pissa", "olora", "orthogonal", "eva", "miss")
+MOVING = ("pissa", "olora")  # they start with a part of the base weight, up to rounding
+STEPS = {"orthogonal": 2, "gralora": 2, "oft": 2}  # ranks are multiples
 CASES = [
     (way, name)
     for way in METHODS
     for name in ("bert", "convnext", "resnet")
-    if not (way in ("houlsby", "pfeiffer") and name in CONVNETS)
+    if way not in {"bert": (), "convnext": NOT_ON_CONVNEXT, "resnet": LINEAR_ONLY}[name]
 ]
 
 
@@ -82,18 +85,19 @@ def selection(*layers, parameters=None):
 
 def fixed(result, way):
     """The option that a note says was solved for."""
-    words = {"houlsby": r"width (\d+)", "pfeiffer": r"width (\d+)", "adalora": r"cut to (\d+)"}
+    words = {"houlsby": r"width (\d+)", "pfeiffer": r"width (\d+)", "adalora": r"cut to (\d+)", "oft": r"size (\d+)"}
     return int(re.search(words.get(way, r"rank (\d+)"), result.notes[0])[1])
 
 
-def train(model, folder, steps, callbacks=(), resume=None):
+def train(model, folder, steps, callbacks=(), resume=None, optimizer=None):
     arguments = TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=2, seed=0,
         use_cpu=True, report_to="none", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
     )  # fmt: skip
     whole = batch_of("bert")
     rows = [{key: value[n] for key, value in whole.items()} for n in range(4)]
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
+    optimizers = (optimizer(arguments) if optimizer else None, None)
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks), optimizers=optimizers)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -107,7 +111,7 @@ def test_a_fresh_adapter_changes_no_output_and_only_it_and_the_head_are_trained(
     own = dict(model.named_parameters())
     torch.manual_seed(0)
     model = adapt(way, model, HEADS[name], 4000, {}).model.eval()
-    assert torch.allclose(model(**batch).logits, before(**batch).logits, atol=1e-6)
+    assert torch.allclose(model(**batch).logits, before(**batch).logits, atol=1e-5 if way in MOVING else 1e-6)
     model.train()(**batch)["loss"].backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     head = {key for key in own if key.split(".")[0] in HEADS[name]}
@@ -129,7 +133,8 @@ def test_the_size_is_the_nearest_to_the_budget(way, name):
     rank, options = fixed(result, way), {}
     if way == "lokr":
         options["decompose_factor"] = int(re.search(r"factor (-?\d+)", result.notes[0])[1])
-    others = [rank + 1] if rank == 1 else [rank - 1, rank + 1]
+    step, full = STEPS.get(way, 1), "(full)" in result.notes[0]
+    others = [rank - step] * (rank > step) + [rank + step] * (not full)
     sizes = [size_of(adapted(way, name, budget=0, **{METHODS[way].size: r}, **options), name) for r in others]
     if way == "lokr":  # the highest within the budget, whose matrices can be whole
         assert sizes[-1] > budget or sizes[-1] == size
@@ -138,8 +143,10 @@ def test_the_size_is_the_nearest_to_the_budget(way, name):
 
 
 # of the largest layer: 16 wide, 24 in the middle; 32 channels, 64 x 9 for a matrix of the kernels
-FULL = {"houlsby": 16, "pfeiffer": 16, "lora": 16, "dora": 16, "adalora": 16, "loha": 16, "locon": 16}
-FULL_OF_KERNELS = {"lora": 64, "dora": 64, "adalora": 64, "loha": 64, "locon": 64}
+FULL = {"houlsby": 16, "pfeiffer": 16, "oft": 24} | dict.fromkeys(
+    "lora dora adalora loha locon rslora loraplus pissa olora orthogonal eva hira gralora miss".split(), 16
+)
+FULL_OF_KERNELS = dict.fromkeys("lora dora adalora loha locon rslora loraplus hira".split(), 64)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +170,7 @@ def test_the_full_rank_counts_kernels_as_the_method_does():
 @pytest.mark.parametrize("way", SIZED)
 def test_a_budget_too_small_and_an_unknown_option_are_refused(way):
     name = "bert"
-    with pytest.raises(CannotAdapt, match=r"1 has [\d,]+ parameters, above the budget of 3$"):
+    with pytest.raises(CannotAdapt, match=rf"{STEPS.get(way, 1)} has [\d,]+ parameters, above the budget of 3$"):
         adapted(way, name, budget=3)
     with pytest.raises(ValueError, match=f"{METHODS[way].size} must be a whole number from 1.*, got 0"):
         adapted(way, name, **{METHODS[way].size: 0})
@@ -207,6 +214,14 @@ def test_what_is_left_out_is_said():
         adapted("adalora", "bert", steps=1)
     for way in ("houlsby", "pfeiffer"):
         with pytest.raises(CannotAdapt, match="no transformer blocks"):
+            adapted(way, "resnet")
+    for way in ("gralora", "oft"):
+        with pytest.raises(CannotAdapt, match=r"fails on linear layers that follow convolutions, as in ConvNeXt$"):
+            adapted(way, "convnext")
+    with pytest.raises(CannotAdapt, match="needs widths that gralora_k=2 divides: 0$"):
+        adapt("gralora", nn.Sequential(nn.Linear(4, 3)), [], 100, {})
+    for way in ("pissa", "olora", "orthogonal", "eva", "miss"):
+        with pytest.raises(CannotAdapt, match=r"not support any of the 7 targets: Conv2d$"):
             adapted(way, "resnet")
     with pytest.raises(CannotAdapt, match=r"not support any of the 1 targets: Embedding$"):
         adapt("loha", model_of("bert"), [], 4000, {}, target_modules=["word_embeddings"])
@@ -254,7 +269,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("way", ["lora", "dora", "adalora", "loha", "lokr", "locon"])
+@pytest.mark.parametrize("way", ["lora", "dora", "adalora", "loha", "lokr", "locon", "hira"])
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.filterwarnings("ignore:.*Merging is not supported:UserWarning")
 def test_layers_are_left_out_that_a_method_would_get_wrong(way, layer, monkeypatch):
@@ -268,7 +283,7 @@ def test_layers_are_left_out_that_a_method_would_get_wrong(way, layer, monkeypat
         monkeypatch.setattr(common.Limits, "reason", lambda self, layer: None)
         try:
             result = adapt(way, copy.deepcopy(model), [], 1, options)
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, NotImplementedError):
             return
     for parameter in result.model.parameters():
         if parameter.requires_grad:
@@ -298,6 +313,64 @@ def test_flora_can_start_from_gradients():
     assert any(not torch.equal(after[key], before[key]) for key in before if "tucker_space" in key)
     assert torch.allclose(result.model.eval()(**batch).logits, expected, atol=1e-6)
     assert adapted("flora", "resnet").start is None
+
+
+@pytest.mark.parametrize("name", ["bert", "convnext"])
+def test_eva_starts_with_the_principal_components_of_the_inputs(name):
+    result, batch = adapted("eva", name, r=9), batch_of(name)
+    inputs, layers = {}, {key: m for key, m in result.model.named_modules() if hasattr(m, "lora_A")}
+    names = {layer: key for key, layer in layers.items()}
+
+    def keep(layer, args):
+        inputs[names[layer]] = args[0].detach()
+
+    for layer in layers.values():
+        layer.register_forward_pre_hook(keep)
+    before = result.model.eval()(**batch).logits
+    result.start([batch, batch])
+    assert torch.equal(result.model(**batch).logits, before)
+    for key, layer in layers.items():
+        rows = inputs[key].flatten(0, -2)
+        rank = min(3, len(rows) - 1)
+        _, _, expected = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        start = layer.lora_A["default"].weight
+        assert len(start) == 9
+        assert torch.allclose((start[:rank] @ expected[:rank].T).abs(), torch.eye(rank), atol=1e-3)
+
+
+def test_loraplus_trains_b_faster(tmp_path):
+    result = adapted("loraplus", "bert", loraplus_lr_ratio=8)
+    arguments = TrainingArguments(str(tmp_path), learning_rate=1e-2, weight_decay=0.1, use_cpu=True)
+    groups = result.optimizer(arguments).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for key, parameter in result.model.named_parameters():
+        if parameter.requires_grad:
+            assert rates.pop(id(parameter)) == (0.08 if "lora_B" in key or parameter.ndim == 1 else 0.01)
+    assert not rates and groups[0]["weight_decay"] == 0.1
+    with pytest.raises(ValueError, match=r"^loraplus_lr_ratio=0.5: expected a number from 1$"):
+        adapted("loraplus", "bert", loraplus_lr_ratio=0.5)
+
+
+PREFIX = {"hira": "hira_", "gralora": "gralora_", "miss": "miss_", "oft": "oft_"}
+RIVALS = ["rslora", "loraplus", "pissa", "olora", "orthogonal", "eva", "hira", "gralora", "miss", "oft"]
+
+
+@pytest.mark.parametrize("way", RIVALS)
+@pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning")
+def test_rivals_of_peft_train_and_come_back_from_disk(way, tmp_path):
+    result, batch = adapted(way, "bert"), batch_of("bert")
+    if result.start:
+        result.start([batch])
+    before = {key: p.detach().clone() for key, p in result.model.named_parameters()}
+    train(result.model, tmp_path / "run", 2, result.callbacks, optimizer=result.optimizer)
+    moved = {key for key, p in result.model.named_parameters() if not torch.equal(p, before[key])}
+    assert any("modules_to_save" in key for key in moved) and any(PREFIX.get(way, "lora_") in key for key in moved)
+    assert all(p.requires_grad or key not in moved for key, p in result.model.named_parameters())
+    result.model.eval().save_pretrained(tmp_path / "trained")
+    loaded = peft.PeftModel.from_pretrained(model_of("bert"), tmp_path / "trained").eval()
+    expected = result.model(**batch).logits
+    assert torch.allclose(loaded(**batch).logits, expected, atol=1e-6)
+    assert torch.allclose(loaded.merge_and_unload()(**batch).logits, expected, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- bottleneck adapters

@@ -31,9 +31,10 @@ def deltas(model: nn.Module, base: Weights | None = None) -> dict[str, Tensor]:
     """Every update ΔW (I_1, …, I_N), in float64, by the name of its weight in the base model.
 
     Covers the active adapters of all PEFT tuners (for those that rescale the weight, such as DoRA, ΔW is the adapted
-    weight minus the base weight), LyCORIS modules, and weights that are trained directly. For the latter, ``base``
-    holds the weights before training, without the head's. BitFit and bottleneck adapters have no updates: they change
-    no weight. The update of a layer with values that are not finite is NaN.
+    weight minus the base weight), LyCORIS modules, and weights that are trained directly. For the latter, and for
+    adapters whose start changes the base model, such as PiSSA, ``base`` holds the weights before that, without the
+    head's. BitFit and bottleneck adapters have no updates: they change no weight. The update of a layer with values
+    that are not finite is NaN.
 
     Raises ValueError if an adapter is merged.
     """
@@ -47,7 +48,7 @@ def updates(model: nn.Module, base: Weights | None = None) -> Iterator[tuple[str
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not (inside and path.startswith(inside)):
             inside = f"{path}."
-            yield from _tuner_updates(path.removeprefix("base_model.model."), module)
+            yield from _tuner_updates(path.removeprefix("base_model.model."), module, base or {})
     names = {id(module): path for path, module in model.named_modules()}
     for module in model.modules():
         if hasattr(module, "get_diff_weight") and hasattr(module, "org_module"):  # LyCORIS
@@ -60,7 +61,7 @@ def updates(model: nn.Module, base: Weights | None = None) -> Iterator[tuple[str
             yield name, _wide(parameter) - before, before
 
 
-def _tuner_updates(path: str, layer: BaseTunerLayer) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _tuner_updates(path: str, layer: BaseTunerLayer, base: Weights) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Found by merging a copy in float64, so that it does not matter whether a method adds, rescales or rotates."""
     if layer.merged:
         raise ValueError(f"layer {path!r} is merged: unmerge it, so that its update can be told from its weight")
@@ -79,8 +80,9 @@ def _tuner_updates(path: str, layer: BaseTunerLayer) -> Iterator[tuple[str, Tens
     for name, weight in before.items():
         merged = attrgetter(name)(layer.get_base_layer())  # PEFT's attention turns its parameters into plain tensors
         if name in adapted or not torch.equal(weight, merged):
-            delta = merged.detach() - weight if whole else weight * math.nan
-            yield f"{path}.{name.replace('base_layer.', '')}", delta, weight
+            full = f"{path}.{name.replace('base_layer.', '')}"
+            weight = base[full].to(weight) if full in base else weight
+            yield full, merged.detach() - weight if whole else weight * math.nan, weight
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class Norms(TrainerCallback, ExportableState):
     """Records how updates grow (paper, Fig. 4): ``records`` of [step, mean ‖ΔW‖_F, mean amplification].
 
     The means are over all updates; amplifications that are not finite are left out. Measures about ``points`` times,
-    more often early in the training (step k² of n²), and at the end. ``base`` is for full fine-tuning, see ``deltas``.
+    more often early in the training (step k² of n²), and at the end. ``base``: see ``deltas``.
     ``seconds`` is the time spent on measuring, to be subtracted from the training's. The Trainer saves both in its
     checkpoints, and a resumed training continues them.
     """

@@ -34,6 +34,8 @@ class Method:
         size: the option that fixes the adapter's size in place of a budget; None: the method has no size to choose.
         options: defaults of the method's options.
         per_mode: ``size`` may also be a list, one rank per mode.
+        changes_base: the method changes the base model's own weights, at its start or in training. Whoever measures its
+            updates needs a copy of them.
     """
 
     build: Callable[..., AdaptedModel]
@@ -41,6 +43,7 @@ class Method:
     size: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     per_mode: bool = False
+    changes_base: bool = False
 
 
 def _function(place: str) -> Callable[..., AdaptedModel]:
@@ -54,16 +57,26 @@ def _function(place: str) -> Callable[..., AdaptedModel]:
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(_function("without_adapter.full"), "full fine-tuning"),
+    "full": Method(_function("without_adapter.full"), "full fine-tuning", changes_base=True),
     "head": Method(_function("without_adapter.head_only"), "head only"),
     "bitfit": Method(_function("without_adapter.bitfit"), "BitFit"),
     "houlsby": Method(_function("adapters.houlsby"), "Houlsby adapter", "width"),
     "pfeiffer": Method(_function("adapters.pfeiffer"), "Pfeiffer adapter", "width"),
     "lora": Method(_function("with_peft.lora"), "LoRA", "r"),
     "dora": Method(_function("with_peft.lora"), "DoRA", "r", {"use_dora": True}),
+    "rslora": Method(_function("with_peft.lora"), "rsLoRA", "r", {"use_rslora": True, "lora_alpha": 16}),
+    "loraplus": Method(_function("lora_variants.loraplus"), "LoRA+", "r"),
+    "pissa": Method(_function("with_peft.lora"), "PiSSA", "r", {"init_lora_weights": "pissa"}, changes_base=True),
+    "olora": Method(_function("with_peft.lora"), "OLoRA", "r", {"init_lora_weights": "olora"}, changes_base=True),
+    "orthogonal": Method(_function("with_peft.lora"), "LoRA, orthogonal", "r", {"init_lora_weights": "orthogonal"}),
+    "eva": Method(_function("lora_variants.eva"), "EVA", "r"),
     "adalora": Method(_function("adalora.adalora"), "AdaLoRA", "target_r"),
     "loha": Method(_function("with_peft.loha"), "LoHa", "r"),
     "lokr": Method(_function("with_peft.lokr"), "LoKr", "r"),
+    "hira": Method(_function("with_peft.hira"), "HiRA", "r"),
+    "gralora": Method(_function("with_peft.gralora"), "GraLoRA", "r"),
+    "miss": Method(_function("with_peft.miss"), "MiSS", "r"),
+    "oft": Method(_function("with_peft.oft"), "OFT", "oft_block_size"),
     "locon": Method(_function("with_lycoris.locon"), "LoCon, Tucker", "lora_dim"),
     "flora": Method(_function("with_flora.flora"), "FLoRA", "r", per_mode=True),
 }

@@ -17,17 +17,23 @@ from flora_lab.methods.common import CannotAdapt
 MOST_ABOVE = 1.25  # times the budget
 
 
-def nearest_size(count: Callable[[int], int], budget: int, full: int, name: str = "rank") -> int:
-    """The size up to ``full`` whose ``count`` of parameters is nearest to the budget.
+def nearest_size(count: Callable[[int], int], budget: int, full: int, name: str = "rank", step: int = 1) -> int:
+    """The multiple of ``step`` up to ``full`` whose ``count`` of parameters is nearest to the budget.
 
-    Raises CannotAdapt where even size 1 is more than a quarter above the budget.
+    Raises CannotAdapt where even the smallest size is more than a quarter above the budget.
     """
-    count = cache(count)
-    below = largest_size(count, budget, full)
-    above = count(below + 1) if below < full else math.inf
+
+    @cache
+    def parameters(steps: int) -> int:
+        return count(step * steps)
+
+    full = max(1, full // step)
+    below = largest_size(parameters, budget, full)
+    above = parameters(below + 1) if below < full else math.inf
     if above > MOST_ABOVE * budget:
-        return below or too_small(above, budget, name)
-    return below + 1 if not below or above - budget < budget - count(below) else below
+        return step * below or too_small(above, budget, f"{name} {step}")
+    nearer = not below or above - budget < budget - parameters(below)
+    return step * (below + 1 if nearer else below)
 
 
 def largest_size(count: Callable[[int], int], budget: int, full: int) -> int:
@@ -46,8 +52,8 @@ def largest_size(count: Callable[[int], int], budget: int, full: int) -> int:
     return low
 
 
-def too_small(least: int, budget: int, name: str = "rank") -> NoReturn:
-    raise CannotAdapt(f"{name} 1 has {least:,} parameters, above the budget of {budget:,}")
+def too_small(least: int, budget: int, size: str = "rank 1") -> NoReturn:
+    raise CannotAdapt(f"{size} has {least:,} parameters, above the budget of {budget:,}")
 
 
 def size_note(size: int, full: int) -> str:

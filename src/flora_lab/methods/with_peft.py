@@ -1,8 +1,10 @@
-"""Methods of PEFT: LoRA and DoRA, LoHa, LoKr. What they share serves every other method that has a PeftConfig."""
+"""Methods of PEFT: LoRA with its options, LoHa, LoKr, HiRA, GraLoRA, MiSS, OFT. What they share serves every
+other method that has a PeftConfig."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -13,13 +15,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flora_lab.methods.budget import largest_size, nearest_size, size_note, too_small
-from flora_lab.methods.common import AdaptedModel, Limits, Request, Selection, head_parameters, trainable
+from flora_lab.methods.common import (
+    AdaptedModel,
+    CannotAdapt,
+    Limits,
+    Request,
+    Selection,
+    head_parameters,
+    shortened,
+    trainable,
+)
 
 _DORA = Limits(
     (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding), ("groups", "dilation", "padding_mode")
 )
 _LORA = Limits((*_DORA.layers, nn.MultiheadAttention), _DORA.ignored, parameters=True)
+_HIRA = Limits(_DORA.layers, ("groups", "padding_mode"))
 _LINEAR = Limits((nn.Linear, Conv1D))
+_TORCH_LINEAR = Limits((nn.Linear,))
 _LYCORIS = Limits((nn.Linear, nn.Conv1d, nn.Conv2d), ("padding_mode",))  # LoHa and LoKr, which PEFT took from there
 LOKR_FACTORS = (-1, 16, 8, 4, 2)  # -1: the factor nearest to the square root of the width
 
@@ -31,16 +44,18 @@ def lora(request: Request, **options: Any) -> AdaptedModel:
         return {"lora_alpha": 2 * rank, "fan_in_fan_out": selection.transposed}
 
     limits = _DORA if options.get("use_dora") else _LORA
-    if options.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    start = options.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian"):
         limits = _LINEAR  # PEFT rejects the other starts for convolutions, and ignores them for embeddings
-    return at_rank(request, peft.LoraConfig, limits, fields, options)
+    step = 2 if start == "orthogonal" else 1  # PEFT gives half of the ranks to either factor
+    return at_rank(request, peft.LoraConfig, limits, fields, options, step=step)
 
 
 def loha(request: Request, **options: Any) -> AdaptedModel:
     def fields(rank: int, selection: Selection) -> dict[str, Any]:
         return {"alpha": rank, "use_effective_conv2d": True}
 
-    return at_rank(request, peft.LoHaConfig, _LYCORIS, fields, options, modes=(0, 1))
+    return at_rank(request, peft.LoHaConfig, _LYCORIS, fields, options, most=partial(Selection.full_rank, modes=(0, 1)))
 
 
 def lokr(
@@ -76,6 +91,60 @@ def lokr(
     return AdaptedModel(peft_model(request, config(factor, rank)), notes)
 
 
+def hira(request: Request, **options: Any) -> AdaptedModel:
+    """HiRA: the update is the weight times, entry by entry, a matrix of low rank (Huang et al. 2025)."""
+
+    def fields(rank: int, selection: Selection) -> dict[str, Any]:
+        return {"fan_in_fan_out": selection.transposed}
+
+    return at_rank(request, peft.HiraConfig, _HIRA, fields, options)
+
+
+def gralora(request: Request, gralora_k: int = 2, **options: Any) -> AdaptedModel:
+    """GraLoRA: LoRA per block of a grid of ``gralora_k`` by ``gralora_k`` blocks (Jung et al. 2025)."""
+    _refuse_convolutions(request, "GraLoRA")
+
+    def fields(rank: int, selection: Selection) -> dict[str, Any]:
+        weights = {name: layer.weight.shape for name, layer in selection.layers.items()}
+        if uneven := [name for name, shape in weights.items() if any(width % gralora_k for width in shape)]:
+            raise CannotAdapt(f"GraLoRA needs widths that gralora_k={gralora_k} divides: {shortened(uneven)}")
+        return {"gralora_k": gralora_k, "alpha": 2 * rank, "fan_in_fan_out": selection.transposed}
+
+    return at_rank(request, peft.GraloraConfig, _LINEAR, fields, options, step=gralora_k)
+
+
+def miss(request: Request, **options: Any) -> AdaptedModel:
+    """MiSS: blocks of the input's channels share one matrix (Kang and Yin 2024). PEFT accepts no rank above a layer's
+    width, so that the narrowest layer limits all."""
+
+    def most(selection: Selection) -> int:
+        return min(layer.weight.shape[1] for layer in selection.layers.values())
+
+    return at_rank(request, peft.MissConfig, _TORCH_LINEAR, lambda rank, selection: {}, options, most=most)
+
+
+def oft(request: Request, **options: Any) -> AdaptedModel:
+    """OFT: orthogonal rotations of blocks of the input's channels (Qiu et al. 2023). PEFT rounds the size of the blocks
+    to a divisor of each layer's width."""
+    _refuse_convolutions(request, "OFT")
+
+    def fields(size: int, selection: Selection) -> dict[str, Any]:
+        return {"r": 0, "fan_in_fan_out": selection.transposed}
+
+    def most(selection: Selection) -> int:
+        return max(layer.weight.shape[0 if isinstance(layer, Conv1D) else 1] for layer in selection.layers.values())
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)
+        return at_rank(request, peft.OFTConfig, _LINEAR, fields, options, size="oft_block_size", most=most, step=2)
+
+
+def _refuse_convolutions(request: Request, name: str) -> None:
+    """Raise CannotAdapt for a model with convolutions, whose linear layers may get inputs of four dimensions."""
+    if any(isinstance(module, nn.Conv2d) for module in request.model.modules()):
+        raise CannotAdapt(f"PEFT's {name} fails on linear layers that follow convolutions, as in ConvNeXt")
+
+
 # ------------------------------------------------------------------------------------------------- any PeftConfig
 
 
@@ -87,14 +156,16 @@ def at_rank(
     options: dict[str, Any],
     *,
     size: str = "r",
-    modes: tuple[int, ...] = (0,),
+    most: Callable[[Selection], int] = Selection.full_rank,
+    step: int = 1,
 ) -> AdaptedModel:
     """The model under ``config_class`` at the rank that the options fix, or else at the rank nearest to the budget.
 
     Args:
         fields: fields of the config at a rank, where they differ from the class's defaults; options override them.
         size: the config's field for the rank.
-        modes: the weight's modes along which the method's rank is defined (`Selection.full_rank`).
+        most: the highest rank that makes sense for the selected weights.
+        step: the rank must be a multiple of it.
     """
     options = dict(options)
     selection = request.select(limits, options.pop("target_modules", None), options.pop("target_parameters", None))
@@ -104,9 +175,12 @@ def at_rank(
         own = {size: rank, **fields(rank, selection), **options}
         return config_class(**own, **peft_targets(request, selection))
 
-    full = selection.full_rank(modes)
-    rank = fixed or nearest_size(lambda rank: adapter_parameters(request, config(rank)), request.budget, full)
-    notes = [f"rank {size_note(rank, full)} on {selection}", *selection.notes]
+    def count(rank: int) -> int:
+        return adapter_parameters(request, config(rank))
+
+    full, name = most(selection), {"oft_block_size": "block size"}.get(size, "rank")
+    rank = fixed or nearest_size(count, request.budget, full, name, step)
+    notes = [f"{name} {size_note(rank, full)} on {selection}", *selection.notes]
     return AdaptedModel(peft_model(request, config(rank)), notes)
 
 

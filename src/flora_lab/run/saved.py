@@ -47,6 +47,7 @@ def round_trip(
     """The largest differences of an output: loaded onto ``base`` against trained, and merged against loaded."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)  # AdaLoRA's own names
+        warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)  # rounded as in training
         loaded = peft.PeftModel.from_pretrained(base, folder)
     if (folder / STATISTICS).exists():
         load_statistics(loaded, folder / STATISTICS)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from flora_lab.analysis.fields import Row
 from flora_lab.analysis.measure import Norms, spectra
-from flora_lab.methods import AdaptedModel, adapt, head_parameters
+from flora_lab.methods import METHODS, AdaptedModel, adapt, head_parameters
 from flora_lab.run.base import base_model, digest
 from flora_lab.run.fit import Fit, fit, steps
 from flora_lab.run.machine import machine, peak_memory, reset_peak
@@ -58,10 +58,10 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         "model_parameters": sum(parameter.numel() for parameter in base.parameters()),
     }
     keys = replace(config.training, learning_rate=trial.learning_rate)
+    norms = _norms(config, trial.variant, base)
     adapted = set_up(config, trial.variant, trial.budget, base, steps(keys, data["train"]))
     if adapted.start:
         adapted.start(_batches(task, data["train"], keys.batch_size, trial.seed))
-    norms = _norms(config, trial.variant, base)
     callbacks = [*adapted.callbacks, *filter(None, [norms])]
     logs = Path(config.output, "logs", folder.name)
     reset_peak()
@@ -119,10 +119,10 @@ def _batches(task: Task, examples: Examples, size: int, seed: int) -> Iterable[d
 
 
 def _norms(config: Config, variant: str, model: nn.Module) -> Norms | None:
-    """The callback that measures updates, if the job asks for it. Full fine-tuning needs a copy of the weights."""
+    """The callback that measures updates, if the job asks for it, with a copy of weights that the method changes."""
     if not config.comparison.norms:
         return None
-    if config.method_of(variant) != "full":
+    if not METHODS[config.method_of(variant)].changes_base:
         return Norms(config.comparison.norms)
     head = tuple(f"{name}." for name in config.task.head(model))
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith(head)}
