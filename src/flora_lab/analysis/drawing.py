@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WIDTH = 4.6  # inches: on a phone a figure's text is then about as large as the page's
 INK, GRID = "#1b1f24", "#8a8f96"  # the page replaces the ink by its own text colour
+LINE = 0.17  # inches from a line of text to the next
 LEGEND = {"ncols": 2, "frameon": False, "fontsize": 9, "labelcolor": INK}
 
 Curves = dict[Style, list[tuple[float, float]]]  # of each variant, points (x, y)
@@ -119,14 +120,16 @@ def draw(
 
 def name_ends(axes: Axes, ends: dict[Style, tuple[float, float]], names: dict[Style, str] | None = None) -> None:
     """Write each name to the right of the axes, with a thin line to its curve's end, moved up or down so that no two
-    overlap. Fixes the limits of the axes."""
+    overlap. Makes the figure taller where many names need it, and fixes the limits of the axes."""
+    figure, panels = axes.figure, len(axes.figure.axes)
+    figure.set_figheight(max(figure.get_figheight(), panels * (0.7 + LINE * len(ends))))
     axes.autoscale_view()
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     axes.set_xlim(axes.get_xlim())
     scale = axes.transScale + axes.transLimits
     at = {style: scale.transform(end) for style, end in ends.items()}
-    gap = 0.17 / (axes.figure.get_figheight() / len(axes.figure.axes) - 0.7)  # a line of text, in axes' heights
+    gap = LINE / (figure.get_figheight() / panels - 0.7)  # a line of text, in axes' heights
     for style, place in zip(at, apart([y for _, y in at.values()], gap), strict=True):
         weight = "bold" if style.ours else "normal"
         outside = {"color": style.colour, "transform": axes.transAxes, "clip_on": False}
