@@ -33,7 +33,7 @@ HEADS = {"bert": ["classifier"], "vit": ["classifier"], "convnext": ["classifier
 SIZED = [way for way in METHODS if METHODS[way].size]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 NOT_ON_CONVNEXT = ("houlsby", "pfeiffer", "gralora", "oft")
-LINEAR_ONLY = (*NOT_ON_CONVNEXT, "pissa", "olora", "orthogonal", "eva", "miss")
+LINEAR_ONLY = (*NOT_ON_CONVNEXT, "pissa", "olora", "orthogonal", "eva", "lora_ga", "miss")
 MOVING = ("pissa", "olora")  # they start with a part of the base weight, up to rounding
 STEPS = {"orthogonal": 2, "gralora": 2, "oft": 2}  # ranks are multiples
 CASES = [
@@ -143,7 +143,7 @@ def test_the_size_is_the_nearest_to_the_budget(way, name):
 
 
 # of the largest layer: 16 wide, 24 in the middle; 32 channels, 64 x 9 for a matrix of the kernels
-FULL = {"houlsby": 16, "pfeiffer": 16, "oft": 24} | dict.fromkeys(
+FULL = {"houlsby": 16, "pfeiffer": 16, "oft": 24, "lora_ga": 8} | dict.fromkeys(
     "lora dora adalora loha locon rslora loraplus pissa olora orthogonal eva hira gralora miss".split(), 16
 )
 FULL_OF_KERNELS = dict.fromkeys("lora dora adalora loha locon rslora loraplus hira".split(), 64)
@@ -220,7 +220,7 @@ def test_what_is_left_out_is_said():
             adapted(way, "convnext")
     with pytest.raises(CannotAdapt, match="needs widths that gralora_k=2 divides: 0$"):
         adapt("gralora", nn.Sequential(nn.Linear(4, 3)), [], 100, {})
-    for way in ("pissa", "olora", "orthogonal", "eva", "miss"):
+    for way in ("pissa", "olora", "orthogonal", "eva", "lora_ga", "miss"):
         with pytest.raises(CannotAdapt, match=r"not support any of the 7 targets: Conv2d$"):
             adapted(way, "resnet")
     with pytest.raises(CannotAdapt, match=r"not support any of the 1 targets: Embedding$"):
@@ -352,7 +352,7 @@ def test_loraplus_trains_b_faster(tmp_path):
 
 
 PREFIX = {"hira": "hira_", "gralora": "gralora_", "miss": "miss_", "oft": "oft_"}
-RIVALS = ["rslora", "loraplus", "pissa", "olora", "orthogonal", "eva", "hira", "gralora", "miss", "oft"]
+RIVALS = ["rslora", "loraplus", "pissa", "olora", "orthogonal", "eva", "lora_ga", "hira", "gralora", "miss", "oft"]
 
 
 @pytest.mark.parametrize("way", RIVALS)
@@ -362,10 +362,18 @@ def test_rivals_of_peft_train_and_come_back_from_disk(way, tmp_path):
     if result.start:
         result.start([batch])
     before = {key: p.detach().clone() for key, p in result.model.named_parameters()}
+    after = result.model.eval()(**batch).logits
+    assert torch.allclose(after, model_of("bert")(**batch).logits, atol=1e-5)
     train(result.model, tmp_path / "run", 2, result.callbacks, optimizer=result.optimizer)
     moved = {key for key, p in result.model.named_parameters() if not torch.equal(p, before[key])}
     assert any("modules_to_save" in key for key in moved) and any(PREFIX.get(way, "lora_") in key for key in moved)
-    assert all(p.requires_grad or key not in moved for key, p in result.model.named_parameters())
+    own = {key: p for key, p in result.model.named_parameters() if not p.requires_grad}
+    if way == "lora_ga":  # the base model got its weights back
+        for key, parameter in model_of("bert").named_parameters():
+            found = [p for name, p in own.items() if name.replace(".base_layer", "").endswith(key)]
+            assert all(torch.allclose(p, parameter, atol=1e-6) for p in found)
+    else:
+        assert not moved & own.keys()
     result.model.eval().save_pretrained(tmp_path / "trained")
     loaded = peft.PeftModel.from_pretrained(model_of("bert"), tmp_path / "trained").eval()
     expected = result.model(**batch).logits
@@ -495,11 +503,13 @@ def test_adalora_says_when_the_training_is_too_short(tmp_path):
 # ------------------------------------------------------------------------------------------------- others, on a Trainer
 
 
-@pytest.mark.parametrize("way", ["houlsby", "locon"])
-def test_methods_without_peft_go_on_from_a_checkpoint(way, tmp_path):
+@pytest.mark.parametrize("way", ["houlsby", "locon", "pissa", "eva", "lora_ga"])
+def test_other_methods_go_on_from_a_checkpoint(way, tmp_path):
     runs = []
     for resume in (None, tmp_path / "checkpoint-2"):
         result = adapted(way, "bert")
-        train(result.model, tmp_path, 4, resume=resume)
+        if result.start:
+            result.start([batch_of("bert")])
+        train(result.model, tmp_path, 4, result.callbacks, resume)
         runs.append(result.model.state_dict())
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])

@@ -31,6 +31,7 @@ COLOURS = {  # colour and marker of a method, or of a method and its start
     "olora": ("#4a78c2", "<"),
     "orthogonal": ("#3f7896", ">"),
     "eva": ("#4a6bb8", "P"),
+    "lora_ga": ("#6a60c8", "X"),
     "adalora": ("#5b6bd6", "p"),
     "loha": ("#00875f", "^"),
     "lokr": ("#5f7f1c", "P"),

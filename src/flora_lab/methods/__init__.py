@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
     "olora": Method(_function("with_peft.lora"), "OLoRA", "r", {"init_lora_weights": "olora"}, changes_base=True),
     "orthogonal": Method(_function("with_peft.lora"), "LoRA, orthogonal", "r", {"init_lora_weights": "orthogonal"}),
     "eva": Method(_function("lora_variants.eva"), "EVA", "r"),
+    "lora_ga": Method(_function("lora_variants.lora_ga"), "LoRA-GA", "r", changes_base=True),
     "adalora": Method(_function("adalora.adalora"), "AdaLoRA", "target_r"),
     "loha": Method(_function("with_peft.loha"), "LoHa", "r"),
     "lokr": Method(_function("with_peft.lokr"), "LoKr", "r"),

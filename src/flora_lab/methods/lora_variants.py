@@ -1,4 +1,4 @@
-"""LoRA of PEFT with a start from data (EVA), or with an optimizer of its own (LoRA+)."""
+"""LoRA of PEFT with a start from data (EVA, LoRA-GA), or with an optimizer of its own (LoRA+)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from flora_lab.methods.common import AdaptedModel, Request
+from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request
 from flora_lab.methods.with_peft import lora
+
+ADAPTER = "default"
 
 
 def loraplus(request: Request, loraplus_lr_ratio: float = 16.0, **options: Any) -> AdaptedModel:
@@ -48,7 +50,7 @@ def eva(request: Request, **options: Any) -> AdaptedModel:
 
 
 def _start_from_inputs(model: peft.PeftModel, batches: Iterable[dict]) -> None:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = _layers(model)
     moments = {name: Moments() for name in layers}
     handles = [layer.register_forward_pre_hook(moments[name]) for name, layer in layers.items()]
     training = model.training
@@ -62,7 +64,7 @@ def _start_from_inputs(model: peft.PeftModel, batches: Iterable[dict]) -> None:
     starts = {}
     for name, layer in layers.items():
         if moments[name].count:
-            starts[name] = layer.lora_A["default"].weight.detach().clone()  # (r, in); rows beyond the width stay
+            starts[name] = layer.lora_A[ADAPTER].weight.detach().clone()  # (r, in); rows beyond the width stay
             components = moments[name].components(len(starts[name]))
             starts[name][: len(components)] = components
     peft.initialize_lora_eva_weights(model, eva_state_dict=starts)
@@ -89,3 +91,87 @@ class Moments:
         mean = self.sum / self.count
         _, vectors = torch.linalg.eigh(self.squares / self.count - torch.outer(mean, mean))  # ascending
         return vectors.mT.flip(0)[:rank]
+
+
+def lora_ga(request: Request, **options: Any) -> AdaptedModel:
+    """LoRA-GA: A and B start with singular vectors of the gradient, which the base weight loses (Wang et al. 2024)."""
+    adapted = lora(request, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig(), **options)
+    for name, layer in _layers(adapted.model).items():
+        if 2 * layer.r[ADAPTER] > min(layer.weight.shape):
+            raise CannotAdapt(f"LoRA-GA needs twice its rank of {layer.r[ADAPTER]} in each width of {name}")
+    unshift = Unshift(adapted.model)
+    notes = [*adapted.notes, "saved with the start's part subtracted, at twice the rank"]
+    return replace(adapted, notes=notes, callbacks=[unshift], start=partial(_start_from_gradients, unshift))
+
+
+@torch.random.fork_rng()
+def _start_from_gradients(unshift: Unshift, batches: Iterable[dict]) -> None:
+    """In training mode, as PEFT's own preparation, but with running statistics as before. Equal batches give equal
+    starts, in spite of dropout and PEFT's random SVD: a resumed training must start as it did."""
+    torch.manual_seed(0)
+    model, layers = unshift.model, unshift.layers
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training = model.training
+    model.train()
+    gradients = _mean_gradients(model, [layer.get_base_layer().weight for layer in layers], list(batches))
+    model.train(training)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    for layer, gradient in zip(layers, gradients, strict=True):
+        layer.get_base_layer()._peft_loraga_grad = gradient  # where PEFT looks for it
+        with torch.no_grad():
+            layer.lora_ga_init(ADAPTER, model.peft_config[ADAPTER].lora_ga_config)
+    unshift.starts = [
+        (layer.lora_A[ADAPTER].weight.detach().clone(), layer.lora_B[ADAPTER].weight.detach().clone())
+        for layer in layers
+    ]
+
+
+def _mean_gradients(model: nn.Module, weights: list[nn.Parameter], batches: list[dict]) -> list[Tensor]:
+    """Of the loss with respect to frozen weights."""
+    sums = [torch.zeros_like(weight) for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    for batch in batches:
+        gradients = torch.autograd.grad(model(**batch)["loss"], weights, allow_unused=True, materialize_grads=True)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += gradient
+    for weight in weights:
+        weight.requires_grad_(False)
+    return [total / len(batches) for total in sums]
+
+
+class Unshift(TrainerCallback):
+    """Gives the base model its weights back after training.
+
+    The adapter gets the start's part of the weight, negative, as ranks r + 1 to 2 r. PEFT's own conversion does the
+    same when it saves; without it, an adapter that started from data could not be loaded onto its base model.
+    """
+
+    def __init__(self, model: peft.PeftModel) -> None:
+        self.model = model
+        self.layers = list(_layers(model).values())
+        self.starts: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, **kwargs):
+        config = self.model.peft_config[ADAPTER]
+        more = 2 ** (0.5 if config.use_rslora else 1)  # keeps the scale
+        config.init_lora_weights, config.lora_ga_config = True, None
+        for layer, start in zip(self.layers, self.starts, strict=True):
+            factors = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+            trained = [factor.clone() for factor in factors]
+            for factor, first in zip(factors, start, strict=True):
+                factor.copy_(first)
+            layer.get_base_layer().weight += layer.get_delta_weight(ADAPTER)
+            rank, alpha = 2 * layer.r[ADAPTER], more * layer.lora_alpha[ADAPTER]
+            layer.update_layer(ADAPTER, rank, lora_alpha=alpha, config=config)
+            layer.lora_A[ADAPTER].weight.copy_(torch.cat([trained[0], start[0]]))
+            layer.lora_B[ADAPTER].weight.copy_(torch.cat([trained[1], -start[1]], dim=1))
+        config.r, config.lora_alpha = 2 * config.r, more * config.lora_alpha
+        config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+        config.alpha_pattern = {name: more * alpha for name, alpha in config.alpha_pattern.items()}
+
+
+def _layers(model: peft.PeftModel) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

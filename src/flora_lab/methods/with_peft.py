@@ -47,8 +47,14 @@ def lora(request: Request, **options: Any) -> AdaptedModel:
     start = options.get("init_lora_weights", True)
     if start not in (True, False, "gaussian"):
         limits = _LINEAR  # PEFT rejects the other starts for convolutions, and ignores them for embeddings
+    most = _half_of_narrowest if start == "lora_ga" else Selection.full_rank
     step = 2 if start == "orthogonal" else 1  # PEFT gives half of the ranks to either factor
-    return at_rank(request, peft.LoraConfig, limits, fields, options, step=step)
+    return at_rank(request, peft.LoraConfig, limits, fields, options, most=most, step=step)
+
+
+def _half_of_narrowest(selection: Selection) -> int:
+    """The highest rank for PEFT's LoRA-GA, whose A and B take the gradient's singular vectors in turn."""
+    return max(1, min(min(layer.weight.shape) for layer in selection.layers.values()) // 2)
 
 
 def loha(request: Request, **options: Any) -> AdaptedModel:
