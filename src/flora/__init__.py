@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -50,19 +49,22 @@ def __dir__() -> list[str]:
 
 
 class _AfterPeft:
-    """Imports ``flora.tuner``, which registers FLORA, as soon as PEFT has been imported: an import hook."""
+    """An import hook: as soon as PEFT has been imported, it imports ``flora.tuner``, which registers FLORA."""
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """PEFT's spec, whose loader registers FLORA afterwards. Merely looking for PEFT leaves the hook in place."""
         if name != "peft":
             return None
-        sys.meta_path.remove(cls)
-        spec = find_spec("peft")
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not cls)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_register(module: ModuleType) -> None:
                 load(module)
+                if cls in sys.meta_path:
+                    sys.meta_path.remove(cls)
                 importlib.import_module("flora.tuner")
 
             spec.loader.exec_module = load_and_register  # type: ignore[method-assign]

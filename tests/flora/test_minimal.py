@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+import flora
+
 SOURCE = Path(__file__).parents[2] / "src"
 
 
@@ -57,3 +59,12 @@ def test_a_command_of_the_laboratory_says_in_one_line_what_to_install(minimal):
 def test_plan_needs_no_extra(minimal):
     assert minimal["plan"]["code"] == 0, minimal["plan"]["err"]
     assert "model.layers.0.mlp.down_proj" in minimal["plan"]["out"]
+
+
+def test_looking_for_peft_leaves_the_hook_that_registers_flora(monkeypatch):
+    """transformers asks whether PEFT is there before anything imports it."""
+    monkeypatch.setattr(sys, "meta_path", [flora._AfterPeft, *sys.meta_path])
+    for _ in range(2):
+        spec = flora._AfterPeft.find_spec("peft")
+        assert spec.loader.exec_module.__name__ == "load_and_register"
+    assert flora._AfterPeft in sys.meta_path
