@@ -259,6 +259,8 @@ def test_initialize_refuses_and_changes_nothing():
         flora.initialize(model, [torch.full((2, 4), torch.nan)], loss=loss)
     with pytest.raises(ValueError, match="does not depend on layer '0'"):
         flora.initialize(model, [torch.ones(2, requires_grad=True)], loss=lambda model, x: x.sum())
+    with pytest.raises(ValueError, match="does not depend on layer '0'"):
+        flora.initialize(model, [torch.ones(2)], loss=lambda model, x: x.sum())
     with pytest.raises(ValueError, match="needs labels"):
         flora.initialize(without_loss(), [{"input": torch.ones(2, 4)}])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

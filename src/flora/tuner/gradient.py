@@ -166,6 +166,8 @@ def _warm_up(
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     for step in range(steps):
         value = _finite_loss(model, batches[step % len(batches)], loss)
+        if not value.requires_grad:
+            return
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, _averaged(gradients), strict=True):
             parameter.grad = gradient
@@ -209,7 +211,9 @@ def _pass(model: nn.Module, reductions: Sequence[_Reduction], batches: Sequence[
             handles.append(reduction.weight.register_post_accumulate_grad_hook(reduction.take))
         for batch in batches:
             with torch.enable_grad():
-                _finite_loss(model, batch, loss).backward()
+                value = _finite_loss(model, batch, loss)
+            if value.requires_grad:  # else no layer gets a gradient, which the reductions report
+                value.backward()
     finally:
         for handle in handles:
             handle.remove()
