@@ -140,7 +140,7 @@ class CheckpointPair:
         weight = leaf if name == module else f"{module.removeprefix(f'{name}.')}.{leaf}"
         layer = self.modules[name]
         try:
-            kind, _, _ = kinds.describe(layer, weight)
+            kind, _ = kinds.describe(layer, weight)
         except ValueError:
             return None
         return Site.of(layer, kind, name, weight)

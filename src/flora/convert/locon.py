@@ -247,7 +247,7 @@ def _update(base: nn.Module, modules: Sequence[str], tensors: dict[str, Tensor])
         raise ValueError(f"may be {' or '.join(modules)}" if modules else "the base model has no such layer")
     (module,) = modules
     layer = base.get_submodule(module)
-    kind, shape, _ = kinds.describe(layer, "weight")
+    kind, shape = kinds.describe(layer, "weight")
     site = Site.of(layer, kind, module, "weight")
     if reason := locon_obstacle(site):
         raise ValueError(f"{reason} ({module!r} is a {type(layer).__name__})")

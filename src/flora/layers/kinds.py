@@ -211,8 +211,8 @@ def weight_names(layer: nn.Module) -> list[str]:
     return [name for name in kind.weights if parameter_of(layer, name) is not None] or [kind.weights[0]]
 
 
-def describe(layer: nn.Module, weight: str) -> tuple[Kind, tuple[int, ...], tuple[str, ...]]:
-    """Kind (``RAW`` for a raw parameter), shape and roles of one weight of a layer.
+def describe(layer: nn.Module, weight: str) -> tuple[Kind, tuple[int, ...]]:
+    """Kind (``RAW`` for a raw parameter) and shape of one weight of a layer.
 
     Raises ValueError, without the layer's name, if the weight cannot be adapted.
     """
@@ -227,9 +227,7 @@ def describe(layer: nn.Module, weight: str) -> tuple[Kind, tuple[int, ...], tupl
     if not 1 <= len(shape) <= MAX_MODES or 0 in shape:
         raise ValueError(f"{weight!r} has shape {list(shape)}; 1 to {MAX_MODES} modes are supported, and no empty one")
     kind = kind_of(layer)
-    if kind is None or weight not in kind.weights:
-        kind = RAW
-    return kind, shape, kind.roles_of(shape)
+    return (kind if kind is not None and weight in kind.weights else RAW), shape
 
 
 def possible(execution: str, kind: Kind, layer: nn.Module, shape: tuple[int, ...]) -> str:

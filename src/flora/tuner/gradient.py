@@ -71,7 +71,7 @@ def initialize(
         raise ValueError("no batches were given; a few are needed for a gradient")
     mean_loss = loss or _loss_of_output
     others = [p for name, p in model.named_parameters() if p.requires_grad and ".tucker_space." not in f".{name}"]
-    with _undisturbed(model), _restored(others), _counted_as_started(layers, adapter):
+    with undisturbed(model), _restored(others), _counted_as_started(layers, adapter):
         _warm_up(model, others, batches, mean_loss, warmup_steps, warmup_rate)
         starts = _starts(model, layers, adapter, batches, mean_loss)
     for layer, (rows, factors) in zip(layers, starts, strict=True):
@@ -112,8 +112,9 @@ def _finite_loss(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Training mode; afterwards mode, buffers, flags, gradients and random numbers as before."""
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the model in training mode. Afterwards its modes, buffers, flags and gradients, and the state of the random
+    numbers, are as before."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]

@@ -162,7 +162,7 @@ class FloraModel(BaseTuner):
             self._check_finite(adapter_names, safe_merge)
         for name, layer in reversed(list(self.model.named_modules())):
             parent, _, leaf = name.rpartition(".")
-            # PEFT does not look within wrapped layers, nor for a path that has changed while it went on
+            # PEFT neither looks inside wrapped layers, nor finds a layer whose path has changed meanwhile
             if isinstance(layer, FloraLayer) and ".base_layer." in f"{parent}." and leaf != "base_layer":
                 base = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
                 setattr(self.model.get_submodule(parent), leaf, base)
@@ -193,9 +193,9 @@ class FloraModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         beams = kwargs.get("num_beams") or 1
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        # beam search repeats each sample, but not for an encoder of its own, which runs before the beams part
+        # beam search repeats every sample, except in an encoder, which runs before the beams split
         single = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        inner = {layer.base_layer for layer in self._layers()}  # these hear the names from the layer around them
+        inner = {layer.base_layer for layer in self._layers()}  # the layer around them hands the names on
         handles = []
         for module in self.model.modules():
             if isinstance(module, (FloraLayer, AuxiliaryTrainingWrapper)) and module not in inner:

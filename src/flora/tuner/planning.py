@@ -143,7 +143,7 @@ def _sites(targets: list[Target]) -> tuple[list[Site], list[tuple[int, ...]]]:
     sites, shapes = [], []
     for target, path in zip(targets, _paths(targets), strict=True):
         try:
-            kind, shape, _ = kinds.describe(target.layer, target.parameter)
+            kind, shape = kinds.describe(target.layer, target.parameter)
         except ValueError as error:
             raise ValueError(f"layer {target.module!r} ({type(target.layer).__name__}): {error}") from None
         sites.append(Site.of(target.layer, kind, target.module, target.parameter, path))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
+from flora.tuner.gradient import undisturbed
 from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request
 from flora_lab.methods.with_peft import lora
 
@@ -104,23 +105,17 @@ def lora_ga(request: Request, **options: Any) -> AdaptedModel:
     return replace(adapted, notes=notes, callbacks=[unshift], start=partial(_start_from_gradients, unshift))
 
 
-@torch.random.fork_rng()
 def _start_from_gradients(unshift: Unshift, batches: Iterable[dict]) -> None:
-    """In training mode, as PEFT's own preparation, but with running statistics as before. Equal batches give equal
-    starts, in spite of dropout and PEFT's random SVD: a resumed training must start as it did."""
-    torch.manual_seed(0)
+    """In training mode, as PEFT's own preparation. Equal batches give equal starts, in spite of dropout and PEFT's
+    random SVD: a resumed training must start as it did."""
     model, layers = unshift.model, unshift.layers
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training = model.training
-    model.train()
-    gradients = _mean_gradients(model, [layer.get_base_layer().weight for layer in layers], list(batches))
-    model.train(training)
-    for buffer, before in buffers:
-        buffer.copy_(before)
-    for layer, gradient in zip(layers, gradients, strict=True):
-        layer.get_base_layer()._peft_loraga_grad = gradient  # where PEFT looks for it
-        with torch.no_grad():
-            layer.lora_ga_init(ADAPTER, model.peft_config[ADAPTER].lora_ga_config)
+    with undisturbed(model):
+        torch.manual_seed(0)
+        gradients = _mean_gradients(model, [layer.get_base_layer().weight for layer in layers], list(batches))
+        for layer, gradient in zip(layers, gradients, strict=True):
+            layer.get_base_layer()._peft_loraga_grad = gradient  # where PEFT looks for it
+            with torch.no_grad():
+                layer.lora_ga_init(ADAPTER, model.peft_config[ADAPTER].lora_ga_config)
     unshift.starts = [
         (layer.lora_A[ADAPTER].weight.detach().clone(), layer.lora_B[ADAPTER].weight.detach().clone())
         for layer in layers
@@ -136,8 +131,6 @@ def _mean_gradients(model: nn.Module, weights: list[nn.Parameter], batches: list
         gradients = torch.autograd.grad(model(**batch)["loss"], weights, allow_unused=True, materialize_grads=True)
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient
-    for weight in weights:
-        weight.requires_grad_(False)
     return [total / len(batches) for total in sums]
 
 
