@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -180,6 +182,36 @@ def test_a_batch_may_mix_adapters(case, execution):
         expected = forward(model, base, args, {} if name == "__base__" else {name: 1.0})
         row = result.select(case.batch_mode, n)
         torch.testing.assert_close(row, expected.select(case.batch_mode, n), **CLOSE)
+
+
+@every_case
+@every_execution
+def test_threads_share_a_model(case, execution):
+    """Each with an adapter of its own in every sample; and no thread changes what another sees."""
+    model, _, args = build(case, execution=execution)
+    model.add_adapter("other", config(case, execution=execution))
+    names = ["default", "other"]
+    mixes = (
+        [{}] if case.batch_mode is None else [{"adapter_names": [n] * args[0].shape[case.batch_mode]} for n in names]
+    )
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+
+    def serve(mix):
+        with torch.no_grad():
+            return [first(model(*args, **mix)) for _ in range(8)]
+
+    expected = [serve(mix)[0] for mix in mixes]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(serve, mixes * (4 // len(mixes))))
+    finally:
+        sys.setswitchinterval(interval)
+    for n, answer in enumerate(answers):
+        assert all(torch.equal(one, expected[n % len(mixes)]) for one in answer)
+    after = dict(model.named_parameters())
+    assert all(after[name] is p and torch.equal(p, numbers) for name, (p, numbers) in before.items())
 
 
 @every_case

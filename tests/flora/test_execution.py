@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -125,10 +127,13 @@ def test_an_empty_batch(layer, shape, way):
     assert not adapted.tucker_space["default"].core.grad.any()
 
 
-@pytest.mark.parametrize(("layer", "shape"), SMALL[:2], ids=lambda value: type(value).__name__)
+AS_WEIGHT = [(nn.Conv2d(6, 6, 3, groups=6), (6, 5, 5)), (nn.EmbeddingBag(6, 4, mode="max"), (3,))]
+
+
+@pytest.mark.parametrize(("layer", "shape"), SMALL + AS_WEIGHT, ids=lambda value: type(value).__name__)
 def test_a_trace_runs_without_python(layer, shape):
     model, _ = wrapped(copy.deepcopy(layer))
-    x = torch.randn(2, *shape)
+    x = torch.randint(6, (2, *shape)) if isinstance(layer, nn.EmbeddingBag) else torch.randn(2, *shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and still what exporters use
         traced = torch.jit.trace(model.base_model.model, x)
@@ -152,6 +157,48 @@ def test_a_hook_on_the_base_layer_is_called():
     base.forward = lambda x: calls.append("patched") or own(x)
     torch.testing.assert_close(model(x), expected)
     assert calls == ["hook", "patched", "hook"]
+
+
+class Remembers(nn.Conv2d):
+    """Keeps what it has seen, as attention layers keep their maps."""
+
+    def forward(self, x):
+        self.seen = x.sum()
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+@torch.no_grad()
+def test_a_layer_that_runs_as_a_weight_keeps_its_own_ways():
+    base = Remembers(6, 6, 3, groups=6)
+    model, adapted = wrapped(base)
+    x = torch.randn(2, 6, 5, 5)
+    expected, calls = model(x), []
+    assert adapted.seen is base.seen and torch.equal(base.seen, x.sum())
+    base.register_forward_hook(lambda *_: calls.append("hook"))
+    own = base.forward
+
+    def closure(x):
+        return calls.append("closure") or own(x)
+
+    def method(self, x):
+        return calls.append("method") or type(self).forward(self, x)
+
+    for patched in (closure, MethodType(method, base), partial(method, base), torch.compile(own, backend="eager")):
+        base.forward = patched
+        torch.testing.assert_close(model(x), expected)
+    assert calls == ["closure", "hook", "method", "hook", "method", "hook", "hook"]
+    del base.forward
+    base.compile(backend="eager")
+    torch.testing.assert_close(model(x), expected)
+    assert isinstance(base.weight, nn.Parameter)
+
+
+def test_a_hook_on_a_transposed_convolution_is_called_once():
+    base, calls = nn.ConvTranspose2d(6, 4, 3, groups=2), []
+    model, _ = wrapped(base, execution="factored")
+    base.register_forward_hook(lambda module, args, output: calls.append(tuple(args[0].shape)))
+    model(torch.randn(2, 6, 5, 5))
+    assert calls == [(2, 6, 5, 5)]
 
 
 def test_a_base_weight_that_trains_too_gets_its_gradient():

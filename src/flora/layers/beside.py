@@ -17,12 +17,12 @@ from torch import Tensor
 
 from flora.layers.convolution import Geometry, convolution
 from flora.layers.matrix import matrix
-from flora.layers.weights import run_with_weights
 
 Factors = Sequence[Tensor]
 Bias = Tensor | None
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def linear(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
@@ -108,17 +108,18 @@ def _convolve(
     return output.squeeze(0) if single else output
 
 
-def conv_transposed(layer: Any, core: Tensor, factors: Factors, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def conv_transposed(
+    layer: Any, core: Tensor, factors: Factors, input: Tensor, output_size: list[int] | None = None
+) -> Tensor:
     """As ``conv``, for a transposed convolution, whose weight is (in, out/groups, k …)."""
     input_factor, output_factor, *kernel_factors = factors
     spatial, groups = len(kernel_factors), layer.groups
     down = input_factor.reshape(groups, -1, input_factor.shape[1]).mT.flatten(0, 1)  # (g·r, i/g)
     thin = _pointwise(input, down, spatial, groups)
     kernel = _kernel(core, kernel_factors).repeat(groups, *[1] * (spatial + 1))
-    weights = {"weight": kernel}
-    if layer.bias is not None:
-        weights["bias"] = kernel.new_zeros(groups * kernel.shape[1])
-    thin = run_with_weights(layer, weights, (thin, *args), kwargs)
+    options = (layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation)
+    padding = layer._output_padding(thin, output_size, *options)
+    thin = _TRANSPOSED[spatial](thin, kernel, None, layer.stride, layer.padding, padding, groups, layer.dilation)
     return _pointwise(thin, output_factor.repeat(groups, 1), spatial, groups)
 
 

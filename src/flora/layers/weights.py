@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -46,16 +51,80 @@ def is_bare(layer: nn.Module) -> bool:
 
 
 def run_with_weights(module: nn.Module, weights: dict[str, Tensor], args: tuple, kwargs: dict) -> Any:
-    """Run the module's own forward with other tensors as weights, and leave the module as it was."""
+    """Run the module's own forward with other tensors as weights.
+
+    A shallow copy runs, so that other threads always see the module as it is. What the forward itself stores in the
+    module (a cache, an attention map) is kept.
+    """
+    if torch.compiler.is_compiling():  # compilers follow this form, and nothing is swapped when their graph runs
+        with _without_views(module, weights):
+            return functional_call(module, weights, args, kwargs, tie_weights=False)
+    copies = _copies(module, weights)
+    before = [(original, copy, dict(vars(copy))) for original, copy in copies]
+    result = copies[0][1](*args, **kwargs)
+    for original, copy, state in before:
+        vars(original).update({k: v for k, v in vars(copy).items() if k not in state or state[k] is not v})
+    return result
+
+
+def _copies(module: nn.Module, weights: dict[str, Tensor]) -> list[tuple[nn.Module, nn.Module]]:
+    """(original, shallow copy) of the module, and of those below it that lead to the weights."""
+    originals = {id(module): module}
+    for name in weights:
+        holder = module
+        for part in name.split(".")[:-1]:
+            holder = getattr(holder, part)
+            originals[id(holder)] = holder
+    copies: dict[int, Any] = {key: object.__new__(type(original)) for key, original in originals.items()}
+    for key, original in originals.items():
+        state = vars(copies[key])
+        state.update(vars(original), _parameters=dict(original._parameters))
+        state["_modules"] = {name: copies.get(id(child), child) for name, child in original._modules.items()}
+        state["_compiled_call_impl"] = None  # it would run the original
+        for name, value in vars(original).items():
+            if isinstance(value, (MethodType, FunctionType, partial)):
+                state[name] = _rebound(value, copies)
+        if state.get("sparse"):
+            state["sparse"] = False  # the update needs a dense gradient, even if the layer asks for a sparse one
+    for name, weight in weights.items():
+        holder = copies[id(owner(module, name))]
+        holder._parameters[leaf(name)] = weight
+        vars(holder).pop(leaf(name), None)  # FSDP1 sets its view of a weight as an attribute, which would hide ours
+    return [(original, copies[key]) for key, original in originals.items()]
+
+
+def _rebound(value: Any, copies: dict[int, Any]) -> Any:
+    """A function that a user has put into a module (a forward of its own, an offloading hook), with the copies in the
+    place of their originals; the value itself if it holds none of them."""
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _rebound(value.__self__, copies))
+    if isinstance(value, partial):
+        keywords = {name: _rebound(argument, copies) for name, argument in value.keywords.items()}
+        return partial(_rebound(value.func, copies), *(_rebound(a, copies) for a in value.args), **keywords)
+    if not isinstance(value, FunctionType) or not value.__closure__:
+        return value
+    copies = {**copies, id(value): value}  # it may hold itself
+    cells = []
+    for cell in value.__closure__:
+        content = _rebound(cell.cell_contents, copies)
+        cells.append(cell if content is cell.cell_contents else CellType(content))
+    new = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
+    new.__kwdefaults__ = value.__kwdefaults__
+    return new
+
+
+@contextmanager
+def _without_views(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The module without FSDP1's views of the weights, and with dense gradients."""
     owners = {name: owner(module, name) for name in weights}
-    # FSDP1 sets its view of a weight as an attribute, which would hide the tensor that we swap in
     views = {name: vars(holder).pop(leaf(name)) for name, holder in owners.items() if leaf(name) in vars(holder)}
-    # the update needs a dense gradient, even if the layer asks for a sparse one
     sparse = [holder for holder in owners.values() if getattr(holder, "sparse", False)]
     for holder in sparse:
         holder.sparse = False  # type: ignore[assignment]
     try:
-        return functional_call(module, weights, args, kwargs, tie_weights=False)
+        yield
     finally:
         for name, view in views.items():
             vars(owners[name])[leaf(name)] = view

@@ -131,6 +131,12 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             weight = self.base_parameter
             self.tucker_space[adapter_name].to(device or weight.device, dtype=weight.dtype)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's. Disabling takes merged updates out of the weight."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the adapter's update by ``scale`` from now on (1 is how it was trained)."""
         if adapter in self.tucker_scaling:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,9 @@ from flora.layers.stand_in import StandIn
 from flora.layers.weights import is_bare, is_plain, run_with_weights
 from flora.tuner.adapted_weight import AdaptedWeight
 from flora.tuner.peft_compat import BaseTunerLayer
+
+# The adapter of each sample, by layer, in the call that is running. A call's own, so that others may run beside it.
+NAMES: ContextVar[dict[nn.Module, Sequence[str]] | None] = ContextVar("NAMES", default=None)
 
 
 class FloraLayer(AdaptedWeight):
@@ -37,10 +41,8 @@ class FloraLayer(AdaptedWeight):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base layer's. ``adapter_names`` gives every sample of the batch an adapter of its own."""
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names = kwargs.pop("adapter_names", None) or (NAMES.get() or {}).get(self)
         if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
             return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch(adapter_names, args, kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from flora.tuner.adapted_weight import AdaptedWeight
 from flora.tuner.combine import check_combination, combined_config, fill, summed
 from flora.tuner.config import FloraConfig
-from flora.tuner.layer import FloraLayer
+from flora.tuner.layer import NAMES, FloraLayer
 from flora.tuner.peft_compat import (
     PREFIX,
     SAVES_BIASES,
@@ -196,21 +196,30 @@ class FloraModel(BaseTuner):
         # beam search repeats every sample, except in an encoder, which runs before the beams split
         single = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
         inner = {layer.base_layer for layer in self._layers()}  # the layer around them hands the names on
-        handles = []
-        for module in self.model.modules():
-            if isinstance(module, (FloraLayer, AuxiliaryTrainingWrapper)) and module not in inner:
-                repeated = list(names) if module in single else [name for name in names for _ in range(beams)]
-                handles.append(module.register_forward_pre_hook(partial(_pass_names, names=repeated), with_kwargs=True))
+        repeated = [name for name in names for _ in range(beams)]
+        taking = [m for m in self.model.modules() if isinstance(m, (FloraLayer, AuxiliaryTrainingWrapper))]
+        _let_take_names(taking)
+        token = NAMES.set({m: list(names) if m in single else repeated for m in taking if m not in inner})
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            NAMES.reset(token)
 
 
-def _pass_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -> tuple[tuple, dict]:
-    kwargs["adapter_names"] = names
-    return args, kwargs
+_LOCK = Lock()
+
+
+def _let_take_names(modules: Sequence[nn.Module]) -> None:
+    """Let PEFT's wrappers, too, take their adapters' names from ``NAMES``. Once: the hook then stays."""
+    with _LOCK:
+        for module in modules:
+            if not isinstance(module, FloraLayer) and _take_names not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_take_names, with_kwargs=True)
+
+
+def _take_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    names = (NAMES.get() or {}).get(module)
+    return args, kwargs if names is None else {**kwargs, "adapter_names": names}
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
