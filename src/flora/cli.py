@@ -176,7 +176,8 @@ def export_diffusers(adapter: str, out: str, verify: str | None, **options: Any)
 
 @import_.command("lora")
 @paths("lora", "out")
-@click.option("--is-transposed", is_flag=True, help="Stacked experts are (experts, in, out).")
+@click.option("--base", metavar="BASE", help="The model that it adapts, for PiSSA, OLoRA, and the kinds of its layers.")
+@click.option("--is-transposed", is_flag=True, help="Without BASE: stacked experts are (experts, in, out).")
 def import_lora(lora: str, out: str, verify: str | None, **options: Any) -> None:
     """Read a PEFT LoRA.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,16 +69,33 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def replace_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path to write to. It replaces ``path`` at the end, unless an error was raised."""
-    path = user_path(path)
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` that nothing has. Folders made for it, and what is left of it, go with an error."""
+    made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # not the process alone: a killed one may have left its files to one with the same number
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:  # somebody else's file is in it
+                break
+        raise
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path to write to. It replaces ``path`` at the end, unless an error was raised."""
+    with _beside(user_path(path)) as temporary:
+        yield temporary
 
 
 @contextmanager
@@ -103,14 +121,9 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = user_path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; name a new folder, or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    with _beside(path) as temporary:
+        temporary.mkdir()
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -150,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError if the file holds anything else."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; a JSON object is needed")

@@ -61,6 +61,7 @@ COMMANDS = {
     "locon": ("export locon adapter OUT/locon.safetensors --verify base", "locon.safetensors", 1e-5),
     "folded": ("export locon adapter OUT/folded.safetensors --folded --verify base", "folded.safetensors", 1e-5),
     "back": ("import lora a_lora OUT/back --verify base", "back/adapter_config.json", 1e-5),
+    "back_based": ("import lora a_lora OUT/based --base base --verify base", "based/adapter_config.json", 1e-5),
     "back_locon": ("import locon a_locon.safetensors base OUT/back2 --verify", "back2/adapter_config.json", 1e-5),
     "back_official": (
         "import official authors.safetensors OUT/back3 --scale 0.4 --save classifier --verify base",

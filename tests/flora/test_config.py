@@ -183,10 +183,22 @@ def test_another_base_model_is_told_by_layer_and_shape(saved):
     assert not layers(model)
 
 
+# how an update comes to be not finite; in the last, all its numbers are
+BROKEN = {
+    "core": lambda layer, space: space.core.data[0, 0].fill_(torch.nan),
+    "factor": lambda layer, space: space.factor_1.data[0, 0].fill_(torch.inf),
+    "scale": lambda layer, space: space.scale.fill_(torch.nan),
+    "run-time scale": lambda layer, space: layer.set_scale("default", torch.inf),
+    "overflow": lambda layer, space: [tensor.data.fill_(1e30) for tensor in (space.core, *space.factors)],
+}
+
+
 @pytest.mark.parametrize("safe", [False, True])
-def test_a_broken_adapter_is_never_merged_in_part(safe):
+@pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN)
+def test_a_broken_adapter_is_never_merged_in_part(spoil, safe):
     model = get_peft_model(net(), FloraConfig(r=2, target_modules=["0", "2"], init_weights=False))
-    layers(model)[1].tucker_space["default"].core.data[0, 0] = torch.nan
+    with torch.no_grad():
+        spoil(layers(model)[1], layers(model)[1].tucker_space["default"])
     before = [layer.base_parameter.clone() for layer in layers(model)]
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="NaNs detected.*layer .2., shape"):

@@ -11,13 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cases import CASES, CONV, Case
 from flora import FloraConfig
-from flora.convert import export_lora, import_lora, import_official
+from flora.convert import compress, export_diffusers, export_locon, export_lora, import_lora, import_official, merge
 from flora.convert.adapter import Adapter
 from flora.files import WEIGHTS
 from flora.layers.kinds import LINEAR
@@ -134,6 +140,13 @@ SPOILT = {
     "missing": (lambda folder: change(folder, "factor_1", None), "factor_1' is missing"),
     "shape": (lambda folder: change(folder, "factor_0", torch.ones(5, 2)), r"factor_0' has shape \[5, 2\].*3 columns"),
     "modes": (lambda folder: change(folder, "factor_0", torch.ones(5)), "2 modes are needed"),
+    "no_scale": (lambda folder: change(folder, "scale", None), "scale' is missing"),
+    "unlisted": (lambda folder: rename(folder, "layer", "other"), "layer.tucker_space.core' is missing"),
+    "more_than_listed": (lambda folder: add_layer(folder), "other.tucker_space.core', which 'weights' in .* not list"),
+    "nan": (lambda folder: fill(folder, "core", torch.nan), "'layer'.*update is not finite"),
+    "infinite": (lambda folder: fill(folder, "factor_1", torch.inf), "'layer'.*update is not finite"),
+    "nan_scale": (lambda folder: fill(folder, "scale", torch.nan), "'layer'.*update is not finite"),
+    "overflow": (lambda folder: fill(folder, "", 1e200), "'layer'.*update is not finite"),
 }
 
 
@@ -154,13 +167,99 @@ def change(folder: Path, name: str, tensor) -> None:
     save_file(tensors | ({} if tensor is None else {key: tensor}), folder / WEIGHTS)
 
 
+def add(folder: Path, name: str, tensor) -> None:
+    save_file(load_file(folder / WEIGHTS) | {f"base_model.model.{name}": tensor}, folder / WEIGHTS)
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({key.replace(f".{old}.", f".{new}."): tensor for key, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+def add_layer(folder: Path) -> None:
+    before = load_file(folder / WEIGHTS)
+    rename(folder, "layer", "other")
+    save_file(before | load_file(folder / WEIGHTS), folder / WEIGHTS)
+
+
+def fill(folder: Path, name: str, value: float) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    filled = {key: torch.full_like(tensor, value) for key, tensor in tensors.items() if key.endswith(name)}
+    save_file(tensors | filled, folder / WEIGHTS)
+
+
+def readers(folder: Path):
+    """All that reads an adapter's folder to write something else, by name."""
+    save_file({"layer.weight": torch.ones(5, 7)}, folder / "base.safetensors")
+    return {
+        "lora": lambda adapter, out: export_lora(adapter, out),
+        "locon": lambda adapter, out: export_locon(adapter, out.with_suffix(".safetensors")),
+        "diffusers": lambda adapter, out: export_diffusers(adapter, out, component="unet"),
+        "merge": lambda adapter, out: merge(folder / "base.safetensors", adapter, out.with_suffix(".safetensors")),
+        "compress": lambda adapter, out: compress(adapter, out, rank=1),
+    }
+
+
 @pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
 def test_a_spoilt_adapter_is_refused_by_file_and_key(spoil, message, tmp_path):
     adapter, *_ = saved(CASES[0], tmp_path)
     spoil(adapter)
-    with pytest.raises(ValueError, match=f"(?s){tmp_path}.*{message}"):
-        export_lora(adapter, tmp_path / "lora")
-    assert [path.name for path in tmp_path.iterdir()] == ["flora"]
+    for read in readers(tmp_path).values():
+        with pytest.raises(ValueError, match=f"(?s){tmp_path}.*{message}"):
+            read(adapter, tmp_path / "new" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "flora"]
+
+
+@pytest.mark.parametrize("form", ["lora", "merge", "compress"])
+def test_a_head_that_is_not_finite_is_refused(form, tmp_path):
+    adapter, *_ = saved(CASES[0], tmp_path)
+    add(adapter, "head.weight", torch.tensor([torch.nan]))
+    with pytest.raises(ValueError, match="head.weight', shape .* is not finite"):
+        readers(tmp_path)[form](adapter, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("form", ["lora", "locon", "diffusers"])
+def test_numbers_that_a_format_cannot_hold_are_refused(form, tmp_path):
+    adapter, *_ = saved(CASES[0], tmp_path)
+    save_file({key: tensor.half() for key, tensor in load_file(adapter / WEIGHTS).items()}, adapter / WEIGHTS)
+    for name, value in (("core", 300), ("factor_0", 0), ("factor_1", 300), ("scale", 1)):  # A overflows, B A is 0
+        fill(adapter, name, value)
+    with pytest.raises(ValueError, match="'layer'.*not finite in torch.float16"):
+        readers(tmp_path)[form](adapter, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("spoil", ["missing", "shape", "modes", "no_scale", "more_than_listed"])
+def test_a_spoilt_adapter_is_not_loaded_either(spoil, tmp_path):
+    adapter, base, *_ = saved(CASES[0], tmp_path)
+    SPOILT[spoil][0](adapter)
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(ValueError, match="tucker_space|layer 'layer'"):
+        PeftModel.from_pretrained(base, str(adapter))
+    assert base.state_dict().keys() == before.keys()
+
+
+class TwoLayers(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 5), nn.Linear(5, 4))
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
+@pytest.mark.parametrize("named, given", [(["0"], ["0", "1"]), (["0", "1"], ["1"])], ids=["more", "fewer"])
+def test_the_config_of_layers_that_a_state_dict_names_lists_them(named, given, tmp_path):
+    donor = inject_adapter_in_model(FloraConfig(r=2, target_modules=given, init_weights=False), TwoLayers())
+    state, config = get_peft_model_state_dict(donor), FloraConfig(r=2, target_modules=named)
+    model = inject_adapter_in_model(config, TwoLayers(), state_dict=state)
+    set_peft_model_state_dict(model, state)
+    config.save_pretrained(str(tmp_path / "flora"))
+    save_file({f"base_model.model.{key}": tensor for key, tensor in state.items()}, tmp_path / "flora" / WEIGHTS)
+    export_lora(tmp_path / "flora", tmp_path / "lora")
+    lora = PeftModel.from_pretrained(TwoLayers(), str(tmp_path / "lora")).base_model.model
+    for name in given:
+        expected = donor.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(lora.get_submodule(name).get_delta_weight("default"), expected)
+    assert sum(hasattr(layer, "lora_A") for layer in lora) == len(given)
 
 
 def test_what_is_there_already_is_not_written_over(tmp_path):

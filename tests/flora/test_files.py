@@ -82,6 +82,29 @@ def test_new_files_and_folders_replace_nothing(tmp_path):
     assert (tmp_path / "x").read_text() == "first"
 
 
+@pytest.mark.parametrize("new", [replace_file, new_file, new_folder])
+def test_what_fails_leaves_nothing_and_takes_nobodys_file(new, tmp_path):
+    (tmp_path / "old").mkdir()
+    with pytest.raises(KeyboardInterrupt), new(tmp_path / "a" / "b" / "x"):
+        (tmp_path / "a" / "theirs").touch()
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError), new(tmp_path / "old" / "c" / "x"):
+        raise ValueError
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["a", "a/theirs", "old"]
+
+
+@pytest.mark.parametrize("new", [replace_file, new_file, new_folder])
+def test_leftovers_of_a_killed_process_are_in_nobodys_way(new, tmp_path):
+    with pytest.raises(ValueError), new(tmp_path / "x") as temporary:
+        left = temporary
+        raise ValueError
+    left.mkdir()  # as a process with the same number would have left it
+    with new(tmp_path / "x") as temporary:
+        if new is not new_folder:
+            temporary.touch()
+    assert (tmp_path / "x").exists() and left.is_dir()
+
+
 # -------------------------------------------------------------------------------------------------------------- the hub
 
 

@@ -4,7 +4,8 @@ from flora.convert.compression import compress
 from flora.convert.diffusers import export_diffusers
 from flora.convert.extraction import extract
 from flora.convert.locon import export_locon, import_locon
-from flora.convert.lora import export_lora, import_lora
+from flora.convert.lora import export_lora
+from flora.convert.lora_import import import_lora
 from flora.convert.merging import merge
 from flora.convert.official import import_official
 from flora.convert.verification import verify

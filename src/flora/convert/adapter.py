@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flora.files import WEIGHTS, from_hub, local_path, open_tensors, save_tensors
-from flora.layers.core_space import add_updates
+from flora.files import WEIGHTS, from_hub, local_path, open_tensors, read_json, save_tensors
+from flora.layers.core_space import add_updates, is_finite
 from flora.layers.sites import Site
 from flora.ranks import parameter_count
 from flora.tuner.config import FloraConfig
@@ -62,6 +61,13 @@ class Update:
         """The core times the scale, and the factors, in ``dtype``: what computations start from."""
         return self.core.to(dtype) * self.scale, [factor.to(dtype) for factor in self.factors]
 
+    def check_finite(self, source: str) -> None:
+        """Raise ValueError, naming ``source``, layer and shape, unless the update is finite."""
+        if not is_finite(*self.scaled_space(torch.promote_types(self.dtype, torch.float32))):
+            raise ValueError(
+                f"{source}: layer {self.site.name!r}, shape {list(self.shape)}, {self.dtype}: its update is not finite"
+            )
+
     def merged_into(self, weight: Tensor) -> Tensor:
         """``weight + update``, (I_1, …, I_N), in the weight's dtype. As in the layer's own merge, the sum is formed in
         float32 at least and rounded once."""
@@ -102,12 +108,15 @@ class Adapter:
             )
         try:
             sites = [Site.from_dict(name, facts) for name, facts in config.weights.items()]
-        except (AttributeError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: 'weights' was not written by flora, or is corrupt: {error}") from None
         if config.saved_shapes is None:
             raise ValueError(f"{folder} has no {WEIGHTS}")
         for site in sites:
             _check_shapes(folder / WEIGHTS, site, config.saved_shapes)
+        stems = {site.stem for site in sites}
+        if strange := [key for key in config.saved_shapes if key.partition(SPACE)[0] not in stems]:
+            raise ValueError(f"{folder / WEIGHTS} has {strange[0]!r}, which 'weights' in {path} does not list")
         with open_tensors(folder / WEIGHTS) as file:
             other_keys = [key for key in file.keys() if SPACE not in key]
         return cls(folder, config, sites, other_keys)
@@ -119,7 +128,11 @@ class Adapter:
         return tuple(shapes[f"{site.stem}{SPACE}factor_{n}"][0] for n in modes)
 
     def updates(self) -> Iterator[Update]:
-        """The updates in the order of ``sites``, each read when it is needed."""
+        """The updates in the order of ``sites``, each read when it is needed.
+
+        Raises:
+            ValueError: naming file, layer and shape, if an update is not finite.
+        """
         with open_tensors(self.folder / WEIGHTS) as file:
             keys = {key.removeprefix(PREFIX): key for key in file.keys()}
 
@@ -129,12 +142,14 @@ class Adapter:
             for site in self.sites:
                 core = read(site.stem, "core")
                 factors = tuple(read(site.stem, f"factor_{n}") for n in range(core.ndim))
-                yield Update(site, core, factors, read(site.stem, "scale").item())
+                update = Update(site, core, factors, read(site.stem, "scale").item())
+                update.check_finite(str(self.folder / WEIGHTS))
+                yield update
 
     def other_tensors(self) -> dict[str, Tensor]:
-        """The tensors that are not part of an update, by key."""
+        """The tensors that are not part of an update, by key. Raises ValueError if one is not finite."""
         with open_tensors(self.folder / WEIGHTS) as file:
-            return {key: file.get_tensor(key) for key in self.other_keys}
+            return finite(str(self.folder / WEIGHTS), {key: file.get_tensor(key) for key in self.other_keys})
 
 
 def _check_shapes(file: Path, site: Site, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -159,6 +174,14 @@ def _check_shapes(file: Path, site: Site, shapes: dict[str, tuple[int, ...]]) ->
             )
 
 
+def finite(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors themselves. Raises ValueError, naming ``source``, key and shape, if one is not finite."""
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{source}: {key!r}, shape {list(tensor.shape)}, is not finite in {tensor.dtype}")
+    return tensors
+
+
 def progress_bar(items: Iterable, total: int, label: str, show: bool) -> Iterable:
     """The items, with a progress bar if ``show``."""
     return tqdm(items, total=total, desc=label, disable=not show, leave=False)
@@ -177,10 +200,10 @@ def read_config(folder: Path, peft_type: str) -> dict[str, Any]:
     """The ``adapter_config.json`` of a PEFT adapter. Raises ValueError if its type is not ``peft_type``."""
     path = folder / "adapter_config.json"
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not an adapter's config: {error}") from error
-    actual = content.get("peft_type") if isinstance(content, dict) else None
+    actual = content.get("peft_type")
     if actual != peft_type:
         raise ValueError(f"{path} has peft_type {actual!r}; {peft_type!r} is needed")
     return content
@@ -193,9 +216,13 @@ def write_adapter(
 
     Args:
         others: tensors that are not part of an update, by key.
+
+    Raises:
+        ValueError: naming the layer or key, if an update or another tensor is not finite.
     """
-    tensors, ranks, weights = dict(others or {}), {}, {}
+    tensors, ranks, weights = finite("the adapter", dict(others or {})), {}, {}
     for update in updates:
+        update.check_finite("the adapter")
         stem = f"{PREFIX}{update.site.stem}{SPACE}"
         tensors[f"{stem}core"] = update.core.contiguous()
         tensors |= {f"{stem}factor_{n}": factor.contiguous() for n, factor in enumerate(update.factors)}

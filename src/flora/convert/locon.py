@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flora import tucker
-from flora.convert.adapter import Adapter, Update, progress_bar, summary, write_adapter
+from flora.convert.adapter import Adapter, Update, finite, progress_bar, summary, write_adapter
 from flora.convert.diffusers import component_of, down_up, name_in, sources_of
 from flora.convert.products import beside_obstacle, cut_ranks, from_product, product, refuse
 from flora.convert.sgm import sgm_names
@@ -152,6 +152,7 @@ def _tensors(update: Update, with_mid: bool) -> dict[str, Tensor]:
             UP: F.pad(up, (0, rank - ranks[0])).reshape(-1, rank, *ones),
         }
     tensors = {name: tensor.to(update.dtype).contiguous() for name, tensor in tensors.items()}
+    finite(f"layer {update.site.name!r}", tensors)
     return {**tensors, ALPHA: torch.tensor(float(alpha))}
 
 

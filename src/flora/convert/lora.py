@@ -1,32 +1,19 @@
-"""To and from PEFT's LoRA, exactly: no singular value decomposition, no loss."""
+"""To PEFT's LoRA, exactly: no singular value decomposition, no loss."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peft import LoraConfig
-from safetensors import safe_open
 from torch import Tensor
 
-from flora.convert.adapter import (
-    PREFIX,
-    Adapter,
-    Update,
-    adapter_folder,
-    progress_bar,
-    read_config,
-    summary,
-    write_adapter,
-)
+from flora.convert.adapter import PREFIX, Adapter, progress_bar
 from flora.convert.checkpoint import Checkpoint
-from flora.convert.products import Product, beside_obstacle, from_product, from_stack, pad_rank, product, refuse
-from flora.files import WEIGHTS, new_folder, open_tensors, save_tensors
-from flora.layers.kinds import CONV, EMBEDDING, LINEAR, LINEAR_TRANSPOSED, RAW
+from flora.convert.products import Product, beside_obstacle, pad_rank, product, refuse
+from flora.files import WEIGHTS, new_folder, save_tensors
 from flora.layers.sites import Site
 from flora.tuner.config import FloraConfig
-from flora.tuner.peft_compat import get_pattern_key
 
 # fields that both configs have
 COMMON = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
@@ -57,6 +44,11 @@ def lora_obstacle(site: Site, shape: Sequence[int], others: Iterable[Site] = ())
 
 def _is_raw(site: Site) -> bool:
     return site.kind.lora_form == "parameter"
+
+
+def pattern_name(site: Site) -> str:
+    """The name that PEFT holds against the patterns of ranks and alphas."""
+    return f"{site.module}.{site.parameter}" if _is_raw(site) else site.module
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -144,7 +136,7 @@ def lora_of(
     products = {update.site: product(update) for update in updates if update.site not in excluded}
     ranks = {site: left.shape[1] for site, (left, _) in products.items()}
     rank = max(ranks.values())
-    pattern = {f"^{site.name}": own for site, own in ranks.items() if own != rank} if ragged else {}
+    pattern = {f"^{pattern_name(site)}": own for site, own in ranks.items() if own != rank} if ragged else {}
     if not ragged:
         products = {site: pad_rank(pair, rank) for site, pair in products.items()}
     layers = [site for site in products if not _is_raw(site)]
@@ -191,98 +183,3 @@ def _named(site: Site, pair: Product, sites: Iterable[Site]) -> list[tuple[str, 
     elif site.kind.lora_form == "conv":
         left = left.view(*left.shape, *[1] * (right.ndim - 2))
     return [(f"{stem}.{name}", tensor.contiguous()) for name, tensor in zip(names, (right, left), strict=True)]
-
-
-# --------------------------------------------------------------------------------------------------------------- import
-
-
-def import_lora(lora: str | Path, out: str | Path, *, is_transposed: bool = False, progress: bool = False) -> str:
-    """Write a PEFT LoRA as a FLoRA adapter that gives the same outputs, to train on, merge or compress.
-
-    Args:
-        lora: a folder, or a name on the hub.
-        out: a new folder.
-        is_transposed: whether stacked parameters are (experts, in, out), which a LoRA's files do not tell.
-        progress: show a progress bar.
-
-    Returns:
-        a line that describes the adapter.
-
-    Raises:
-        ValueError: naming file, key and shape, if it is not a LoRA or not a plain update of weights (DoRA …).
-        FileExistsError: if ``out`` exists.
-    """
-    path = adapter_folder(lora) / WEIGHTS
-    content = read_config(path.parent, "LORA")
-    if options := [name for name in ("use_dora", "lora_bias", "alora_invocation_tokens") if content.get(name)]:
-        raise ValueError(
-            f"{path.with_name('adapter_config.json')}: {options[0]} makes it more than an update of weights"
-        )
-    config = LoraConfig.from_pretrained(str(path.parent))
-    with new_folder(out) as folder, open_tensors(path) as file:
-        pairs, others = _pairs(path, file)
-        updates = []
-        for a, b in progress_bar(pairs.items(), len(pairs), "import", progress):
-            try:
-                updates.append(_update(a, file.get_tensor(b), file.get_tensor(a), config, is_transposed))
-            except ValueError as error:
-                raise ValueError(f"{path}: {a!r}: {error}") from None
-        write_adapter(folder, _flora_config(config), updates, {key: file.get_tensor(key) for key in others})
-    return f"{out}: {summary(updates)}"
-
-
-def _pairs(path: Path, file: safe_open) -> tuple[dict[str, str], list[str]]:
-    """The key of each A with the key of its B, and all other keys."""
-    keys = list(file.keys())
-    pairs = {
-        key: key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
-        for key in keys
-        if key.endswith((".lora_A.weight", ".lora_embedding_A"))
-    }
-    if missing := [key for pair in pairs.items() for key in pair if key not in keys]:
-        raise ValueError(f"{path}: {missing[0]!r} is missing")
-    others = [key for key in keys if key not in pairs and key not in pairs.values()]
-    if not pairs or (strange := [key for key in others if "lora_" in key]):
-        raise ValueError(f"{path} is not a plain LoRA: it has {(strange if pairs else keys)[:1]}")
-    return pairs, others
-
-
-def _update(key: str, b: Tensor, a: Tensor, config: LoraConfig, is_transposed: bool) -> Update:
-    """The update of PEFT's tensors A and B; ``key`` is A's."""
-    stem = key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
-    module, *inner = stem.split(".base_layer")
-    if any(inner):
-        raise ValueError("a weight inside an attention layer cannot be imported")
-    raw = [name for name in config.target_parameters or () if f".{module}".endswith(f".{name.rpartition('.')[0]}")]
-    if raw:  # PEFT's last one is the outermost
-        parameter = raw[len(raw) - 1 - len(inner)].rpartition(".")[2]
-        path = module + ".base_layer" * (len(raw) - 1 - len(inner))
-        site = Site(RAW, module, parameter, path, is_transposed=is_transposed)
-    else:
-        linear = LINEAR_TRANSPOSED if config.fan_in_fan_out else LINEAR
-        site = Site(EMBEDDING if key.endswith("lora_embedding_A") else linear if a.ndim == 2 else CONV, module)
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, site.name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, site.name), config.lora_alpha)
-    scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    if a.shape[0] % rank or b.ndim < 2 or a.shape[0] != b.shape[1] or (not raw and a.shape[0] != rank):
-        raise ValueError(f"shapes {list(a.shape)} and {list(b.shape)} are not those of rank {rank}")
-    if a.shape[0] != rank:
-        core, factors = from_stack(a, b, rank, is_transposed)
-    else:
-        core, factors = from_product(b.flatten(1), a, transposed=site.kind.input_first)
-    return Update(site, core, tuple(factors), scale)
-
-
-def _flora_config(config: LoraConfig) -> FloraConfig:
-    return FloraConfig(
-        r=1,
-        target_modules=config.target_modules,
-        target_parameters=config.target_parameters,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        bias=config.bias.replace("lora_only", "flora_only"),
-        trainable_token_indices=config.trainable_token_indices,
-        modules_to_save=config.modules_to_save,
-        **{name: getattr(config, name) for name in COMMON},
-    )

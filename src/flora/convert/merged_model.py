@@ -11,7 +11,9 @@ from torch import Tensor
 from flora.convert.adapter import PREFIX, Adapter, Update
 from flora.convert.checkpoint import Checkpoint, MissingWeight, full_key, split_key
 from flora.files import WEIGHTS
+from flora.layers import kinds
 from flora.layers.cost import LOW_PRECISION
+from flora.layers.sites import Site
 
 FLOATS = (torch.float64, torch.float32, *LOW_PRECISION)
 
@@ -129,8 +131,7 @@ class MergedModel:
     def _add(self, update: Update) -> None:
         """Add an update to the entries of its weight."""
         file, layer = self.adapter.folder / WEIGHTS, update.site.name
-        if not all(torch.isfinite(tensor).all() for tensor in (update.core, *update.factors)):
-            raise ValueError(f"{file}: layer {layer!r}, shape {list(update.shape)}: core or factors are not finite")
+        self._check_modes(update)
         probe = torch.empty(update.shape, device="meta")
         for key, piece in self._pieces(full_key(update.site.module, update.site.parameter), probe).items():
             entry = self.entries[key]
@@ -145,6 +146,21 @@ class MergedModel:
                     f"layers {entry.update.site.name!r} and {layer!r} are both {key!r} of {self.base.source}"
                 )
             entry.update, entry.whole = update, piece is probe
+
+    def _check_modes(self, update: Update) -> None:
+        """Raise ValueError if the base's config tells another order of the weight's modes than the adapter."""
+        site = update.site
+        try:
+            layer = self.base.model.get_submodule(site.module)
+            kind, shape = kinds.describe(layer, site.parameter)
+        except (AttributeError, ValueError):  # no config, or other names than the adapter's: the files' names decide
+            return
+        actual = Site.of(layer, kind, site.module, site.parameter).modes(shape)
+        if shape == update.shape and actual != site.modes(shape):
+            raise ValueError(
+                f"layer {site.name!r}, shape {list(shape)}: the update in {self.adapter.folder / WEIGHTS} is for "
+                f"{site.modes(shape)}, {self.base.source} has {actual}; was it imported without base=?"
+            )
 
     def _check_dtype(self, key: str, entry: Entry) -> None:
         if entry.dtype not in FLOATS:

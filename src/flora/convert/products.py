@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flora import tucker
-from flora.convert.adapter import Adapter, Update
+from flora.convert.adapter import Adapter, Update, finite
 from flora.layers.kinds import output_mode
 from flora.layers.sites import Site
 
@@ -25,7 +25,10 @@ Product = tuple[Tensor, Tensor]
 
 
 def product(update: Update) -> Product:
-    """B (out, q) and A (q, in, k …), with the scale in B. Of a stack of matrices: (out, q, e) and (q, e, in)."""
+    """B (out, q) and A (q, in, k …), with the scale in B. Of a stack of matrices: (out, q, e) and (q, e, in).
+
+    Raises ValueError if they are not finite in the update's dtype.
+    """
     kind = update.site.kind
     core, factors = update.scaled_space()
     if kind.lora_form == "parameter" and core.ndim == 3:
@@ -33,7 +36,9 @@ def product(update: Update) -> Product:
     else:
         mode = 0 if kind.lora_form == "parameter" else output_mode(kind.roles)
         left, right = tucker.as_product(core, factors, mode)
-    return left.to(update.dtype), right.to(update.dtype)
+    pair = left.to(update.dtype), right.to(update.dtype)
+    finite(f"layer {update.site.name!r}", dict(zip("BA", pair, strict=True)))
+    return pair
 
 
 def _stack_product(core: Tensor, factors: list[Tensor], is_transposed: bool) -> Product:

@@ -109,6 +109,19 @@ def add_updates(weight: Tensor, spaces: Iterable[tuple[Tensor, Sequence[Tensor]]
     return total.to(weight.dtype)
 
 
+def is_finite(core: Tensor, factors: Sequence[Tensor]) -> bool:
+    """Whether ``core ×_1 factors[0] …`` is finite in float32 at least. It is formed only where a bound can't tell."""
+    wide = torch.promote_types(core.dtype, torch.float32)
+    core, *factors = (tensor.detach().to(wide) for tensor in (core, *factors))
+    bound = core.abs().sum().item()
+    for factor in factors:
+        bound *= max(1.0, factor.abs().max().item())  # at least 1: no intermediate product may overflow either
+    if bound < torch.finfo(wide).max / 2:
+        return all(bool(torch.isfinite(factor).all()) for factor in factors)
+    with torch.autocast(core.device.type, enabled=False):
+        return bool(torch.isfinite(tucker.reconstruct(core, factors)).all())
+
+
 def drop_ranks(factors: Sequence[Tensor], mode: int, p: float) -> list[Tensor]:
     """The factors with each rank of one mode dropped with probability ``p``, the others scaled up to make up for it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -52,7 +52,13 @@ class Site:
 
     @classmethod
     def from_dict(cls, name: str, facts: dict[str, Any]) -> Site:
-        """The inverse of ``to_dict``. Raises TypeError or ValueError for facts that ``to_dict`` does not write."""
+        """The inverse of ``to_dict``. Raises ValueError for facts that ``to_dict`` does not write."""
+        if not isinstance(facts, dict):
+            raise ValueError(f"{name!r} has {facts!r}; a dictionary is needed")
+        types = {field.name: str if field.default is MISSING else type(field.default) for field in fields(cls)}
+        for key, value in facts.items():
+            if type(value) is not types.get(key):
+                raise ValueError(f"{name!r} has {key}={value!r}")
         return cls(**{"module": name, **facts, "kind": kind_named(facts.get("kind", LINEAR.name))})
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,3 +83,8 @@ class Site:
     def depth(self) -> int:
         """The number of wrapped weights of the same module that come before it."""
         return (len(self.stem) - len(re.sub(r"(\.base_layer)+$", "", self.stem))) // len(".base_layer")
+
+    def modes(self, shape: tuple[int, ...]) -> str:
+        """Kind of layer and order of the modes, "Conv1D (in × out)": where sizes are equal, no shape tells them."""
+        transposed = ", transposed" if self.is_transposed and len(shape) > 2 else ""
+        return f"{self.kind.name} ({' × '.join(self.kind.roles_of(shape))}{transposed})"

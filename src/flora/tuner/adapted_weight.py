@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.layers import kinds
-from flora.layers.core_space import CoreSpace, add_updates, drop_ranks
+from flora.layers.core_space import CoreSpace, add_updates, drop_ranks, is_finite
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
@@ -219,11 +219,10 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def _check_numbers(self, adapters: Sequence[str]) -> None:
         for adapter in adapters:
-            space = self.space(adapter)
-            if not all(torch.isfinite(tensor).all() for tensor in (space.core, *space.factors)):
+            if not is_finite(*self._scaled(adapter)):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
-                    f"layer {self.name!r}, shape {list(self.weight_shape)}, its core or factors are not finite"
+                    f"layer {self.name!r}, shape {list(self.weight_shape)}, its update is not finite"
                 )
 
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:

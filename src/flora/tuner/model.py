@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,6 +39,18 @@ class FloraModel(BaseTuner):
 
     # ------------------------------------------------------------------------------------------------- injection
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. A state_dict may name other layers than the config: then the config names these afterwards."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if kwargs.get("state_dict") is not None:
+            wrapped = {layer.name for layer in self._layers() if adapter_name in layer.tucker_space}
+            if wrapped != {row.name for row in config.plan.rows}:
+                keys = list(dict.fromkeys(layer.site.module for layer in self._layers() if layer.name in wrapped))
+                config.plan = make_plan(self.model, config, keys=keys)
+                config.target_modules = "|".join(map(re.escape, keys))
+                config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config = super()._prepare_adapter_config(peft_config, model_config)
@@ -51,7 +64,7 @@ class FloraModel(BaseTuner):
         # PEFT has its own error for names that match nothing, but does not know our shorthands
         made = plan(model, peft_config) if shorthand else make_plan(model, peft_config)
         if peft_config.saved_shapes is not None:
-            check_saved(made, peft_config.saved_shapes)
+            check_saved(made, peft_config)
         if shorthand:
             peft_config.target_modules = {row.target for row in made.rows if not row.raw}
         peft_config.plan = made

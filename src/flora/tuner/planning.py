@@ -167,16 +167,19 @@ def _paths(targets: list[Target]) -> list[str]:
     return [path(target) for target in targets]
 
 
-def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless an adapter's file has exactly the core spaces of the plan."""
+def check_saved(made: Plan, config: FloraConfig) -> None:
+    """Raise ValueError unless the adapter that is being loaded has exactly the core spaces of the plan."""
+    saved = config.saved_shapes or {}
+    _check_modes(made, config.weights or {})
     expected: dict[str, tuple[tuple[int, ...], PlannedWeight]] = {}
     for row in made.rows:
         stem = f"{row.site.stem}.tucker_space."
         expected[stem + "core"] = (row.ranks, row)
         expected |= {f"{stem}factor_{n}": (pair, row) for n, pair in enumerate(zip(row.shape, row.ranks, strict=True))}
+        expected[stem + "scale"] = ((), row)
     if not expected.keys() & saved.keys():  # PEFT renames the modules of older base models
         needed = Counter((key.rpartition(".")[2], shape) for key, (shape, _) in expected.items())
-        if needed == Counter((key.rpartition(".")[2], s) for key, s in saved.items() if not key.endswith(".scale")):
+        if needed == Counter((key.rpartition(".")[2], shape) for key, shape in saved.items()):
             return
     for key, (shape, row) in expected.items():
         if saved.get(key) != shape:
@@ -186,10 +189,24 @@ def check_saved(made: Plan, saved: dict[str, tuple[int, ...]]) -> None:
                 f"shape {list(row.shape)} at ranks {list(row.ranks)} needs {list(shape)}; was it trained on another "
                 "base model?"
             )
-    if extra := sorted(key for key in saved if key not in expected and not key.endswith(".scale")):
+    if extra := sorted(key for key in saved if key not in expected):
         raise ValueError(
             f"unexpected key {extra[0]!r} in the adapter's file: this base model has no such adapted weight"
         )
+
+
+def _check_modes(made: Plan, weights: dict[str, Any]) -> None:
+    """Raise ValueError if the modes of a weight are in another order than the adapter's config says. Where sizes are
+    equal no shape tells it, and ``import lora`` may have guessed it."""
+    for row in made.rows:
+        if facts := weights.get(row.name):
+            site = Site.from_dict(row.name, facts)
+            theirs, ours = (f"{one.modes(row.shape)} at {one.stem!r}" for one in (site, row.site))
+            if theirs != ours:
+                raise ValueError(
+                    f"layer {row.name!r}, shape {list(row.shape)}: the adapter is for {theirs}, the model has {ours}; "
+                    "was it trained on another base model, or imported without base=?"
+                )
 
 
 def count_base_parameters(model: nn.Module) -> int:
