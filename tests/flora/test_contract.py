@@ -88,15 +88,50 @@ def test_forward_and_gradients_are_those_of_the_dense_weight(case, execution):
 @pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
 def test_merge_and_unmerge(case, execution, safe):
     model, base, args = build(case, execution=execution)
-    before, weights = first(model(*args)), [layer.base_parameter.clone() for layer in layers(model)]
+    before = first(model(*args))
+    weights = [(layer.base_parameter, layer.base_parameter.clone()) for layer in layers(model)]
     model.merge_adapter(safe_merge=safe)
     torch.testing.assert_close(first(model(*args)), before, **CLOSE)
     model.unmerge_adapter()
-    for layer, weight in zip(layers(model), weights, strict=True):
-        torch.testing.assert_close(layer.base_parameter.data, weight.data, **CLOSE)
+    for layer, (parameter, weight) in zip(layers(model), weights, strict=True):
+        assert layer.base_parameter is parameter and torch.equal(parameter, weight)
     merged = model.merge_and_unload(safe_merge=safe)
     assert not layers(merged) and type(merged.layer) is type(base)
     torch.testing.assert_close(first(merged(*args)), before, **CLOSE)
+
+
+@every_case
+def test_unmerging_gives_the_weight_back_to_the_bit_whatever_came_between(case):
+    model, *_ = build(case, torch.bfloat16)
+    weights = [layer.base_parameter.clone() for layer in layers(model)]
+
+    def unchanged():
+        return all(torch.equal(layer.base_parameter, w) for layer, w in zip(layers(model), weights, strict=True))
+
+    model.merge_adapter()
+    for layer in layers(model):
+        layer.set_scale("default", 0.5)
+    model.unmerge_adapter()
+    assert unchanged()
+
+    model.merge_adapter()
+    assert not unchanged()
+    for layer in layers(model):
+        for p in layer.space("default").parameters():
+            p.data.add_(0.1)
+    model.unmerge_adapter()
+    assert unchanged()
+
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("other", config(case))
+    assert unchanged()
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        model.merge_adapter(["other"])
+    assert all(len({space.scale.item() for space in layer.tucker_space.values()}) == 1 for layer in layers(model))
+    with model.disable_adapter():
+        assert unchanged()
 
 
 @every_case

@@ -37,10 +37,6 @@ def _plain_lookup(layer: Any) -> bool:
     return layer.max_norm is None and not layer.scale_grad_by_freq and getattr(layer, "mode", "mean") != "max"
 
 
-def _rescales_rows(layer: Any) -> bool:
-    return layer.max_norm is not None
-
-
 def _clear_padding_row(layer: Any, space: CoreSpace) -> None:
     """The padding row never learns, so its update must start at zero."""
     if layer.padding_idx is not None and not space.core.is_meta:
@@ -59,7 +55,6 @@ class Kind:
         weights: parameter names to adapt, primary weight first.
         factorable: whether a layer's options allow the factored execution.
         scales_output: whether a layer with a forward of its own only multiplies its class's output.
-        changes_weight: whether a forward may overwrite the weight, so that merging must keep a copy.
         after_start: what a fresh core space of this layer needs beyond its start.
         is_matrix: whether it is a linear layer, for "all-linear" and PEFT's own converter.
         input_name: the name of the forward's first argument.
@@ -77,7 +72,6 @@ class Kind:
     rest: str = "kernel"
     factorable: Callable[[nn.Module], bool] = _always
     scales_output: Callable[[nn.Module], bool] = _never
-    changes_weight: Callable[[nn.Module], bool] = _never
     after_start: Callable[[nn.Module, CoreSpace], None] = _nothing
     is_matrix: bool = False
     input_name: str = "input"
@@ -163,7 +157,6 @@ EMBEDDING = Kind(
     beside.embedding,
     factorable=_plain_lookup,
     scales_output=lambda layer: hasattr(layer, "embed_scale"),
-    changes_weight=_rescales_rows,
     after_start=_clear_padding_row,
     lora_form="embedding",
 )
@@ -173,7 +166,6 @@ EMBEDDING_BAG = Kind(
     ("in", "out"),
     beside.embedding_bag,
     factorable=_plain_lookup,
-    changes_weight=_rescales_rows,
     after_start=_clear_padding_row,
 )
 BILINEAR = Kind("Bilinear", (nn.Bilinear,), ("out", "in", "in"), input_name="input1")

@@ -50,7 +50,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         self.tucker_dropout: dict[str, float] = {}
         self.tucker_execution: dict[str, str] = {}
         self.merged_adapters: list[str] = []
-        self._kept: list[nn.Parameter] = []  # a list, or torch would count it among the layer's parameters
+        self._kept: list[Tensor] = []  # the weight before a merge; a list, or torch would count it among our parameters
         self._active_adapter: list[str] = []
         if self.kind is not RAW:  # PEFT's names for them, whatever the kind of layer
             self.in_features, self.out_features = kinds.features(self.get_base_layer(), self.weight_shape, self.roles)
@@ -90,6 +90,11 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         """The frozen weight itself, (I_1, …, I_N)."""
         return getattr(owner(self.get_base_layer(), self.parameter_name), leaf(self.parameter_name))
 
+    @property
+    def frozen_weight(self) -> Tensor:
+        """The weight without any update, even while updates are merged into ``base_parameter``."""
+        return self._kept[0] if self._kept else self.base_parameter
+
     # ----------------------------------------------------------------------------------------------------- adapters
 
     def update_layer(
@@ -110,14 +115,15 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             init: a key of ``starts.STARTS``.
             execution: as ``kinds.possible`` gives it for this layer.
         """
-        weight, layer = self.base_parameter, self.get_base_layer()
+        weight, layer = self.frozen_weight, self.get_base_layer()
         if not self.tucker_space:
             self._active_adapter = [adapter_name]
         output_mode = kinds.output_mode(self.roles)
         if scale == "auto":
             with gather_params_ctx(weight):
                 scale = 1.0 if weight.is_meta else unified_scale(weight, ranks, output_mode, init)
-        space = CoreSpace(self.weight_shape, ranks, float(scale), device=weight.device, dtype=weight.dtype)
+        device = self.base_parameter.device
+        space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=weight.dtype)
         start(space, init, output_mode)
         self.kind.after_start(layer, space)
         self.tucker_space[adapter_name] = space
@@ -186,24 +192,29 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""
         return self.space(adapter).delta() * self.tucker_scaling[adapter]
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
         """Add the updates of the given (else the active) adapters to the weight.
 
         The sum is formed in float32 at least and rounded once. Raises ValueError, and leaves the weight as it was, if
         an update is not finite; with ``safe_merge`` also if the merged weight is not.
+
+        The weight as it was stays in the computer's memory, never an accelerator's, for ``unmerge`` to put back: it
+        takes as many bytes as the weight. Without ``keep``, as in ``merge_and_unload``, it does not.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
-        if names:
-            keep = not self._kept and (self.shared or self.kind.changes_weight(self.get_base_layer()))
-            merged = self._merged_weight(names, safe_merge, in_place=not (keep or safe_merge))
-            if keep:
-                # other holders must not see the merged weight; and subtracting does not bring back a weight that the
-                # layer itself has changed since
-                self._kept = [self.base_parameter]
-                self._replace_parameter(nn.Parameter(merged, requires_grad=self.base_parameter.requires_grad))
-            else:
-                self.base_parameter.data = merged
-            self.merged_adapters.extend(names)
+        if not names:
+            return
+        weight, merged_before = self.base_parameter, bool(self._kept)
+        alone = not self.shared or merged_before  # else other holders must not see the merged weight
+        kept = [] if merged_before or not keep else [weight.data.cpu() if alone else weight]
+        free = alone and all(before.device != weight.device for before in kept)
+        merged = self._merged_weight(names, safe_merge, in_place=free and not safe_merge)
+        if alone:
+            weight.data = merged
+        else:
+            self._replace_parameter(nn.Parameter(merged, requires_grad=weight.requires_grad))
+        self._kept += kept
+        self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def _merged_weight(self, adapters: Sequence[str], safe_merge: bool, in_place: bool = False) -> Tensor:
@@ -217,6 +228,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             )
         return merged
 
+    @torch.no_grad()
     def _check_numbers(self, adapters: Sequence[str]) -> None:
         for adapter in adapters:
             if not is_finite(*self._scaled(adapter)):
@@ -235,17 +247,17 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the merged updates out of the weight again."""
+        """Put back the weight as it was before the first merge, to the bit: whatever has become of the adapters."""
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters = []
+        kept = self._kept.pop()
+        if isinstance(kept, nn.Parameter):
+            self._replace_parameter(kept)
         else:
-            names, self.merged_adapters = self.merged_adapters, []
-            if self._kept:
-                self._replace_parameter(self._kept.pop())
-            else:
-                scaled = (self._scaled(name) for name in self._present(names))
-                spaces = [(-core, factors) for core, factors in scaled]
-                self.base_parameter.data = add_updates(self.base_parameter.data, spaces, in_place=True)
+            weight = self.base_parameter
+            weight.data = kept.to(weight.device, weight.dtype)
 
     def _replace_parameter(self, parameter: nn.Parameter) -> None:
         holder = owner(self.get_base_layer(), self.parameter_name)
@@ -258,7 +270,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         layer: nn.Module = self
         while isinstance(layer, AdaptedWeight):
             if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
             layer = layer.base_layer
         return layer
 
