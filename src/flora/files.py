@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHT_FILES = (WEIGHTS, "adapter_model.bin")
+PENDING = "adapter_config.pending.json"  # beside an adapter while its files are replaced
 
 # ---------------------------------------------------------------------------------------------- path or name on the hub
 
@@ -138,6 +143,67 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------- replacing whole adapters
+
+
+@contextmanager
+def replace_adapters(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder for one or more adapters, in which each has a folder. At the end their files replace
+    those in ``folder``, unless an error was raised. Other files in ``folder`` stay.
+
+    Whenever the process is killed, ``folder`` holds the old adapter or the new one. The renaming of the weights decides
+    which: until then the config is the old one, and afterwards ``finish_replacing`` finds the new one in ``PENDING``.
+    """
+    folder = user_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.save"):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = folder / f".{os.getpid()}-{secrets.token_hex(4)}.save"  # inside: folder may be a file system of its own
+    temporary.mkdir()
+    try:
+        yield temporary
+        for config in sorted(temporary.rglob(CONFIG)):
+            _replace_adapter(config.parent, folder / config.parent.relative_to(temporary))
+        for path in sorted(temporary.iterdir()):  # the model card
+            if path.is_file():
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_adapter(new: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = next(new / name for name in WEIGHT_FILES if (new / name).is_file())
+    config, old = new / CONFIG, folder / CONFIG
+    if old.is_file() and old.read_bytes() != config.read_bytes():
+        pending = {"file": weights.name, "sha256": _digest(weights), "config": config.read_text()}
+        with replace_file(folder / PENDING) as path:
+            path.write_text(json.dumps(pending))
+    os.replace(weights, folder / weights.name)
+    os.replace(config, old)
+    for name in (PENDING, *(name for name in WEIGHT_FILES if name != weights.name)):
+        (folder / name).unlink(missing_ok=True)  # PEFT would read the old weights of the other format
+
+
+def finish_replacing(folder: Path) -> None:
+    """Put the config that belongs to the weights in its place, if a process was killed between the two."""
+    pending = folder / PENDING
+    if not pending.is_file():
+        return
+    content = read_json(pending)
+    weights = folder / str(content.get("file"))
+    if weights.name in WEIGHT_FILES and weights.is_file() and _digest(weights) == content.get("sha256"):
+        with replace_file(folder / CONFIG) as path:
+            path.write_text(str(content.get("config")))
+        pending.unlink(missing_ok=True)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

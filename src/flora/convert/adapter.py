@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flora.files import WEIGHTS, from_hub, local_path, open_tensors, read_json, save_tensors
+from flora.files import CONFIG, WEIGHTS, finish_replacing, from_hub, local_path, open_tensors, read_json, save_tensors
 from flora.layers.core_space import add_updates, is_finite
 from flora.layers.sites import Site
 from flora.ranks import parameter_count
@@ -98,7 +98,8 @@ class Adapter:
             ValueError: naming file, key and shape, if it is not a whole FLoRA adapter.
         """
         folder = adapter_folder(source)
-        path = folder / "adapter_config.json"
+        finish_replacing(folder)
+        path = folder / CONFIG
         read_config(folder, "FLORA")
         config = FloraConfig.from_pretrained(str(folder))
         if not config.weights:
@@ -198,7 +199,7 @@ def adapter_folder(source: str | Path) -> Path:
 
 def read_config(folder: Path, peft_type: str) -> dict[str, Any]:
     """The ``adapter_config.json`` of a PEFT adapter. Raises ValueError if its type is not ``peft_type``."""
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     try:
         content = read_json(path)
     except ValueError as error:

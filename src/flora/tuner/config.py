@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from peft import PeftConfig
 
-from flora.files import replace_file, saved_shapes
+from flora.files import finish_replacing, replace_file, saved_shapes
 from flora.layers.cost import EXECUTIONS
 from flora.layers.starts import STARTS
 from flora.tuner.peft_compat import FLORA
@@ -177,6 +177,7 @@ class FloraConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> FloraConfig:
         """As PEFT's. Raises ValueError if the adapter's file is broken, or is no FLoRA adapter."""
+        finish_replacing(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         # A file that is broken, or of another base model, must be refused before any layer is wrapped. Only here does
         # PEFT tell a tuner the path that it will load.

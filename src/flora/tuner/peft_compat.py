@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
+import shutil
+from pathlib import Path
 from typing import Any, Union
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -18,6 +24,8 @@ from peft.utils.integrations import gather_params_ctx, init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from peft.utils.peft_types import PeftType
 from peft.utils.save_and_load import load_peft_weights
+
+from flora.files import replace_adapters
 
 PREFIX = "tucker_"
 # PEFT 0.20 saves trained biases only for its own LoRA
@@ -60,6 +68,30 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
         name="flora", config_cls=config_cls, model_cls=model_cls, prefix=PREFIX, is_mixed_compatible=True
     )
     _join_mixed_model(config_cls, model_cls, layer_cls)
+    _save_whole()
+
+
+def _save_whole() -> None:
+    """Make ``PeftModel.save_pretrained`` replace a FLORA adapter whole or not at all, whenever the process is killed.
+    PEFT writes weights and config over the old ones, one after the other. Other methods' adapters are saved as before.
+    """
+    save, model_card = PeftModel.save_pretrained, "README.md"
+    signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: PeftModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        selected = given.get("selected_adapters") or self.peft_config
+        ours = any(getattr(self.peft_config.get(name), "peft_type", None) == FLORA for name in selected)
+        if not ours or not given.get("is_main_process", True) or os.path.isfile(save_directory):
+            return save(self, save_directory, *args, **kwargs)
+        with replace_adapters(save_directory) as folder:
+            card = Path(save_directory, model_card)
+            if card.is_file():  # PEFT updates it
+                shutil.copy(card, folder)
+            save(self, str(folder), *args, **kwargs)
+
+    PeftModel.save_pretrained = save_pretrained
 
 
 def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> None:
