@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flora.layers.core_space import CoreSpace
     from flora.tuner.config import FloraConfig
-    from flora.tuner.gradient import initialize
+    from flora.tuner.initialize import initialize
     from flora.tuner.hotswap import hotswap
     from flora.tuner.layer import FloraLayer
     from flora.tuner.model import FloraModel
@@ -32,7 +32,7 @@ _HOMES = {
     "FloraModel": "tuner.model",
     "Initialize": "tuner.trainer",
     "hotswap": "tuner.hotswap",
-    "initialize": "tuner.gradient",
+    "initialize": "tuner.initialize",
     "plan": "tuner.planning",
 }
 

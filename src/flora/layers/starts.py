@@ -39,7 +39,7 @@ def unified_scale(weight: Tensor, ranks: Sequence[int], output_mode: int, init: 
     """``scale="auto"``: one rule for every start and backbone, in place of the paper's s in {0.04, 0.4, 4}.
 
     With it, the first step of a learning rate η moves the weight by c · η · √q of its own size, where q is the smaller
-    of r_o and the product of the other ranks, and c is ``GROWTH``, or 1 for a data start. For ``init="factor"`` that
+    of r_o and the product of the other ranks, and c is ``GROWTH``, or 1 for the gradient start. For ``init="factor"`` that
     is s = c · rms(W) · √F.
 
     A weight of zeros has no size of its own, and counts as one drawn with variance 1 / F. A large weight is sampled at
@@ -76,11 +76,13 @@ class Start:
         fill: fills a core space, given its output mode.
         reach: (shape, ranks, output mode) -> rms(delta) at s = 1 when the entries of the zero part are ±1.
         growth: the c of ``scale="auto"``.
+        from_data: whether ``flora.initialize`` fills it anew.
     """
 
     fill: Callable[[CoreSpace, int], None]
     reach: Callable[[Sequence[int], Sequence[int], int], float]
     growth: float = GROWTH
+    from_data: bool = False
 
 
 def orthonormal_(matrix: Tensor) -> None:
@@ -148,8 +150,10 @@ def _reach_of_core(shape: Sequence[int], ranks: Sequence[int], output_mode: int)
 STARTS = {
     "core": Start(_core, _reach_of_core),
     "factor": Start(_factor, _reach_of_factor),
-    # like "factor" until flora.initialize has seen a batch; each step then follows the loss, and needs to be shorter
-    "gradient": Start(_factor, _reach_of_factor, growth=1.0),
+    # like "factor" until flora.initialize has seen a batch
+    "activations": Start(_factor, _reach_of_factor, from_data=True),
+    # each step then follows the loss, and needs to be shorter
+    "gradient": Start(_factor, _reach_of_factor, growth=1.0, from_data=True),
     "official": Start(_official, lambda shape, ranks, output_mode: 3 ** (-len(shape) / 2)),
     "official-normal": Start(_official_normal, lambda shape, ranks, output_mode: prod(0.02 * r**0.5 for r in ranks)),
     "random": Start(_random, _reach_of_factor),

@@ -72,8 +72,9 @@ class FloraConfig(PeftConfig):
     init: str = field(
         default="factor",
         metadata={
-            "help": "'core' (the paper: core zero), 'factor' (LoRA's: output factor zero), 'gradient' (see "
-            "flora.initialize), 'official' (the authors' kaiming). A fresh adapter changes no output with any of them."
+            "help": "'core' (the paper: core zero), 'factor' (LoRA's: output factor zero), 'gradient' and "
+            "'activations' (from data: see flora.initialize), 'official' and 'official-normal' (the authors'). A fresh "
+            "adapter changes no output with any of them."
         },
     )
     init_weights: bool = field(

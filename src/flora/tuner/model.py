@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flora.layers.starts import STARTS
 from flora.tuner.adapted_weight import AdaptedWeight
 from flora.tuner.combine import check_combination, combined_config, fill, summed
 from flora.tuner.config import FloraConfig
@@ -145,12 +146,12 @@ class FloraModel(BaseTuner):
         """Once, at the first training forward."""
         self._start_checked = True
         configs = {name: self.peft_config[name] for name in self.active_adapters}
-        waiting = [n for n, config in configs.items() if config.init == "gradient" and config.saved_shapes is None]
-        for name in waiting:
+        fresh = [name for name, config in configs.items() if config.saved_shapes is None]
+        for name in [name for name in fresh if STARTS[configs[name].init].from_data]:
             if not all(layer.space(name).started for layer in self._layers() if name in layer.tucker_space):
                 warnings.warn(
-                    f"adapter {name!r} has init='gradient' and starts at random, because no data start was made: call "
-                    "flora.initialize(model, batches), or give the Trainer callbacks=[flora.Initialize()]",
+                    f"adapter {name!r} has init={configs[name].init!r} and starts at random, because no data start was "
+                    "made: call flora.initialize(model, batches), or give the Trainer callbacks=[flora.Initialize()]",
                     stacklevel=2,
                 )
 

@@ -16,7 +16,7 @@ from flora_lab.analysis.fields import Row
 from flora_lab.methods import METHODS
 
 OURS = "flora"
-STARTS = ("core", "factor", "gradient", "official")  # values of FLoRA's option `init`
+STARTS = ("core", "factor", "activations", "gradient", "official")  # values of FLoRA's option `init`
 COLOURS = {  # colour and marker of a method, or of a method and its start
     "full": ("#737373", "s"),
     "head": ("#7f7f7f", "v"),
@@ -43,6 +43,7 @@ COLOURS = {  # colour and marker of a method, or of a method and its start
     "flora": ("#d55e00", "o"),
     "flora-core": ("#c0392b", "d"),
     "flora-factor": ("#b5673a", "8"),
+    "flora-activations": ("#b8457a", "p"),
     "flora-gradient": ("#d04a5b", ">"),
     "flora-official": ("#a8574f", "*"),
 }

@@ -11,6 +11,7 @@ from torch import nn
 
 import flora as library
 from flora import FloraConfig, FloraLayer
+from flora.layers.starts import STARTS
 from flora_lab.methods.budget import too_small
 from flora_lab.methods.common import AdaptedModel, Request, shortened
 from flora_lab.methods.with_peft import peft_model
@@ -35,7 +36,7 @@ def flora(request: Request, **options: Any) -> AdaptedModel:
         if config.budget:
             _check_budget(request, fields)
         raise
-    start = partial(_start_from_gradient, model) if config.init == "gradient" else None
+    start = partial(_start_from_data, model) if STARTS[config.init].from_data else None
     return AdaptedModel(model, [f"ranks {_ranks(model)}"], start=start)
 
 
@@ -55,5 +56,5 @@ def _ranks(model: nn.Module) -> str:
     return shortened([f"{ranks} ({count})" for ranks, count in counts.most_common()])
 
 
-def _start_from_gradient(model: nn.Module, batches: Iterable[dict]) -> None:
+def _start_from_data(model: nn.Module, batches: Iterable[dict]) -> None:
     library.initialize(model, batches, loss=lambda model, batch: model(**batch)["loss"])
