@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flora.layers.core_space import CoreSpace
     from flora.tuner.config import FloraConfig
-    from flora.tuner.initialize import initialize
     from flora.tuner.hotswap import hotswap
+    from flora.tuner.initialize import initialize
     from flora.tuner.layer import FloraLayer
     from flora.tuner.model import FloraModel
     from flora.tuner.planning import plan

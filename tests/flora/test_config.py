@@ -53,7 +53,10 @@ def saved(tmp_path):
         ({"scale": 0}, "got 0"),
         ({"scale": float("inf")}, "got inf"),
         ({"scale_pattern": {"a": "x"}}, r"scale_pattern\['a'\]"),
-        ({"init": "zeros"}, "init must be one of core, factor, gradient, official, official-normal, got 'zeros'"),
+        (
+            {"init": "zeros"},
+            "must be one of core, factor, activations, gradient, official, official-normal, got 'zeros'",
+        ),
         ({"init_weights": "core"}, "init_weights must be true or false"),
         ({"execution": "fast"}, "execution must be one of auto, factored, merged, got 'fast'"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),

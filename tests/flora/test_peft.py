@@ -310,9 +310,10 @@ def _train_sharded(rank: int, folder: Path) -> None:
         }
         if rank == 0:
             torch.save(state, folder / f"{how}.pt")
-    started = adapted(llama())
-    flora.initialize(nn.parallel.DistributedDataParallel(started), [own_batch(rank)], overwrite=True)
-    torch.save(spans(started), folder / f"start-{rank}.pt")
+    for init in ("gradient", "activations"):
+        started = adapted(llama(), init=init)
+        flora.initialize(nn.parallel.DistributedDataParallel(started), [own_batch(rank)], overwrite=True)
+        torch.save(spans(started), folder / f"{init}-{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -335,11 +336,17 @@ def test_two_processes_train_as_one(how, sharded):
 
 
 def test_two_processes_start_alike_from_the_batches_of_both(sharded):
-    model = adapted(llama())
+    model = adapted(llama(), init="gradient")
     flora.initialize(model, [own_batch(0), own_batch(1)], overwrite=True)
     for rank in range(2):
-        for mine, alone in zip(torch.load(sharded / f"start-{rank}.pt", weights_only=True), spans(model), strict=True):
+        file = sharded / f"gradient-{rank}.pt"
+        for mine, alone in zip(torch.load(file, weights_only=True), spans(model), strict=True):
             torch.testing.assert_close(mine, alone)
+
+
+def test_two_processes_have_equal_activation_starts(sharded):
+    first, second = (torch.load(sharded / f"activations-{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(*both) for both in zip(first, second, strict=True))
 
 
 def test_a_hot_swap_does_not_recompile(tmp_path):

@@ -167,7 +167,8 @@ def test_a_variant_of_a_method_is_one_of_its_own(tmp_path):
     job = with_methods(tmp_path, "flora")
     keys = yaml.safe_load(job[0].read_text())
     keys["methods"]["flora-core"] = {"method": "flora", "learning_rate": 1e-2, "options": {"init": "core"}}
-    keys["methods"]["flora-gradient"] = {"method": "flora", "learning_rate": 1e-2, "options": {"init": "gradient"}}
+    for init in ("activations", "gradient"):
+        keys["methods"][f"flora-{init}"] = {"method": "flora", "learning_rate": 1e-2, "options": {"init": init}}
     job[0].write_text(yaml.safe_dump(keys))
     result = flora_compare(*job, *SHORT, "comparison.seeds=[0]", "comparison.rates=[1]", "comparison.norms=2")
     assert result.exit_code == 0, result.output

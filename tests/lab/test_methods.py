@@ -303,8 +303,9 @@ def test_layers_are_left_out_that_a_method_would_get_wrong(way, layer, monkeypat
     assert same == taken
 
 
-def test_flora_can_start_from_gradients():
-    result, batch = adapted("flora", "resnet", init="gradient"), batch_of("resnet")
+@pytest.mark.parametrize("init", ["activations", "gradient"])
+def test_flora_can_start_from_data(init):
+    result, batch = adapted("flora", "resnet", init=init), batch_of("resnet")
     before = {key: tensor.clone() for key, tensor in result.model.state_dict().items()}
     expected = model_of("resnet")(**batch).logits
     result.start([batch])

@@ -26,7 +26,7 @@ class CoreSpace(nn.Module):
     """
 
     scale: Tensor
-    init = "factor"  # how it was to start, a key of ``starts.STARTS``
+    init = "factor"  # the config's, for a data start
     started = False  # whether a data start has filled it
 
     def __init__(

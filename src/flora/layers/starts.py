@@ -39,8 +39,8 @@ def unified_scale(weight: Tensor, ranks: Sequence[int], output_mode: int, init: 
     """``scale="auto"``: one rule for every start and backbone, in place of the paper's s in {0.04, 0.4, 4}.
 
     With it, the first step of a learning rate η moves the weight by c · η · √q of its own size, where q is the smaller
-    of r_o and the product of the other ranks, and c is ``GROWTH``, or 1 for the gradient start. For ``init="factor"`` that
-    is s = c · rms(W) · √F.
+    of r_o and the product of the other ranks, and c is ``GROWTH``, or 1 for the gradient start. For ``init="factor"``
+    that is s = c · rms(W) · √F.
 
     A weight of zeros has no size of its own, and counts as one drawn with variance 1 / F. A large weight is sampled at
     some 2¹⁶ evenly spread entries, which gives its root mean square to half a percent.

@@ -125,7 +125,6 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         device = self.base_parameter.device
         space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=weight.dtype)
         start(space, init, output_mode)
-        space.init = init
         self.kind.after_start(layer, space)
         self.tucker_space[adapter_name] = space
         self.tucker_scaling[adapter_name] = 1.0

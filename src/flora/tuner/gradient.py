@@ -1,6 +1,6 @@
 """``init="gradient"``: a start from the gradient of the loss over a few batches.
 
-For every adapted weight, D is the gradient of the mean loss, so the first step follows it as closely as the ranks allow.
+For every adapted weight, D is the gradient of the mean loss, so the first step follows it as well as the ranks allow.
 """
 
 from __future__ import annotations

@@ -29,17 +29,16 @@ def initialize(
     """Start the adapter's core spaces from ``batches``, in the way that its config's ``init`` names.
 
     ``init="activations"`` needs no labels. It starts from the directions in which the inputs of each layer vary (their
-    centred second moments), and leaves half of each rank random. It only runs the model forward. Each adapted layer
-    must be called in it: one whose weight is merely read by another module can't be seen, and is refused.
+    centred second moments), and leaves half of each rank random. The model only runs forward.
 
     Any other ``init``, above all "gradient", starts from the gradient of the loss. A head that has learned nothing
     yields a gradient that says nothing. So whatever else is trained (a new head in ``modules_to_save``, biases) is
     first trained for some steps, and put back in the end.
 
-    Both run the model in training mode, as the first step will: dropout and batch normalization act on a layer's inputs.
-    Its mode, gradients, running statistics and the state of the random numbers are as before afterwards. Weights are
-    taken one at a time; of long modes only thin projections are kept. In a distributed run every process passes batches
-    of its own, and all get the same start.
+    Both run the model in training mode, as the first step will: dropout and batch normalization act on what a layer
+    gets. Its mode, gradients, running statistics and the state of the random numbers are as before afterwards. Weights
+    are taken one at a time; of long modes only thin projections are kept. In a distributed run every process passes
+    batches of its own, and all get the same start.
 
     Args:
         model: with the adapter in it, not merged.

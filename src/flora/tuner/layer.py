@@ -37,7 +37,7 @@ class FloraLayer(AdaptedWeight):
         self.factorable = self.kind.can_factor(inner)
         self.fusable = self.factorable and self.kind.fused is not None and base_layer is inner
         self.batch_mode = batch_mode(inner)
-        self._weight_path = "base_layer." * depth + site.parameter  # as seen from base_layer
+        self.weight_path = "base_layer." * depth + site.parameter  # as seen from base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base layer's. ``adapter_names`` gives every sample of the batch an adapter of its own."""
@@ -64,7 +64,7 @@ class FloraLayer(AdaptedWeight):
             inside = [a for a in adapters if self._runs_merged(a)]
             beside = [a for a in adapters if a not in inside]
             if inside:
-                weight = {self._weight_path: self._weight_or_stand_in(inside)}
+                weight = {self.weight_path: self._weight_or_stand_in(inside)}
                 result = run_with_weights(self.base_layer, weight, args, {**kwargs, **inner})
             else:
                 result = self.base_layer(*args, **kwargs, **inner)

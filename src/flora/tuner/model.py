@@ -266,4 +266,5 @@ def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name
                 execution=weight.execution,
                 inference_mode=config.inference_mode,
             )
+            wrapped[weight.parameter].space(adapter_name).init = config.init
     setattr(unwrapped(parent), name, layer)

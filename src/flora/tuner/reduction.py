@@ -117,17 +117,16 @@ class Reduction:
         small = self._sum(-1)
         factors: Factors = [None] * len(self.ranks)
         inner: Factors = [None] * len(self.ranks)
-        for mode, rank in enumerate(self.ranks):
+        for mode, (rank, basis) in enumerate(zip(self.ranks, self.bases, strict=True)):
             if mode != self.output_mode:
-                basis = self.bases[mode]
-                factors[mode] = self._directions(mode, tucker.unfold(small, mode), rank, basis)
-                inner[mode] = factors[mode] if basis is None else basis.mT @ factors[mode]
+                factor = self._directions(mode, tucker.unfold(small, mode), rank, basis)
+                factors[mode], inner[mode] = factor, factor if basis is None else basis.mT @ factor
         unfolded = tucker.unfold(tucker.project(small, inner), self.output_mode)
         rank, width = self.ranks[self.output_mode], unfolded.shape[1]
         if rank <= width:
             return self._directions(self.output_mode, unfolded.mT, rank).mT, factors
         # the input modes tell no more directions apart: all of them, each spread over the rows
-        return torch.linalg.qr(self._random(self.output_mode, rank, width, unfolded)).Q, factors
+        return torch.linalg.qr(self._random(8 + self.output_mode, rank, width, unfolded)).Q, factors
 
     def _directions(self, mode: int, matrix: Tensor, rank: int, basis: Tensor | None = None) -> Tensor:
         """Orthonormal columns (I, rank): a share of the leading left singular vectors of ``basis · matrix``, completed
@@ -137,7 +136,7 @@ class Reduction:
         lengths = torch.linalg.vector_norm(leading.mT @ matrix, dim=1)
         leading = leading[:, lengths > torch.finfo(matrix.dtype).eps * max(matrix.shape) * lengths.max()]
         leading = leading if basis is None else basis @ leading
-        more = self._random(mode, size, rank - leading.shape[1], matrix)
+        more = self._random(8 + mode, size, rank - leading.shape[1], matrix)
         return torch.cat([leading, torch.linalg.qr(torch.cat([leading, more], 1)).Q[:, leading.shape[1] :]], 1)
 
 

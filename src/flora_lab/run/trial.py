@@ -27,7 +27,7 @@ from flora_lab.run.saved import round_trip, save
 from flora_lab.settings import Config
 from flora_lab.tasks import Examples, Task
 
-GRADIENT_BATCHES = 8
+START_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _batches(task: Task, examples: Examples, size: int, seed: int) -> Iterable[d
     """The first batches of training, for starts that need gradients."""
     shuffled = torch.Generator().manual_seed(seed)
     loader = DataLoader(examples, size, shuffle=True, generator=shuffled, collate_fn=task.collate)
-    return islice(loader, GRADIENT_BATCHES)
+    return islice(loader, START_BATCHES)
 
 
 def _norms(config: Config, variant: str, model: nn.Module) -> Norms | None:
