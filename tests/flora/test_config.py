@@ -1,6 +1,8 @@
 """Bad input to the config and bad files: one clear error, and nothing half done."""
 
+import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -53,6 +55,10 @@ def saved(tmp_path):
         ({"scale": 0}, "got 0"),
         ({"scale": float("inf")}, "got inf"),
         ({"scale_pattern": {"a": "x"}}, r"scale_pattern\['a'\]"),
+        (
+            {"scales": {"a": "auto"}},
+            "scales must be None or a dictionary of weights' names to numbers, got {'a': 'auto'}",
+        ),
         (
             {"init": "zeros"},
             "must be one of core, factor, activations, gradient, official, official-normal, got 'zeros'",
@@ -146,6 +152,10 @@ def whole_numbers(folder):
     change_weights(folder, lambda tensors: tensors.update({key: tensors[key].to(torch.int32)}))
 
 
+def not_finite(folder):
+    change_weights(folder, lambda t: t["base_model.model.2.tucker_space.core"].fill_(torch.inf))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -229,13 +239,90 @@ def test_hotswap_replaces_numbers_in_place_and_refuses_the_rest(saved, tmp_path_
     get_peft_model(net(), FloraConfig(r=4, target_modules=["0", "2"])).save_pretrained(larger)
     fewer = tmp_path_factory.mktemp("fewer")
     get_peft_model(net(), FloraConfig(r=2, target_modules=["0"])).save_pretrained(fewer)
+    broken = {}
+    for spoil in (truncated, whole_numbers, not_finite):
+        broken[spoil] = tmp_path_factory.mktemp(spoil.__name__)
+        shutil.copytree(saved, broken[spoil], dirs_exist_ok=True)
+        spoil(broken[spoil])
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    for folder, message in [(larger, r"shape \[4.* does not fit"), (fewer, "other layers")]:
+    for folder, message in [
+        (larger, r"shape \[4.* does not fit"),
+        (fewer, "other layers"),
+        (broken[truncated], "not a whole safetensors file"),
+        (broken[whole_numbers], "dtype I32"),
+        (broken[not_finite], "numbers in .* are not finite"),
+    ]:
         with pytest.raises(ValueError, match=message):
             flora.hotswap(model, folder, "default")
     with pytest.raises(ValueError, match="no FLoRA adapter 'absent'"):
         flora.hotswap(model, saved, "absent")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def loaded(folder):
+    """An adapter whose scale is neither its config's nor what "auto" comes to here."""
+    get_peft_model(net(), FloraConfig(r=2, target_modules=["0", "2"], init_weights=False, scale=3.0)).save_pretrained(
+        folder
+    )
+    change_config(folder, scale="auto", scales=None)
+    return PeftModel.from_pretrained(net(), folder)
+
+
+def loaded_into(folder):
+    loaded(folder)
+    model = get_peft_model(net(), FloraConfig(r=2, target_modules=["0", "2"]))
+    model.load_adapter(folder, "default")
+    return model
+
+
+def swapped_in(folder):
+    loaded(folder)
+    model = get_peft_model(net(), FloraConfig(r=2, target_modules=["0", "2"]))
+    flora.hotswap(model, folder)
+    return model
+
+
+def summed(folder):
+    model = loaded(folder)
+    model.add_adapter("other", FloraConfig(r=3, target_modules=["0", "2"], init_weights=False))
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum")
+    model.save_pretrained(folder, selected_adapters=["sum"])
+    return PeftModel.from_pretrained(net(), folder / "sum")
+
+
+def merged(folder):
+    model = loaded(folder)
+    model.merge_adapter()
+    return model
+
+
+def copied_numbers(source: nn.Module, target: nn.Module, name: str) -> None:
+    """As TRL does it: parameters, and nothing else, by their names."""
+    numbers = dict(source.named_parameters())
+    for key, p in target.named_parameters():
+        if f".{name}." in key:
+            p.data.copy_(numbers[key.replace(f".{name}.", ".default.")])
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning")
+@pytest.mark.parametrize("make", [loaded, loaded_into, swapped_in, summed, merged])
+def test_config_and_parameters_are_the_whole_adapter(make, tmp_path):
+    model = make(tmp_path).eval()
+    expected = model(X)
+    for name, config in [("same", model.peft_config["default"]), ("copy", copy.deepcopy(model.peft_config["default"]))]:
+        model.add_adapter(name, config)
+        copied_numbers(model, model, name)
+        model.set_adapter(name)
+        torch.testing.assert_close(model(X), expected)
+        model.set_adapter("default")
+    written = tmp_path / "written"
+    model.peft_config["default"].save_pretrained(written)
+    other = net()
+    other[2].weight.data.mul_(7.0)  # "auto" would come to another scale here
+    fresh = get_peft_model(other, FloraConfig.from_pretrained(written)).eval()
+    other[2].base_layer.weight.data.div_(7.0)
+    copied_numbers(model, fresh, "default")
+    torch.testing.assert_close(fresh(X), expected)
 
 
 def test_a_shared_weight_is_untied_by_a_merge_and_tied_again():

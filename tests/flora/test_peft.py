@@ -362,6 +362,27 @@ def test_a_hot_swap_does_not_recompile(tmp_path):
             torch.testing.assert_close(compiled(TOKENS).logits, expected)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 3]},
+    ],
+)
+def test_a_hot_swap_takes_what_a_file_may_hold(fields, tmp_path):
+    fields = {"target_modules": ["q_proj"], "init_weights": False, **fields}
+    model = get_peft_model(llama(), FloraConfig(r=2, **fields)).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.1)
+    model.save_pretrained(tmp_path, save_embedding_layers="embed_tokens" in fields["target_modules"])
+    other = get_peft_model(llama(), FloraConfig(r=4, **fields)).eval()
+    other.add_adapter("second", FloraConfig(r=4, **fields))
+    flora.hotswap(torch.compile(other, backend="eager"), tmp_path)
+    torch.testing.assert_close(other(TOKENS).logits, model(TOKENS).logits)
+
+
 def test_peft_s_own_conversion_to_lora_of_linear_layers():
     from peft import convert_to_lora
 

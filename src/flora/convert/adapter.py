@@ -213,7 +213,7 @@ def read_config(folder: Path, peft_type: str) -> dict[str, Any]:
 def write_adapter(
     folder: Path, config: FloraConfig, updates: Iterable[Update], others: dict[str, Tensor] | None = None
 ) -> None:
-    """Write an adapter for ``PeftModel.from_pretrained``. Ranks and sites of the updates go into the config.
+    """Write an adapter for ``PeftModel.from_pretrained``. Ranks, scales and sites of the updates go into the config.
 
     Args:
         others: tensors that are not part of an update, by key.
@@ -221,7 +221,7 @@ def write_adapter(
     Raises:
         ValueError: naming the layer or key, if an update or another tensor is not finite.
     """
-    tensors, ranks, weights = finite("the adapter", dict(others or {})), {}, {}
+    tensors, ranks, scales, weights = finite("the adapter", dict(others or {})), {}, {}, {}
     for update in updates:
         update.check_finite("the adapter")
         stem = f"{PREFIX}{update.site.stem}{SPACE}"
@@ -229,8 +229,9 @@ def write_adapter(
         tensors |= {f"{stem}factor_{n}": factor.contiguous() for n, factor in enumerate(update.factors)}
         tensors[f"{stem}scale"] = torch.tensor(update.scale, dtype=torch.float64)
         ranks[update.site.name] = list(update.ranks)
+        scales[update.site.name] = update.scale
         weights[update.site.name] = update.site.to_dict()
-    config.ranks, config.weights = ranks, weights
+    config.ranks, config.scales, config.weights = ranks, scales, weights
     config.save_pretrained(str(folder))
     save_tensors(folder / WEIGHTS, tensors)
 

@@ -6,7 +6,7 @@ delta = scale · core ×_1 factors[0] … ×_N factors[N-1], with core (r_1, …
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,15 @@ class CoreSpace(nn.Module):
         shape: the weight's (I_1, …, I_N), in PyTorch's order.
         ranks: (r_1, …, r_N), each from 1 to I_n.
         scale: the s of equation 5. It is saved with the core, so that an adapter file needs no base model.
+
+    Attributes:
+        written_down: where else the scale stands, a dictionary and a key: in the adapter's plan, for its config.
     """
 
     scale: Tensor
     init = "factor"  # the config's, for a data start
     started = False  # whether a data start has filled it
+    written_down: tuple[dict[str, float], str] | None = None
 
     def __init__(
         self,
@@ -78,6 +82,22 @@ class CoreSpace(nn.Module):
             if target.shape != source.shape:
                 raise ValueError(f"shape {list(source.shape)} given where {list(target.shape)} is needed")
             target.copy_(source)
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """Replace the s of equation 5, also where it is written down."""
+        self.scale.fill_(scale)
+        self.write_down()
+
+    def write_down(self) -> None:
+        """Note the scale where else it stands."""
+        if self.written_down is not None and not self.scale.is_meta:
+            scales, name = self.written_down
+            scales[name] = self.scale.item()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.write_down()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> CoreSpace:
         # `.to(bfloat16)` of a model must not round the scale: it follows the core's device, never its dtype

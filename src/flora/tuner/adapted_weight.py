@@ -106,6 +106,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         dropout: float = 0.0,
         execution: str = "auto",
         inference_mode: bool = False,
+        scales: dict[str, float] | None = None,
     ) -> None:
         """Add an adapter, or replace the one with that name.
 
@@ -114,6 +115,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             scale: the s of equation 5, or "auto" (``unified_scale``).
             init: a key of ``starts.STARTS``.
             execution: as ``kinds.possible`` gives it for this layer.
+            scales: where the scale is written down, under the layer's name.
         """
         weight, layer = self.frozen_weight, self.get_base_layer()
         if not self.tucker_space:
@@ -124,6 +126,9 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
                 scale = 1.0 if weight.is_meta else unified_scale(weight, ranks, output_mode, init)
         device = self.base_parameter.device
         space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=weight.dtype)
+        if scales is not None:
+            space.written_down = scales, self.name
+            space.set_scale(float(scale))
         start(space, init, output_mode)
         self.kind.after_start(layer, space)
         self.tucker_space[adapter_name] = space

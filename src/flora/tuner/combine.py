@@ -111,6 +111,7 @@ def combined_config(configs: Sequence[FloraConfig], sums: dict[str, Sum]) -> Flo
         target_parameters={weight.target for weight in rows if weight.raw} or None,
         modules_to_save=list(dict.fromkeys(saved)) or None,
         ranks={name: list(total.core.shape) for name, total in sums.items()},
+        scales={name: total.scale.item() for name, total in sums.items()},
     )
 
 
@@ -122,7 +123,7 @@ def fill(model: nn.Module, adapter_name: str, adapters: Sequence[str], sums: dic
             scale, core, factors = sums[module.name]
             space = module.space(adapter_name)
             space.assign(core, factors)
-            space.scale.copy_(scale)
+            space.set_scale(scale.item())
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             for source in set(adapters) & set(module.modules_to_save):  # one at most
                 module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())

@@ -105,6 +105,10 @@ class FloraConfig(PeftConfig):
         default=None,
         metadata={"help": "Written by flora: the ranks that a budget or a sum of adapters came to, weight by weight."},
     )
+    scales: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Written by flora: the scale of each weight, which takes the place of `scale`."},
+    )
     weights: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "Written by flora: kind and options of each adapted weight, for flora.convert."}
     )
@@ -135,6 +139,7 @@ class FloraConfig(PeftConfig):
         for name, check in (("rank_pattern", check_rank), ("scale_pattern", check_scale)):
             setattr(self, name, getattr(self, name) or {})
             check_patterns(name, getattr(self, name), check)
+        check_scales(self.scales)
         check_choice("init", self.init, INITS)
         check_choice("execution", self.execution, EXECUTIONS)
         check_choice("bias", self.bias, BIASES)
@@ -154,10 +159,11 @@ class FloraConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. After a model has been adapted, it has the budget's ranks and the adapted weights."""
+        """For JSON. After a model has been adapted, it has the adapted weights, their scales and a budget's ranks."""
         fields = super().to_dict()
         if self.plan is not None:
             fields["weights"] = {weight.name: weight.site.to_dict() for weight in self.plan.rows}
+            fields["scales"] = dict(self.plan.scales)
             if self.budget is not None:
                 fields["ranks"] = {weight.name: list(weight.ranks) for weight in self.plan.rows}
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
@@ -267,6 +273,14 @@ def check_scale(name: str, value: Any) -> None:
     """ "auto" or a finite number other than 0."""
     if value != "auto" and not (is_number(value) and abs(value) != float("inf") and value != 0):
         raise ValueError(f"{name} must be 'auto' or a finite number other than 0, got {value!r}")
+
+
+def check_scales(scales: Any) -> None:
+    """A dictionary of names to numbers, or None."""
+    if scales is None:
+        return
+    if not isinstance(scales, dict) or not all(isinstance(key, str) and is_number(s) for key, s in scales.items()):
+        raise ValueError(f"scales must be None or a dictionary of weights' names to numbers, got {scales!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -48,7 +49,7 @@ class FloraModel(BaseTuner):
             wrapped = {layer.name for layer in self._layers() if adapter_name in layer.tucker_space}
             if wrapped != {row.name for row in config.plan.rows}:
                 keys = list(dict.fromkeys(layer.site.module for layer in self._layers() if layer.name in wrapped))
-                config.plan = make_plan(self.model, config, keys=keys)
+                config.plan = replace(make_plan(self.model, config, keys=keys), scales=config.plan.scales)
                 config.target_modules = "|".join(map(re.escape, keys))
                 config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
@@ -66,6 +67,7 @@ class FloraModel(BaseTuner):
         made = plan(model, peft_config) if shorthand else make_plan(model, peft_config)
         if peft_config.saved_shapes is not None:
             check_saved(made, peft_config)
+        made = replace(made, rows=_with_scales_in_use(made.rows, model, self.peft_config, peft_config))
         if shorthand:
             peft_config.target_modules = {row.target for row in made.rows if not row.raw}
         peft_config.plan = made
@@ -241,6 +243,21 @@ def _no_fast_path(module: nn.Module, args: tuple) -> None:
     only while no hook is registered."""
 
 
+def _with_scales_in_use(
+    rows: Sequence[PlannedWeight], model: nn.Module, configs: dict[str, FloraConfig], config: FloraConfig
+) -> list[PlannedWeight]:
+    """The rows with the scales of an adapter that has the same config already. Files and sums bring scales of their
+    own, and copies of the parameters alone (TRL's reference model) must come to the same function."""
+    twins = [name for name, other in configs.items() if other == config]
+    scales: dict[str, float] = {}
+    for layer in model.modules():
+        if isinstance(layer, FloraLayer):
+            for space in (layer.space(name) for name in twins if name in layer.tucker_space):
+                if not space.scale.is_meta:
+                    scales[layer.name] = space.scale.item()
+    return [replace(row, scale=scales.get(row.name, row.scale)) for row in rows]
+
+
 def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name: str, config: FloraConfig) -> None:
     """Give the weights of one module an adapter: one FloraLayer per weight, the first weight's outermost."""
     parent, layer, name = get_submodules(model, weights[0].module)
@@ -265,6 +282,7 @@ def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name
                 dropout=config.dropout,
                 execution=weight.execution,
                 inference_mode=config.inference_mode,
+                scales=config.plan.scales,
             )
             wrapped[weight.parameter].space(adapter_name).init = config.init
     setattr(unwrapped(parent), name, layer)

@@ -68,10 +68,14 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """The weights to adapt, one row each, and the base model's number of parameters. ``str()`` is the table."""
+    """The weights to adapt, one row each, and the base model's number of parameters. ``str()`` is the table.
+
+    ``scales`` are the numbers that the scales of an adapter's weights came to, by name, once there is an adapter.
+    """
 
     rows: list[PlannedWeight] = field(default_factory=list)
     base_parameters: int = 0
+    scales: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def total(self) -> int:
@@ -119,7 +123,7 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
     targets = find_targets(model, config, keys)
     sites, shapes = _sites(targets)
     base_parameters = count_base_parameters(model)
-    scales = _from_pattern("scale_pattern", config.scale_pattern, targets)
+    scales = _scales(config, targets, sites)
     ranks = _ranks(config, targets, sites, shapes, base_parameters)
     rows = [
         PlannedWeight(
@@ -129,7 +133,7 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
             layer_type=site.kind.name if site.kind is RAW else type(target.layer).__name__,
             shape=shape,
             ranks=own_ranks,
-            scale=config.scale if scale is None else scale,
+            scale=scale,
             execution=kinds.possible(config.execution, site.kind, target.layer, shape),
             shared=target.shared,
         )
@@ -170,7 +174,7 @@ def _paths(targets: list[Target]) -> list[str]:
 def check_saved(made: Plan, config: FloraConfig) -> None:
     """Raise ValueError unless the adapter that is being loaded has exactly the core spaces of the plan."""
     saved = config.saved_shapes or {}
-    _check_modes(made, config.weights or {})
+    check_modes([(row.site, row.shape) for row in made.rows], config.weights or {})
     expected: dict[str, tuple[tuple[int, ...], PlannedWeight]] = {}
     for row in made.rows:
         stem = f"{row.site.stem}.tucker_space."
@@ -195,16 +199,21 @@ def check_saved(made: Plan, config: FloraConfig) -> None:
         )
 
 
-def _check_modes(made: Plan, weights: dict[str, Any]) -> None:
+def check_modes(sites: Iterable[tuple[Site, tuple[int, ...]]], weights: dict[str, Any]) -> None:
     """Raise ValueError if the modes of a weight are in another order than the adapter's config says. Where sizes are
-    equal no shape tells it, and ``import lora`` may have guessed it."""
-    for row in made.rows:
-        if facts := weights.get(row.name):
-            site = Site.from_dict(row.name, facts)
-            theirs, ours = (f"{one.modes(row.shape)} at {one.stem!r}" for one in (site, row.site))
+    equal no shape tells it, and ``import lora`` may have guessed it.
+
+    Args:
+        sites: the model's, with the weights' shapes.
+        weights: of the adapter's config.
+    """
+    for own, shape in sites:
+        if facts := weights.get(own.name):
+            site = Site.from_dict(own.name, facts)
+            theirs, ours = (f"{one.modes(shape)} at {one.stem!r}" for one in (site, own))
             if theirs != ours:
                 raise ValueError(
-                    f"layer {row.name!r}, shape {list(row.shape)}: the adapter is for {theirs}, the model has {ours}; "
+                    f"layer {own.name!r}, shape {list(shape)}: the adapter is for {theirs}, the model has {ours}; "
                     "was it trained on another base model, or imported without base=?"
                 )
 
@@ -246,6 +255,15 @@ def _file_ranks(config: FloraConfig, sites: list[Site]) -> list[Ranks] | None:
 def _listed_ranks(config: FloraConfig, sites: list[Site]) -> list[Ranks] | None:
     names = [site.name for site in sites]
     return [tuple(config.ranks[name]) for name in names] if config.ranks and set(config.ranks) == set(names) else None
+
+
+def _scales(config: FloraConfig, targets: list[Target], sites: list[Site]) -> list[float | str]:
+    """Scale of every target: the one that the config lists, else the one that its patterns or ``scale`` come to."""
+    patterns = _from_pattern("scale_pattern", config.scale_pattern, targets)
+    names = [site.name for site in sites]
+    if config.scales and set(config.scales) == set(names):
+        return [config.scales[name] for name in names]
+    return [config.scale if scale is None else scale for scale in patterns]
 
 
 def _fixed_ranks(
