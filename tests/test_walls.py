@@ -18,7 +18,7 @@ ROOMS = {
     "flora_lab": ["errors", "tasks", "methods", "settings", "analysis", "run", "cli"],
 }
 EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",
-          "scipy", "pycocotools", "ray")  # fmt: skip
+          "scipy", "pycocotools", "ray", "bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel")  # fmt: skip
 
 WITHOUT_TORCH = ("drawing", "page", "plots", "results", "rows", "tables", "traces")
 

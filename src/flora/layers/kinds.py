@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flora.layers import beside
 from flora.layers.core_space import CoreSpace
+from flora.layers.storage import logical_shape, storage_of
 from flora.layers.weights import parameter_of, shape_of
 
 MAX_MODES = 6
@@ -50,6 +51,7 @@ class Kind:
     Args:
         name: its name in files and messages.
         types: the classes; a dotted name for those outside torch.
+        quantized: dotted names of classes that compute the same with a weight that they quantize.
         roles: of the weight's leading modes, "out" or "in". ``rest`` is the role of further modes.
         factored, fused: how an update runs beside the layer (see ``beside``); None if it can only act as a weight.
         weights: parameter names to adapt, primary weight first.
@@ -78,6 +80,7 @@ class Kind:
     private: tuple[str, ...] = ()
     lora_form: str | None = None
     locon_form: str | None = None
+    quantized: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name
@@ -88,9 +91,14 @@ class Kind:
     def type_of(self, layer: nn.Module) -> type | None:
         """The class of this row that the layer is an instance of, or None."""
         for cls in type(layer).__mro__:
-            if cls in self.types or f"{cls.__module__}.{cls.__qualname__}" in self.types:
+            if cls in self.types or f"{cls.__module__}.{cls.__qualname__}" in (*self.types, *self.quantized):
                 return cls
         return None
+
+    def quantizes(self, layer: nn.Module) -> bool:
+        """Whether the layer's class quantizes its weight."""
+        cls = self.type_of(layer)
+        return cls is not None and f"{cls.__module__}.{cls.__qualname__}" in self.quantized
 
     def can_factor(self, layer: nn.Module) -> bool:
         """Whether an update beside the layer equals one inside the weight. A subclass with a forward of its own (weight
@@ -123,6 +131,14 @@ LINEAR = Kind(
     is_matrix=True,
     lora_form="linear",
     locon_form="linear",
+    quantized=(
+        "bitsandbytes.nn.modules.Linear4bit",
+        "bitsandbytes.nn.modules.Linear8bitLt",
+        "gptqmodel.nn_modules.qlinear.BaseQuantLinear",
+        "hqq.core.quantize.HQQLinear",
+        "optimum.quanto.nn.qlinear.QLinear",
+        "transformers.integrations.finegrained_fp8.FP8Linear",
+    ),
 )
 LINEAR_TRANSPOSED = Kind(
     "Conv1D",
@@ -142,6 +158,7 @@ CONV = Kind(
     beside.conv_fused,
     lora_form="conv",
     locon_form="conv",
+    quantized=("optimum.quanto.nn.qconv2d.QConv2d",),
 )
 CONV_TRANSPOSED = Kind(
     "ConvTranspose",
@@ -159,6 +176,11 @@ EMBEDDING = Kind(
     scales_output=lambda layer: hasattr(layer, "embed_scale"),
     after_start=_clear_padding_row,
     lora_form="embedding",
+    quantized=(
+        "bitsandbytes.nn.modules.Embedding4bit",
+        "bitsandbytes.nn.modules.Embedding8bit",
+        "transformers.integrations.finegrained_fp8.FP8Embedding",
+    ),
 )
 EMBEDDING_BAG = Kind(
     "EmbeddingBag",
@@ -208,7 +230,13 @@ def describe(layer: nn.Module, weight: str) -> tuple[Kind, tuple[int, ...]]:
 
     Raises ValueError, without the layer's name, if the weight cannot be adapted.
     """
-    parameter = parameter_of(layer, weight)
+    kind = kind_of(layer)
+    kind = kind if kind is not None and weight in kind.weights else RAW
+    storage, parameter = storage_of(layer, weight), parameter_of(layer, weight)
+    if storage is not None:
+        if not kind.can_factor(layer):
+            raise ValueError(f"{weight!r} is kept as {storage.name}, and no update can run beside a layer of this type")
+        return kind, logical_shape(layer, weight)
     if parameter is None:
         raise ValueError(f"{weight!r} is not a parameter of {type(layer).__name__} (computed by a parametrization?)")
     if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -218,15 +246,22 @@ def describe(layer: nn.Module, weight: str) -> tuple[Kind, tuple[int, ...]]:
         raise ValueError(f"{weight!r} has dtype {parameter.dtype}; a floating-point weight is needed")
     if not 1 <= len(shape) <= MAX_MODES or 0 in shape:
         raise ValueError(f"{weight!r} has shape {list(shape)}; 1 to {MAX_MODES} modes are supported, and no empty one")
-    kind = kind_of(layer)
-    return (kind if kind is not None and weight in kind.weights else RAW), shape
+    return kind, shape
 
 
-def possible(execution: str, kind: Kind, layer: nn.Module, shape: tuple[int, ...]) -> str:
-    """The requested execution, or "merged" if an update can only act as a weight: attention's packed projections,
-    layers with a forward of their own, raw parameters that are no stack of matrices."""
+def possible(execution: str, kind: Kind, layer: nn.Module, weight: str, shape: tuple[int, ...]) -> str:
+    """The requested execution, or the only one: "factored" beside a quantized weight; "merged" if an update can only
+    act as a weight (attention's packed projections, layers with a forward of their own, raw parameters that are no
+    stack of matrices)."""
+    if only_beside(kind, layer, weight):
+        return "factored"
     is_stack = kind is RAW and len(shape) > 2
     return execution if is_stack or kind.can_factor(layer) else "merged"
+
+
+def only_beside(kind: Kind, layer: nn.Module, weight: str) -> bool:
+    """Whether an update must run beside the layer, since the layer does not compute with a plain weight."""
+    return kind.quantizes(layer) or storage_of(layer, weight) is not None
 
 
 def batch_mode(layer: nn.Module) -> int:
@@ -253,4 +288,4 @@ def features(layer: nn.Module, shape: tuple[int, ...], roles: tuple[str, ...]) -
 def supported() -> str:
     """The supported layer types, for error messages."""
     names = [t if isinstance(t, str) else f"torch.nn.{t.__name__}" for kind in KINDS for t in kind.types]
-    return ", ".join(names) + "; any other parameter through target_parameters"
+    return ", ".join(names) + ", also quantized; any other parameter through target_parameters"

@@ -39,8 +39,12 @@ def shape_of(weight: Tensor) -> tuple[int, ...]:
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether it is an ordinary frozen tensor: not of a type of its own (sharded, quantized), and not trained."""
-    return type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
+    """Whether it is an ordinary frozen tensor: not of a type of its own (sharded, quantized), nor of numbers that only
+    store (float8), and not trained."""
+    is_ordinary = (
+        type(weight) in (nn.Parameter, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+    )
+    return is_ordinary and not weight.requires_grad
 
 
 def is_bare(layer: nn.Module) -> bool:

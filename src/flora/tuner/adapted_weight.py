@@ -14,6 +14,7 @@ from flora.layers.core_space import CoreSpace, add_updates, drop_ranks, is_finit
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
+from flora.layers.storage import dense_of, dtype_of, storage_of, tensor_of
 from flora.layers.weights import leaf, owner
 from flora.tuner.peft_compat import BaseTunerLayer, check_adapters_to_merge, gather_params_ctx
 
@@ -37,6 +38,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("tucker_space",)
     other_param_names = ("tucker_scaling", "tucker_dropout", "tucker_execution")
+    cast_input_dtype_enabled = True  # diffusers' layerwise casting turns it off during a forward
 
     def __init__(self, base_layer: nn.Module, site: Site, shape: Sequence[int], shared: bool = False) -> None:
         super().__init__()
@@ -52,6 +54,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._kept: list[Tensor] = []  # the weight before a merge; a list, or torch would count it among our parameters
         self._active_adapter: list[str] = []
+        self._was_quantized = self.is_quantized
         if self.kind is not RAW:  # PEFT's names for them, whatever the kind of layer
             self.in_features, self.out_features = kinds.features(self.get_base_layer(), self.weight_shape, self.roles)
 
@@ -73,6 +76,8 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         if name != self.parameter_name:
             return getattr(self.base_layer, name)
         off = self.disable_adapters or self.merged
+        if self.is_quantized and not self.base_parameter.dtype.is_floating_point:
+            return getattr(self.base_layer, name)  # a model can only look at its type
         return self._weight_with([] if off else self._present(self.active_adapters))
 
     @property
@@ -87,13 +92,20 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     @property
     def base_parameter(self) -> nn.Parameter:
-        """The frozen weight itself, (I_1, …, I_N)."""
-        return getattr(owner(self.get_base_layer(), self.parameter_name), leaf(self.parameter_name))
+        """The frozen weight itself, (I_1, …, I_N); of a quantized weight the tensor that keeps it."""
+        return tensor_of(self.get_base_layer(), self.parameter_name)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the layer keeps its weight in one of ``storage.STORAGES``."""
+        if torch.compiler.is_compiling():  # compilers don't follow the search
+            return self._was_quantized
+        return storage_of(self.get_base_layer(), self.parameter_name) is not None
 
     @property
     def frozen_weight(self) -> Tensor:
-        """The weight without any update, even while updates are merged into ``base_parameter``."""
-        return self._kept[0] if self._kept else self.base_parameter
+        """The weight that the layer computes with without any update, even while updates are merged into it."""
+        return self._kept[0] if self._kept else dense_of(self.get_base_layer(), self.parameter_name)
 
     # ----------------------------------------------------------------------------------------------------- adapters
 
@@ -117,15 +129,16 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             execution: as ``kinds.possible`` gives it for this layer.
             scales: where the scale is written down, under the layer's name.
         """
-        weight, layer = self.frozen_weight, self.get_base_layer()
+        layer, device = self.get_base_layer(), self.base_parameter.device
         if not self.tucker_space:
             self._active_adapter = [adapter_name]
         output_mode = kinds.output_mode(self.roles)
         if scale == "auto":
-            with gather_params_ctx(weight):
-                scale = 1.0 if weight.is_meta else unified_scale(weight, ranks, output_mode, init)
-        device = self.base_parameter.device
-        space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=weight.dtype)
+            with gather_params_ctx(self.base_parameter):
+                is_meta = device.type == "meta"
+                scale = 1.0 if is_meta else unified_scale(self.frozen_weight, ranks, output_mode, init)
+        dtype = dtype_of(layer, self.parameter_name)
+        space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=dtype)
         if scales is not None:
             space.written_down = scales, self.name
             space.set_scale(float(scale))
@@ -139,8 +152,8 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self.tucker_space and not self.space(adapter_name).core.is_meta:
-            weight = self.base_parameter
-            self.tucker_space[adapter_name].to(device or weight.device, dtype=weight.dtype)
+            dtype = dtype_of(self.get_base_layer(), self.parameter_name)
+            self.tucker_space[adapter_name].to(device or self.base_parameter.device, dtype=dtype)
 
     def enable_adapters(self, enabled: bool) -> None:
         """As PEFT's. Disabling takes merged updates out of the weight."""
@@ -188,7 +201,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         return core, drop_ranks(factors, kinds.input_mode(self.roles), p) if p > 0 else factors
 
     def _weight_with(self, adapters: Sequence[str]) -> Tensor:
-        weight = self.base_parameter
+        weight = self.frozen_weight if adapters and self.is_quantized else self.base_parameter
         return add_updates(weight, [self._dropped(a) for a in adapters]) if adapters else weight
 
     # ------------------------------------------------------------------------------------------------------ merging
@@ -224,6 +237,8 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _merged_weight(self, adapters: Sequence[str], safe_merge: bool, in_place: bool = False) -> Tensor:
         self._check_numbers(adapters)
+        if self.is_quantized:
+            raise ValueError(f"layer {self.name!r}: no update can be merged into its quantized weight")
         weight = self.base_parameter
         merged = add_updates(weight.data, [self._scaled(adapter) for adapter in adapters], in_place)
         if safe_merge and not torch.isfinite(merged).all():

@@ -35,7 +35,8 @@ class FloraLayer(AdaptedWeight):
         while isinstance(layer, BaseTunerLayer):
             layer, depth = layer.base_layer, depth + 1
         self.factorable = self.kind.can_factor(inner)
-        self.fusable = self.factorable and self.kind.fused is not None and base_layer is inner
+        fused = self.kind.fused is not None and not self.kind.quantizes(inner)
+        self.fusable = self.factorable and fused and base_layer is inner
         self.batch_mode = batch_mode(inner)
         self.weight_path = "base_layer." * depth + site.parameter  # as seen from base_layer
 
@@ -90,7 +91,7 @@ class FloraLayer(AdaptedWeight):
         if not self.factorable:
             return True
         # only the factored form has an input of its own to drop out; others drop ranks
-        if self._dropout(adapter) > 0:
+        if self._dropout(adapter) > 0 or self.is_quantized:
             return False
         if self.tucker_execution[adapter] != "auto":
             return self.tucker_execution[adapter] == "merged"

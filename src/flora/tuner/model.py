@@ -29,6 +29,7 @@ from flora.tuner.peft_compat import (
 )
 from flora.tuner.planning import PlannedWeight, check_saved, make_plan, plan
 from flora.tuner.targets import SHORTHANDS, canonical_module, unwrapped
+from flora.tuner.undo import unchanged_on_error
 
 
 class FloraModel(BaseTuner):
@@ -42,8 +43,10 @@ class FloraModel(BaseTuner):
     # ------------------------------------------------------------------------------------------------- injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. A state_dict may name other layers than the config: then the config names these afterwards."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        """As PEFT's. An error leaves the model as it was. A state_dict may name other layers than the config: then the
+        config names these afterwards."""
+        with unchanged_on_error(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if kwargs.get("state_dict") is not None:
             wrapped = {layer.name for layer in self._layers() if adapter_name in layer.tucker_space}
@@ -274,15 +277,18 @@ def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name
             if isinstance(parent, nn.TransformerEncoderLayer):
                 layer.register_forward_pre_hook(_no_fast_path)
         if adapter_name not in wrapped[weight.parameter].tucker_space:
-            wrapped[weight.parameter].update_layer(
-                adapter_name,
-                weight.ranks,
-                scale=weight.scale,
-                init=config.init if config.init_weights else "random",
-                dropout=config.dropout,
-                execution=weight.execution,
-                inference_mode=config.inference_mode,
-                scales=config.plan.scales,
-            )
+            try:
+                wrapped[weight.parameter].update_layer(
+                    adapter_name,
+                    weight.ranks,
+                    scale=weight.scale,
+                    init=config.init if config.init_weights else "random",
+                    dropout=config.dropout,
+                    execution=weight.execution,
+                    inference_mode=config.inference_mode,
+                    scales=config.plan.scales,
+                )
+            except ValueError as error:
+                raise ValueError(f"layer {weight.name!r} ({weight.layer_type}): {error}") from error
             wrapped[weight.parameter].space(adapter_name).init = config.init
     setattr(unwrapped(parent), name, layer)

@@ -26,6 +26,7 @@ from peft.utils.peft_types import PeftType
 from peft.utils.save_and_load import load_peft_weights
 
 from flora.files import replace_adapters
+from flora.tuner.undo import unchanged_on_error
 
 PREFIX = "tucker_"
 # PEFT 0.20 saves trained biases only for its own LoRA
@@ -129,6 +130,7 @@ def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> Non
         if type(self) is theirs:
             self.__class__ = MixedFloraModel
         # PeftMixedModel.add_adapter passes itself, which would put "base_model.model." before every layer's name
-        return inject(self, self.model, adapter_name, *args, **kwargs)
+        with unchanged_on_error(self.model):
+            return inject(self, self.model, adapter_name, *args, **kwargs)
 
     theirs.inject_adapter = inject_adapter

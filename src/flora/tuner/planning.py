@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from flora import ranks as rank_rules
 from flora.layers import kinds
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
+from flora.layers.storage import logical_shape, storage_of, tensor_of
 from flora.ranks import Ranks
 from flora.text import sizes, table
 from flora.tuner.config import FloraConfig
@@ -134,7 +136,7 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
             shape=shape,
             ranks=own_ranks,
             scale=scale,
-            execution=kinds.possible(config.execution, site.kind, target.layer, shape),
+            execution=kinds.possible(config.execution, site.kind, target.layer, target.parameter, shape),
             shared=target.shared,
         )
         for target, site, shape, own_ranks, scale in zip(targets, sites, shapes, ranks, scales, strict=True)
@@ -228,6 +230,9 @@ def count_base_parameters(model: nn.Module) -> int:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             added |= {id(p) for name, p in module.named_parameters() if not name.startswith("original_module.")}
     sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in added}
+    for module in model.modules():
+        if storage_of(module, "weight") is not None:  # several numbers may share a byte
+            sizes[id(tensor_of(module, "weight"))] = prod(logical_shape(module, "weight"))
     return sum(sizes.values())
 
 

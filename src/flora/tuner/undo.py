@@ -1,0 +1,35 @@
+"""A model that an error leaves as it was."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Give every module its children, attributes and trained parameters back if the block raises."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    inside = [(held, _copy(held)) for _, state in before for held in state.values() if _copy(held) is not None]
+    try:
+        yield
+    except BaseException:
+        for state, kept in [*before, *inside]:  # in place: handles of hooks point at these very containers
+            if isinstance(state, list):
+                state[:] = kept
+            else:
+                state.clear()
+                state.update(kept)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _copy(held: Any) -> Any:
+    """A copy of a plain container, as modules keep their children, parameters, hooks and adapters in; else None."""
+    return held.copy() if type(held) in (dict, list, OrderedDict) else None

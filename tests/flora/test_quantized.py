@@ -1,0 +1,258 @@
+"""Every contract of a layer that keeps its weight quantized, against the weight that the layer computes with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from flora import FloraConfig, plan
+from flora.layers.starts import unified_scale
+from flora.layers.storage import dense_of
+from reference import delta, layers
+
+OUT, IN = 64, 128
+
+
+def _bitsandbytes(linear: nn.Linear, name: str, **options) -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = getattr(bnb.nn, name)(IN, OUT, bias=linear.bias is not None, **options)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def four_bit(quant_type: str, nested: bool = False) -> Callable[[nn.Linear], nn.Module]:
+    options = {"compute_dtype": torch.float32, "quant_type": quant_type, "compress_statistics": nested}
+    return lambda linear: _bitsandbytes(linear, "Linear4bit", **options)
+
+
+def eight_bit(linear: nn.Linear) -> nn.Module:
+    return _bitsandbytes(linear, "Linear8bitLt", has_fp16_weights=False)
+
+
+def torchao(name: str, **options) -> Callable[[nn.Linear], nn.Module]:
+    def make(linear: nn.Linear) -> nn.Module:
+        from torchao import quantization
+
+        model = nn.Sequential(linear)
+        quantization.quantize_(model, getattr(quantization, name)(**options))
+        return model[0]
+
+    return make
+
+
+def intx(linear: nn.Linear) -> nn.Module:
+    from torchao.quantization import PerGroup
+
+    return torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=PerGroup(32))(linear)
+
+
+def hqq(linear: nn.Linear) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    return HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+
+
+def quanto(name: str, freeze: bool = True) -> Callable[[nn.Linear], nn.Module]:
+    def make(linear: nn.Linear) -> nn.Module:
+        from optimum import quanto
+
+        model = nn.Sequential(linear)
+        quanto.quantize(model, weights=getattr(quanto, name))
+        if freeze:
+            quanto.freeze(model)
+        return model[0]
+
+    return make
+
+
+def fp8_linear(block: tuple[int, int] | None) -> Callable[[nn.Linear], nn.Module]:
+    """transformers' layer, with a scale for each block of its weight, or one scale."""
+
+    def make(linear: nn.Linear) -> nn.Module:
+        from transformers.integrations.finegrained_fp8 import FP8Linear
+
+        layer = FP8Linear(IN, OUT, block_size=block, has_bias=True).requires_grad_(False)
+        scale = layer.weight_scale_inv.data.fill_(linear.weight.abs().max().item() / 448)
+        layer.weight.data = (linear.weight.data / scale.max()).to(torch.float8_e4m3fn)
+        layer.bias.data = linear.bias.data
+        layer.weight_scale_inv.data *= 1 + torch.rand(scale.shape)  # the blocks differ
+        return layer
+
+    return make
+
+
+def casting(linear: nn.Linear) -> nn.Module:
+    from diffusers.hooks import apply_layerwise_casting
+
+    apply_layerwise_casting(linear, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=())
+    return linear
+
+
+@dataclass(frozen=True)
+class Base:
+    """``make`` quantizes a linear layer. ``autocast``: whether the layer itself runs under it."""
+
+    id: str
+    make: Callable[[nn.Linear], nn.Module]
+    autocast: bool = True
+
+
+BASES = [
+    Base("bitsandbytes-nf4", four_bit("nf4")),
+    Base("bitsandbytes-nf4-nested", four_bit("nf4", nested=True)),
+    Base("bitsandbytes-fp4", four_bit("fp4")),
+    Base("bitsandbytes-int8", eight_bit),
+    Base("torchao-int8", torchao("Int8WeightOnlyConfig")),
+    Base("torchao-float8", torchao("Float8WeightOnlyConfig")),
+    Base("torchao-int4", intx),
+    Base("hqq", hqq),
+    Base("quanto-int8", quanto("qint8"), autocast=False),
+    Base("quanto-int4", quanto("qint4")),
+    Base("quanto-float8", quanto("qfloat8")),
+    Base("quanto-not_frozen", quanto("qint8", freeze=False), autocast=False),
+    Base("transformers-float8", fp8_linear(None)),
+    Base("transformers-float8-blocks", fp8_linear((48, 32))),
+    Base("layerwise_casting", casting),
+]
+every_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.id)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Net(nn.Module):
+    """A quantized layer between plain ones."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.layer, self.last = nn.Linear(IN, IN), base.make(nn.Linear(IN, OUT)), nn.Linear(OUT, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.layer(self.first(x))))
+
+
+def config(**options) -> FloraConfig:
+    return FloraConfig(**{"r": 4, "target_modules": ["layer"], "init_weights": False, **options})
+
+
+def literal_fp8(layer: nn.Module, x: Tensor) -> Tensor:
+    """What transformers' kernels compute; they need a GPU."""
+    weight, scale = layer.weight.float(), layer.weight_scale_inv
+    rows, columns = layer.block_size or weight.shape
+    scale = scale.expand(OUT // rows + 1, IN // columns + 1) if scale.ndim == 0 else scale
+    each = [[weight[i, j] * scale[i // rows, j // columns] for j in range(IN)] for i in range(OUT)]
+    return F.linear(x, torch.stack([torch.stack(row) for row in each]).to(x.dtype), layer.bias.to(x.dtype))
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.finegrained_fp8.FP8Linear.forward", literal_fp8)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_libraries():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="bitsandbytes|torchao|hqq|optimum")
+        yield
+
+
+@every_base
+def test_the_dense_weight_is_what_the_layer_computes_with(base):
+    layer, x = base.make(nn.Linear(IN, OUT)), torch.randn(5, IN)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            F.linear(x, dense_of(layer, "weight").float(), layer.bias.float()), layer(x), **CLOSE
+        )
+
+
+@every_base
+def test_a_fresh_adapter_changes_nothing(base):
+    x = torch.randn(5, IN)
+    with torch.no_grad():
+        expected = Net(base)(x)
+        assert torch.equal(get_peft_model(Net(base), config(init_weights=True))(x), expected)
+
+
+@every_base
+def test_the_plan_counts_weights_and_not_bytes(base):
+    made = plan(Net(base), config())
+    assert [(row.shape, row.execution) for row in made.rows] == [((OUT, IN), "factored")]
+    plain = sum(p.numel() for p in Net(Base("plain", lambda linear: linear)).parameters())
+    assert made.base_parameters == pytest.approx(plain, abs=OUT)  # HQQ's bias is no parameter
+
+
+@every_base
+def test_the_scale_is_the_dense_weights(base):
+    (layer,) = layers(get_peft_model(Net(base), config()))
+    expected = unified_scale(dense_of(layer.base_layer, "weight").float(), (4, 4), 0, "random")
+    assert layer.space("default").scale.item() == pytest.approx(expected)
+    assert all(p.dtype == torch.float32 for p in layer.tucker_space.parameters())
+
+
+@every_base
+@pytest.mark.parametrize("execution", ["auto", "merged"])
+def test_the_update_runs_and_learns_beside_the_layer(base, execution):
+    model, x = get_peft_model(Net(base), config(execution=execution)), torch.randn(5, IN)
+    (layer,) = layers(model)
+    space, net = layer.space("default"), model.base_model.model
+    hidden = net.first(x).detach().requires_grad_()
+    update = F.linear(hidden, delta(space))
+    expected = net.last(torch.tanh(layer.base_layer(hidden) + update))
+    result = model(x)
+    torch.testing.assert_close(result, expected, **CLOSE)
+    ours = torch.autograd.grad(result.square().sum(), list(space.parameters()))
+    theirs = torch.autograd.grad(expected.square().sum(), list(space.parameters()))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, **CLOSE)
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base.autocast], ids=lambda base: base.id)
+def test_under_autocast_the_quantized_weight_is_never_taken_for_numbers(base):
+    model, x = get_peft_model(Net(base), config(init_weights=True)), torch.randn(5, IN)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x), Net(base)(x), rtol=0.05, atol=0.05)
+
+
+@every_base
+def test_save_and_load(base, tmp_path):
+    model, x = get_peft_model(Net(base), config()).eval(), torch.randn(5, IN)
+    with torch.no_grad():
+        expected = model(x)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(Net(base), tmp_path).eval()(x), expected)
+
+
+@every_base
+@torch.no_grad()
+def test_a_batch_may_mix_adapters(base):
+    model, x = get_peft_model(Net(base), config()).eval(), torch.randn(3, IN)
+    model.add_adapter("other", config())
+    mixed = model(x, adapter_names=["default", "other", "__base__"])
+    torch.testing.assert_close(mixed[2:], Net(base).eval()(x[2:]), **CLOSE)
+    for row, name in enumerate(["default", "other"]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1]), **CLOSE)
+
+
+class Half(nn.Module):
+    """A plain layer, and one whose weight is kept as float8, which no product takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Bilinear(8, 8, 8)
+        self.second.weight = nn.Parameter(self.second.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def test_what_can_not_run_beside_its_layer_is_refused_before_anything_is_wrapped():
+    model = Half()
+    with pytest.raises(ValueError, match=r"layer 'second' \(Bilinear\): 'weight' is kept as float8, and no update can"):
+        get_peft_model(model, FloraConfig(target_modules=["first", "second"]))
+    assert type(model.first) is nn.Linear
