@@ -305,6 +305,17 @@ def test_timm_models_have_a_new_head_and_it_is_trained(tmp_path):
     assert differing == {"timm_model.head.fc.weight", "timm_model.head.fc.bias"}
 
 
+def test_weights_of_a_file_in_timm_s_names(tmp_path):
+    from safetensors.torch import save_file
+
+    config = {"model_type": "timm_wrapper", "architecture": "convnextv2_atto", "model_args": {"dims": [8] * 4}}
+    model, file = ImageClassification(model=Pretrained(config=config)).build(), tmp_path / "w.safetensors"
+    body = {n: t.half() for n, t in model.timm_model.state_dict().items() if not n.startswith("head.fc")}
+    save_file(body, file)
+    again = ImageClassification(model=Pretrained(config=config, weights=str(file))).build().timm_model.state_dict()
+    assert all(torch.equal(again[name], tensor.float()) for name, tensor in body.items())
+
+
 SMALL = {"image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 

@@ -55,6 +55,9 @@ def tiny(path, folder):
     task = yaml.safe_load(path.read_text())["task"]  # not all of its packages are here
     if path.stem == "digits":
         return TINY
+    if path.stem == "cifar-efficientnet":
+        keys = [key for key in tiny_images(folder) if not key.startswith(("task.model.config", "budget"))]
+        return [*keys, "task.data.size=32"]
     if task["name"] == "glue":
         return test_task_glue.tiny_keys(folder, task["subset"])
     return {
