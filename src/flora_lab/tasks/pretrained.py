@@ -103,7 +103,7 @@ def redraw(model: nn.Module, head: tuple[str, ...]) -> None:
 
 
 def load_weights(model: nn.Module, file: str, head: tuple[str, ...]) -> None:
-    """Load every weight of ``file`` except the head's, which has other classes. Its names are the model's, or timm's for
+    """Load every weight of ``file`` except the head's, which has other classes. Names are the model's, or timm's for
     a model of timm. Raises ValueError if names or shapes differ from the model's."""
     model = getattr(model, "timm_model", model)
     own = model.state_dict()
