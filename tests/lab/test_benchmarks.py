@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
@@ -37,6 +38,27 @@ def test_every_workload_runs_tiny(command, tmp_path, monkeypatch, capsys):
         assert all(r["parameters"] <= own["lora"]["parameters"] for m, r in own.items() if m.startswith("flora"))
     if command == "speed":
         assert all(row["classes_kept"] for row in rows if row["measure"] == "merge")
+
+
+# operations of one layer, forward and backward, with its part of the pool's
+OPERATIONS = {
+    "Linear": {"fp32": 5.4, "bf16 autocast": 12, "bf16 base": 10},
+    "Conv2d 3×3": {"fp32": 6.5, "bf16 autocast": 13, "bf16 base": 11},
+    "Conv2d depthwise 3×3": {"fp32": 6.5, "bf16 autocast": 13, "bf16 base": 11},
+}
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_a_layer_takes_few_operations(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from launches import KINDS, PRECISIONS, models, operations, step_of
+
+    for precision, most in OPERATIONS[kind].items():
+        args = Namespace(seed=0, device="cpu")
+        adapted = models(KINDS[kind], PRECISIONS[precision][0], ["lora", "flora-auto"], args)
+        lora, ours = (operations(step_of(model, KINDS[kind], precision, "cpu")) for model in adapted.values())
+        assert ours <= most and ours <= 0.8 * lora
 
 
 @pytest.mark.parametrize("name", ["conv-192", "depthwise", "experts"])

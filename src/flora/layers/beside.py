@@ -2,8 +2,9 @@
 
 *Factored* functions take (layer, core, factors) and then what the layer's own ``forward`` takes. They return what the
 update adds to the layer's output. *Fused* functions take (layer, weight, bias, core, factors, input, execution), all
-numbers of one type, and return the output of layer and update together. The scale is in the core. The order of the
-factors is the order of the weight's modes.
+numbers of one type, and return the output of layer and update together. *Plain* functions take (layer, input, weight,
+bias) and are the layer with that weight, in one operation. The scale is in the core. The order of the factors is the
+order of the weight's modes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Factors = Sequence[Tensor]
 Bias = Tensor | None
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def linear(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
@@ -51,6 +52,27 @@ def linear_transposed_fused(
     """Layer and update of transformers' Conv1D: (…, i) -> (…, o)."""
     input_factor, output_factor = factors
     return matrix(x, weight.mT, bias, core.mT, output_factor, input_factor, execution)
+
+
+def linear_plain(layer: Any, input: Tensor, weight: Tensor, bias: Bias) -> Tensor:
+    """A linear layer with this weight (o, i)."""
+    return F.linear(input, weight, bias)
+
+
+def linear_transposed_plain(layer: Any, input: Tensor, weight: Tensor, bias: Bias) -> Tensor:
+    """transformers' Conv1D with this weight (i, o)."""
+    return F.linear(input, weight.mT, bias)
+
+
+def conv_plain(layer: Any, input: Tensor, weight: Tensor, bias: Bias) -> Tensor:
+    """A convolution with this weight and the layer's own options."""
+    return layer._conv_forward(input, weight, bias)
+
+
+def conv_transposed_plain(layer: Any, input: Tensor, weight: Tensor, bias: Bias) -> Tensor:
+    """A transposed convolution with this weight and the layer's own options."""
+    run = _TRANSPOSED[weight.ndim - 2]
+    return run(input, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
 
 
 def _pointwise(input: Tensor, weight: Tensor, spatial: int, groups: int) -> Tensor:

@@ -30,6 +30,9 @@ class CoreSpace(nn.Module):
 
     scale: Tensor
     init = "factor"  # the config's, for a data start
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    parameter_shapes: tuple[tuple[int, ...], ...]
     started = False  # whether a data start has filled it
     written_down: tuple[dict[str, float], str] | None = None
 
@@ -48,6 +51,7 @@ class CoreSpace(nn.Module):
             )
         self.shape = tuple(shape)
         self.ranks = tuple(ranks)
+        self.parameter_shapes = (self.ranks, *zip(self.shape, self.ranks, strict=True))
         self.core = nn.Parameter(torch.zeros(self.ranks, device=device, dtype=dtype))
         for n, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
             self.register_parameter(f"factor_{n}", nn.Parameter(torch.zeros(size, rank, device=device, dtype=dtype)))

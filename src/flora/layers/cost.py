@@ -55,6 +55,47 @@ def wants_dense(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[
     return dense < projected
 
 
+TINY = 2**14
+WIDTH, CHANNELS = 880, 320
+CHUNK = 2**25
+MULTIPLE = 8
+
+
+def pooled(device: str, shape: Sequence[int], is_matrix: bool, execution: str, low: torch.dtype) -> str | None:
+    """The form in which a layer takes part in a model's pool (``pool``); None if it should run on its own.
+
+    A pool saves launches and Python. On a GPU these dominate, so the answer does not depend on the number of positions:
+    by what was measured on an H100 (``benchmarks/README.md``), a matrix merges if o · i / (o + i) < ``WIDTH`` and a
+    convolution up to ``CHANNELS`` channels. Then W + ΔW is rounded to the type that the layer computes in, as weights
+    are in mixed-precision training. On a CPU a pool pays for weights of at most ``TINY`` numbers; in half precision
+    ΔW is kept apart there, so that no small update is rounded away. Other devices were not measured.
+
+    Args:
+        shape: the weight's.
+        execution: as the user chose it.
+        low: the type that the layer computes in.
+    """
+    first, second, *_ = shape
+    if device == "cpu" and prod(shape) <= TINY:
+        form = "delta" if low in LOW_PRECISION else "merged"
+    elif device == "cuda":
+        form = "merged"
+        if execution == "auto" and is_matrix and first * second >= WIDTH * (first + second):
+            form = "factored"
+        if execution == "auto" and not is_matrix and max(first, second) > CHANNELS:
+            return None
+    else:
+        return None
+    if execution == "factored":
+        return "factored" if is_matrix else None
+    return "merged" if execution == "merged" else form
+
+
+def padded(rank: int, dtype: torch.dtype, device: str) -> int:
+    """The rank of thin products that a device likes: in half precision on a GPU the next multiple of ``MULTIPLE``."""
+    return rank + -rank % MULTIPLE if device == "cuda" and dtype in LOW_PRECISION else rank
+
+
 def can_fuse() -> bool:
     """Whether the autograd functions may run. Compilers and tracers need plain operations, and torch.func's transforms
     need operations that are not in place."""

@@ -53,7 +53,8 @@ class Kind:
         types: the classes; a dotted name for those outside torch.
         quantized: dotted names of classes that compute the same with a weight that they quantize.
         roles: of the weight's leading modes, "out" or "in". ``rest`` is the role of further modes.
-        factored, fused: how an update runs beside the layer (see ``beside``); None if it can only act as a weight.
+        factored, fused, plain: how a layer and its update run (see ``beside``). None for ``factored``: the update can
+            only act as a weight.
         weights: parameter names to adapt, primary weight first.
         factorable: whether a layer's options allow the factored execution.
         scales_output: whether a layer with a forward of its own only multiplies its class's output.
@@ -70,6 +71,7 @@ class Kind:
     roles: tuple[str, ...]
     factored: Callable[..., Tensor] | None = None
     fused: Callable[..., Tensor] | None = None
+    plain: Callable[..., Tensor] | None = None
     weights: tuple[str, ...] = ("weight",)
     rest: str = "kernel"
     factorable: Callable[[nn.Module], bool] = _always
@@ -128,6 +130,7 @@ LINEAR = Kind(
     ("out", "in"),
     beside.linear,
     beside.linear_fused,
+    beside.linear_plain,
     is_matrix=True,
     lora_form="linear",
     locon_form="linear",
@@ -146,6 +149,7 @@ LINEAR_TRANSPOSED = Kind(
     ("in", "out"),
     beside.linear_transposed,
     beside.linear_transposed_fused,
+    beside.linear_transposed_plain,
     is_matrix=True,
     input_name="x",
     lora_form="linear",
@@ -156,6 +160,7 @@ CONV = Kind(
     ("out", "in"),
     beside.conv,
     beside.conv_fused,
+    beside.conv_plain,
     lora_form="conv",
     locon_form="conv",
     quantized=("optimum.quanto.nn.qconv2d.QConv2d",),
@@ -166,6 +171,7 @@ CONV_TRANSPOSED = Kind(
     ("in", "out"),
     beside.conv_transposed,
     beside.conv_transposed_fused,
+    beside.conv_transposed_plain,
 )
 EMBEDDING = Kind(
     "Embedding",

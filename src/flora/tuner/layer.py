@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flora.layers.cost import LOW_PRECISION, can_fuse, of_one_type
+from flora.layers.core_space import CoreSpace
+from flora.layers.cost import LOW_PRECISION, can_fuse, of_one_type, pooled
 from flora.layers.kinds import RAW, batch_mode
+from flora.layers.pool import Entry
 from flora.layers.sites import Site
 from flora.layers.stand_in import StandIn
 from flora.layers.weights import is_bare, is_plain, run_with_weights
 from flora.tuner.adapted_weight import AdaptedWeight
+from flora.tuner.live import live
 from flora.tuner.peft_compat import BaseTunerLayer
 
 # The adapter of each sample, by layer, in the call that is running. A call's own, so that others may run beside it.
@@ -37,12 +40,16 @@ class FloraLayer(AdaptedWeight):
         self.factorable = self.kind.can_factor(inner)
         fused = self.kind.fused is not None and not self.kind.quantizes(inner)
         self.fusable = self.factorable and fused and base_layer is inner
+        self.poolable = self.fusable and self.kind.plain is not None
         self.batch_mode = batch_mode(inner)
         self.weight_path = "base_layer." * depth + site.parameter  # as seen from base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base layer's. ``adapter_names`` gives every sample of the batch an adapter of its own."""
         adapter_names = kwargs.pop("adapter_names", None) or (NAMES.get() or {}).get(self)
+        alone = self.poolable and adapter_names is None and len(args) == 1 and not kwargs
+        if alone and (result := self._from_pool(args[0])) is not None:
+            return result
         if self.disable_adapters:
             return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
@@ -50,6 +57,71 @@ class FloraLayer(AdaptedWeight):
         if self.merged:
             return self.base_layer(*args, **kwargs)
         return self._adapted(self._present(self.active_adapters), args, kwargs)
+
+    # ---------------------------------------------------------------------------------------- all layers at once
+
+    def entry(self, autocast: torch.dtype | None, keeps: bool) -> Entry | None:
+        """What this layer gives to a model's pool now; None if it should run on its own.
+
+        Args:
+            autocast: the type under autocast, or None.
+            keeps: whether the pool keeps what it forms, and so wants thin tensors only.
+        """
+        active = self._active_adapter
+        if self._disable_adapters or self.merged_adapters or len(active) != 1:
+            return None
+        # not by attributes of modules, which are slow
+        adapter, modules = active[0], cast(dict[str, nn.Module], self._modules)
+        base, space = modules["base_layer"], cast(CoreSpace | None, modules["tucker_space"]._modules.get(adapter))
+        if space is None or self._dropout(adapter) > 0 or not is_bare(base) or not is_bare(space):
+            return None
+        weight = base._parameters.get("weight")
+        parameters = cast(tuple[Tensor, ...], tuple(space._parameters.values()))
+        # a type, a shape or a place of their own: sharded, swapped in by a function, or offloaded just now
+        if type(weight) is not nn.Parameter or not is_plain(weight) or weight.shape != space.shape:
+            return None
+        device = weight.device
+        for parameter, shape in zip(parameters, space.parameter_shapes, strict=True):
+            if type(parameter) is not nn.Parameter or parameter.shape != shape or parameter.device != device:
+                return None
+        low = weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
+        matrix, execution = self.kind.is_matrix, self.tucker_execution[adapter]
+        if keeps:
+            form = "factored" if matrix else None
+        else:
+            form = pooled(device.type, space.shape, matrix, execution, low)
+        if form is None or parameters[0].is_inference():
+            return None
+        if form == "factored" and self.kind.input_first:
+            core, first, second = parameters
+            parameters = (core.mT, second, first)
+        scaling = self.tucker_scaling[adapter]
+        return Entry(form, weight, parameters, space.scale if scaling == 1 else space.scale * scaling, low)
+
+    def _from_pool(self, x: Tensor) -> Tensor | None:
+        """The output, by what the model's pool has formed for this layer. None if there is no pool, or nothing for this
+        layer in its present state."""
+        if torch.compiler.is_compiling() or (pool := live()) is None or (ready := pool.of(self, x.device.type)) is None:
+            return None
+        if self._disable_adapters or self.merged_adapters or self._active_adapter != [ready.adapter]:
+            return None
+        base = cast(nn.Module, self._modules["base_layer"])
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if (ready.autocast is None and x.dtype != cast(Tensor, weight).dtype) or self._dropout(ready.adapter) > 0:
+            return None
+        plain = cast(Callable[..., Tensor], self.kind.plain)
+        if ready.form == "merged":
+            return plain(base, x, ready.tensors, bias)
+        if ready.autocast is not None:
+            x = x.to(ready.autocast)
+        if ready.form == "delta":
+            return plain(base, x, weight, bias).add_(plain(base, x, ready.tensors, None))
+        down, up = ready.tensors
+        rows = x.flatten(0, -2) if x.ndim != 2 else x
+        output = plain(base, rows, weight, bias).addmm_(rows.mm(down), up)
+        return output if x.ndim == 2 else output.view(*x.shape[:-1], -1)
+
+    # ---------------------------------------------------------------------------------------- one layer by itself
 
     def _adapted(self, adapters: list[str], args: tuple, kwargs: dict, **inner: Any) -> Any:
         """The base layer with the updates of ``adapters``. ``inner`` is for the base layer alone.

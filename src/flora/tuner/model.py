@@ -18,6 +18,7 @@ from flora.tuner.adapted_weight import AdaptedWeight
 from flora.tuner.combine import check_combination, combined_config, fill, summed
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import NAMES, FloraLayer
+from flora.tuner.live import attach, detach, one_call
 from flora.tuner.peft_compat import (
     PREFIX,
     SAVES_BIASES,
@@ -185,6 +186,7 @@ class FloraModel(BaseTuner):
             if isinstance(layer, FloraLayer) and ".base_layer." in f"{parent}." and leaf != "base_layer":
                 base = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
                 setattr(self.model.get_submodule(parent), leaf, base)
+        detach(self.model)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -203,7 +205,8 @@ class FloraModel(BaseTuner):
         if self.training and not self._start_checked:
             self._warn_of_missing_start()
         if names is None:
-            yield
+            with one_call():
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
@@ -292,3 +295,4 @@ def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name
                 raise ValueError(f"layer {weight.name!r} ({weight.layer_type}): {error}") from error
             wrapped[weight.parameter].space(adapter_name).init = config.init
     setattr(unwrapped(parent), name, layer)
+    attach(model)

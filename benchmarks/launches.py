@@ -1,0 +1,213 @@
+"""What a step costs beside arithmetic: operations and microseconds per adapted layer, on layers so small that
+arithmetic is free. It needs no GPU; with one, it counts kernels too.
+
+    python benchmarks/launches.py
+    python benchmarks/launches.py --device cuda
+    python benchmarks/launches.py --table benchmarks/results/launches-cpu.json
+
+A model has ``LAYERS`` layers of one kind, one after the other, with gradients flowing to its input. An *operation* is
+what reaches PyTorch's dispatcher and computes or copies: views and empty tensors do not count. A step is forward and
+backward; the base layers' own operations are in the numbers. Operations are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Results, Row, interleaved, names_in, parser, prepare, rows_of, table
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from variants import VARIANTS, adapt_variant, disturb
+
+from flora import FloraConfig
+from flora_lab.methods import CannotAdapt
+from flora_lab.methods.common import share_weights
+
+LAYERS, RANK = 12, 2
+LYCORIS_BUDGET = 4096  # of all layers together; sizes do not matter here
+METHODS = ("floor", "lora", "flora-auto", "locon", "locon-bypass")
+TARGETS = {"target_modules": r"\d+"}
+EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row: ``layer`` makes one layer, ``shape`` is the input's."""
+
+    layer: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+KINDS = {
+    "Linear": Kind(lambda: nn.Linear(16, 16), (8, 16)),
+    "Conv2d 3×3": Kind(lambda: nn.Conv2d(8, 8, 3, padding=1), (1, 8, 4, 4)),
+    "Conv2d depthwise 3×3": Kind(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (1, 8, 4, 4)),
+}
+# name: (the base model's type, whether autocast is on); adapters are float32 always
+PRECISIONS = {
+    "fp32": (torch.float32, False),
+    "bf16 autocast": (torch.float32, True),
+    "bf16 base": (torch.bfloat16, False),
+}
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that compute or copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.count += not (is_view(func) or name in EMPTY)
+        return func(*args, **(kwargs or {}))
+
+
+def is_view(operation: Any) -> bool:
+    """Whether an operation's results share its argument's memory, and nothing is written."""
+    returns = [r.alias_info for r in operation._schema.returns]
+    return bool(returns) and all(info is not None and not info.is_write for info in returns)
+
+
+def models(kind: Kind, dtype: torch.dtype, names: list[str], args: argparse.Namespace) -> dict[str, nn.Module]:
+    """Each variant's model; one that a variant cannot adapt is left out."""
+    torch.manual_seed(args.seed)
+    base = nn.Sequential(*(kind.layer() for _ in range(LAYERS))).requires_grad_(False).train().to(args.device)
+    groups = getattr(base[0], "groups", 1)
+    configs = {"lora": LoraConfig(r=max(RANK, groups), **TARGETS), "flora-auto": FloraConfig(r=RANK, **TARGETS)}
+    result = {}
+    for name in names:
+        if name in configs:
+            model = get_peft_model(share_weights(base), configs[name])
+            disturb(model)
+        else:
+            try:
+                model = adapt_variant(name, base, TARGETS, LYCORIS_BUDGET, args.seed).model
+            except CannotAdapt:
+                continue
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        result[name] = model
+    return result
+
+
+def step_of(model: nn.Module, kind: Kind, precision: str, device: str) -> Callable[[], None]:
+    """Forward and backward."""
+    dtype, autocast = PRECISIONS[precision]
+    x = torch.randn(kind.shape, dtype=dtype, device=device, requires_grad=True)
+    trained = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            output = model(x)
+        torch.autograd.backward(output, torch.ones_like(output), inputs=trained)
+        for tensor in trained:
+            tensor.grad = None
+
+    return step
+
+
+def operations(step: Callable[[], None]) -> float:
+    """Operations of a step, per layer."""
+    step()
+    with Counter() as counter:
+        step()
+    return counter.count / LAYERS
+
+
+def kernels(step: Callable[[], None]) -> float:
+    """GPU kernels and copies of a step, per layer."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()) / LAYERS
+
+
+def measure(name: str, precision: str, args: argparse.Namespace) -> list[Row]:
+    """One row per variant."""
+    kind = KINDS[name]
+    adapted = models(kind, PRECISIONS[precision][0], args.methods, args)
+    steps = {method: step_of(model, kind, precision, args.device) for method, model in adapted.items()}
+    counts: dict[str, float] = {}
+    for method in list(steps):
+        try:
+            counts[method] = operations(steps[method])
+        except RuntimeError as error:  # of types that do not fit together
+            print(f"{name}, {precision}: {method} left out: {str(error).splitlines()[0]}")
+            del steps[method]
+    times = interleaved(steps, args, args.seconds)
+    return [
+        {
+            "measure": precision,
+            "workload": name,
+            "method": method,
+            "operations": round(counts[method], 2),
+            "microseconds": statistics.median(own) * 1e3 / LAYERS,
+            "of_lora": {
+                "operations": counts[method] / counts["lora"] if "lora" in counts else None,
+                "microseconds": statistics.median(a / b for a, b in zip(own, times["lora"], strict=True))
+                if "lora" in times
+                else None,
+            },
+            **({"kernels": kernels(steps[method])} if args.device == "cuda" else {}),
+        }
+        for method, own in times.items()
+    ]
+
+
+def report(rows: list[Row]) -> str:
+    """Tables of operations, microseconds and kernels."""
+    parts = []
+    methods = [name for name in VARIANTS if any(row["method"] == name for row in rows)]
+    for value in ("operations", "microseconds", "kernels"):
+        cells = {(row["measure"], row["workload"], row["method"]): row for row in rows if value in row}
+        lines = []
+        for key in dict.fromkeys((precision, name) for precision, name, _ in cells):
+            own = [cells.get((*key, method)) for method in methods]
+            ratio = cells[*key, "flora-auto"]["of_lora"].get(value) if (*key, "flora-auto") in cells else None
+            lines.append(
+                [
+                    ", ".join(reversed(key)),
+                    *("–" if row is None else f"{row[value]:.4g}" for row in own),
+                    f"{ratio:.2f}" if ratio else "–",
+                ]
+            )
+        if lines:
+            parts.append(f"**{value} per layer**\n\n{table(['', *methods, 'of LoRA'], lines)}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.set_defaults(methods=list(METHODS), workloads=list(KINDS), threads=1)
+    flags.add_argument("--kinds", type=names_in(KINDS), default=list(KINDS), metavar="NAME,…")
+    flags.add_argument("--precisions", type=names_in(PRECISIONS), default=list(PRECISIONS), metavar="NAME,…")
+    flags.add_argument("--seconds", type=float, default=10, help="per kind and precision")
+    flags.add_argument("--rounds", type=int)
+    flags.add_argument("--table", type=rows_of, metavar="FILE.json", help="print the tables of a results file, and end")
+    args = flags.parse_args()
+    if args.table is not None:
+        print(report(args.table))
+        return
+    prepare(args)
+    results = Results(Path(__file__).stem, args)
+    for precision in args.precisions:
+        for name in args.kinds:
+            results.replace(measure(name, precision, args))
+    print(report(results.rows))
+    print(f"\nwritten to {results.path}")
+
+
+if __name__ == "__main__":
+    main()
