@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+import flora
 from flora import FloraConfig, plan
 from flora.layers.starts import unified_scale
 from flora.layers.storage import dense_of
@@ -256,3 +257,18 @@ def test_what_can_not_run_beside_its_layer_is_refused_before_anything_is_wrapped
     with pytest.raises(ValueError, match=r"layer 'second' \(Bilinear\): 'weight' is kept as float8, and no update can"):
         get_peft_model(model, FloraConfig(target_modules=["first", "second"]))
     assert type(model.first) is nn.Linear
+
+
+@every_base
+def test_activations_start_beside_a_quantized_weight_and_a_gradient_can_not(base):
+    config_of = lambda init: config(init=init, init_weights=True)  # noqa: E731
+    x = torch.randn(64, IN) * 0.7 ** torch.arange(IN)
+    model = get_peft_model(Net(base), config_of("activations"))
+    with torch.no_grad():
+        inputs = model.base_model.model.first(x)
+    flora.initialize(model, [x])
+    leading = layers(model)[0].space("default").factors[1][:, :2].float()
+    centred = inputs - inputs.mean(0)
+    assert (centred @ leading).square().sum() > 0.8 * torch.linalg.svdvals(centred)[:2].square().sum()
+    with pytest.raises(ValueError, match="'layer' keeps its weight quantized: .* got .* init='gradient'"):
+        flora.initialize(get_peft_model(Net(base), config_of("gradient")), [x], loss=lambda model, x: model(x).sum())

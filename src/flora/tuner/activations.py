@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -97,7 +98,7 @@ class _Sketch:
     """Random sums of one layer's inputs."""
 
     def __init__(self, layer: FloraLayer, adapter: str, place: _Place, seed: int, process: int) -> None:
-        self.layer, self.place, self.busy = layer, place, False
+        self.layer, self.adapter, self.place, self.busy = layer, adapter, place, False
         rows = layer.weight_shape[output_mode(layer.roles)]
         self.repeats = math.ceil((BASIS * max(layer.space(adapter).ranks) + SPARE) / rows)
         missing = "no batch reaches layer {layer}: it has no inputs to start from"
@@ -109,11 +110,10 @@ class _Sketch:
         """Hook: add the inputs of one call."""
         if self.busy:  # this is the second run
             return
-        weight = self.layer.base_parameter.detach().requires_grad_()
         self.busy = True
         try:
             with torch.enable_grad():
-                output = run_with_weights(self.place.module, {self.place.weight: weight}, args, kwargs)
+                weight, output = self._run_again(args, kwargs)
             y = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad), None)
             sums = [] if y is None else [self._sums(y, weight) for _ in range(self.repeats)]
         finally:
@@ -121,6 +121,15 @@ class _Sketch:
         parts = [part for part in sums if part is not None]  # None: this call made no use of the weight
         if parts:
             self.reduction.add(torch.cat(parts, output_mode(self.layer.roles)))
+
+    def _run_again(self, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
+        """The weight that a gradient is taken of, and the output."""
+        if self.layer.is_quantized:  # of a linear layer: its numbers do not matter for its gradient
+            x = args[0] if args else next(iter(kwargs.values()))
+            weight = self.layer.space(self.adapter).core.new_zeros(self.layer.weight_shape, requires_grad=True)
+            return weight, F.linear(x.to(weight.dtype), weight)
+        weight = self.layer.base_parameter.detach().requires_grad_()
+        return weight, run_with_weights(self.place.module, {self.place.weight: weight}, args, kwargs)
 
     def _sums(self, y: Tensor, weight: Tensor) -> Tensor | None:
         """As many random sums of inputs as there are outputs, in the weight's shape."""

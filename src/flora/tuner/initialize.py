@@ -53,7 +53,8 @@ def initialize(
 
     Raises:
         ValueError: no batch, no labels, no such adapter, a merged or trained one, a loss that is not finite or does not
-            depend on a layer, a layer that no batch reaches or whose inputs are not finite. Nothing is changed then.
+            depend on a layer, a layer that no batch reaches or whose inputs are not finite, a quantized weight (unless
+            of a linear layer, for "activations"). Nothing is changed then.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own averaging would miss the parameters that are frozen
@@ -80,6 +81,11 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
         space = layer.space(adapter)
         if layer.merged:
             raise ValueError(f"adapter {adapter!r}: unmerge before initializing")
+        if layer.is_quantized and not (layer.kind.is_matrix and space.init == "activations"):
+            raise ValueError(
+                f"layer {layer.name!r} keeps its weight quantized: init='activations' can start it if it is linear, "
+                f"got a layer of kind {layer.kind} and init={space.init!r}"
+            )
         if not overwrite and space.core.any() and all(factor.any() for factor in space.factors):
             raise ValueError(
                 f"adapter {adapter!r} has been trained: the update of layer {layer.name!r} is not zero; "
