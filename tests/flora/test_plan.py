@@ -1,19 +1,29 @@
 """What would be adapted: targets, shorthands, patterns, budgets, heads, ties."""
 
+import copy
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     ConvNextV2Config,
     ConvNextV2ForImageClassification,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
+import flora
 from flora import FloraConfig, plan
+from flora.convert.adapter import Adapter
+from reference import layers
 
 
 class Net(nn.Module):
@@ -24,6 +34,16 @@ class Net(nn.Module):
         self.attention = nn.MultiheadAttention(16, 2)
         self.norm = nn.LayerNorm(16)
         self.fc = nn.Linear(16, 10)
+
+
+def t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2))
+
+
+def bart():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartForConditionalGeneration(BartConfig(vocab_size=16, d_model=8, **sizes, **heads))
 
 
 def names(model, **options):
@@ -179,6 +199,108 @@ def test_a_parameter_of_the_wrong_type_or_order():
     ]:
         with pytest.raises(ValueError, match=message):
             plan(Holder(tensor), FloraConfig(target_parameters=["inner.table"]))
+
+
+def test_the_default_targets_of_a_model_that_peft_knows():
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=16,
+        )
+    )
+    config = FloraConfig()
+    made = plan(model, config)
+    assert [row.name.rpartition(".")[2] for row in made.rows] == ["q_proj", "v_proj"] and config.target_modules is None
+    get_peft_model(model, config)
+    assert config.plan.rows == made.rows
+    with pytest.raises(ValueError, match="no layer matches target_modules=None"):
+        plan(Net(), FloraConfig())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"target_modules": ["stem", "block.1"]},
+            "target_modules: no module of the model is called 'block.1'; did you mean 'blocks.1'?",
+        ),
+        ({"target_modules": ["stem", "0", "attentoin"]}, "'attentoin'; did you mean 'attention'?"),
+        ({"target_modules": ["stem", "absent"]}, "no module of the model is called 'absent'$"),
+        ({"target_modules": ["stem"], "modules_to_save": ["fcc"]}, "modules_to_save: .* 'fcc'; did you mean 'fc'?"),
+        (
+            {"target_modules": "all-weights", "exclude_modules": ["stem", "attentoin"]},
+            "exclude_modules: .* 'attentoin'; did you",
+        ),
+    ],
+)
+def test_a_name_that_matches_nothing_beside_others_is_warned_of(options, message):
+    for use in (plan, get_peft_model):
+        with pytest.warns(UserWarning, match=message):
+            use(Net(), FloraConfig(**options))
+
+
+def test_what_a_shorthand_cannot_mean_is_left_out_and_named():
+    model = Net()
+    nn.utils.parametrizations.weight_norm(model.stem)
+    for use in (plan, get_peft_model):
+        with pytest.warns(UserWarning, match="layer 'stem' is left out: 'weight' is not a parameter"):
+            made = use(model, FloraConfig(target_modules="all-weights"))
+        made = made if use is plan else made.peft_config["default"].plan
+        assert "stem" not in [row.name for row in made.rows] and "left out: stem: 'weight' is not" in str(made)
+
+
+@pytest.mark.parametrize(("make", "used"), [(t5, "q"), (bart, "q_proj")])
+def test_a_weight_that_is_held_and_never_used_gets_no_budget(make, used):
+    message = "shared'.* the model uses this weight under other names only"
+    config = FloraConfig(target_modules=["shared", used], init_weights=False)
+    with pytest.warns(UserWarning, match=message):
+        made = plan(make(), config)
+    assert not any("shared" in row.name for row in made.rows)
+    with pytest.warns(UserWarning, match=message):
+        model = get_peft_model(make(), config)
+    assert not any("shared" in layer.name for layer in layers(model)) and layers(model)
+    with pytest.raises(ValueError, match=message):
+        plan(make(), FloraConfig(target_modules=["shared"]))
+    assert names(make(), target_modules=["encoder.embed_tokens"])
+
+
+class Alias(nn.Module):
+    """One layer and one block, each under two names; what runs is the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 4)
+        self.block = nn.Sequential(nn.Conv1d(4, 4, 1), nn.MultiheadAttention(6, 2))
+        self.runner = nn.ModuleDict({"gate": self.gate, "block": self.block})
+
+    def forward(self, x):
+        return self.runner["block"][0](self.runner["gate"](x)[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("targets", ["all-weights", ["gate", "0"], ["runner.gate"]])
+def test_a_layer_with_two_names_is_adapted_under_both(targets, tmp_path):
+    torch.manual_seed(0)
+    base, x = Alias(), torch.randn(3, 6)
+    plain, config = base(x), FloraConfig(r=2, target_modules=targets, init_weights=False)
+    model = get_peft_model(copy.deepcopy(base), config)
+    adapted = model(x)
+    assert not torch.allclose(adapted, plain)
+    inner = model.base_model.model
+    assert inner.gate is inner.runner["gate"]
+    model.add_adapter("other", config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(loaded(x), adapted)
+    flora.hotswap(loaded, tmp_path)
+    assert {site.name for site in Adapter.open(tmp_path).sites} == {row.name for row in config.plan.rows}
+    assert not layers(loaded.unload()) and torch.equal(loaded.base_model.model(x), plain)
+    merged = model.merge_and_unload()
+    assert not layers(merged) and merged.gate is merged.runner["gate"]
+    torch.testing.assert_close(merged(x), adapted)
 
 
 def test_a_weight_that_is_computed_is_refused():

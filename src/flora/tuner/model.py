@@ -14,23 +14,24 @@ import torch
 from torch import nn
 
 from flora.layers.starts import STARTS
-from flora.tuner.adapted_weight import AdaptedWeight
 from flora.tuner.combine import check_combination, combined_config, fill, summed
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import NAMES, FloraLayer
-from flora.tuner.live import attach, detach, one_call
+from flora.tuner.live import detach, one_call
 from flora.tuner.peft_compat import (
     PREFIX,
     SAVES_BIASES,
     TARGET_MODULES,
     AuxiliaryTrainingWrapper,
     BaseTuner,
-    get_submodules,
+    check_target_module_exists,
     init_empty_weights,
 )
-from flora.tuner.planning import PlannedWeight, check_saved, make_plan, plan
-from flora.tuner.targets import SHORTHANDS, canonical_module, unwrapped
+from flora.tuner.planning import make_plan, plan
+from flora.tuner.saved import check_saved
+from flora.tuner.targets import SHORTHANDS, canonical_module
 from flora.tuner.undo import unchanged_on_error
+from flora.tuner.wrapping import with_scales_in_use, wrap_module
 
 
 class FloraModel(BaseTuner):
@@ -48,6 +49,8 @@ class FloraModel(BaseTuner):
         config names these afterwards."""
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self._load_state_dict_post_hooks:
+            self.register_load_state_dict_post_hook(_forget_aliases)
         config = self.peft_config[adapter_name]
         if kwargs.get("state_dict") is not None:
             wrapped = {layer.name for layer in self._layers() if adapter_name in layer.tucker_space}
@@ -71,9 +74,11 @@ class FloraModel(BaseTuner):
         made = plan(model, peft_config) if shorthand else make_plan(model, peft_config)
         if peft_config.saved_shapes is not None:
             check_saved(made, peft_config)
-        made = replace(made, rows=_with_scales_in_use(made.rows, model, self.peft_config, peft_config))
-        if shorthand:
-            peft_config.target_modules = {row.target for row in made.rows if not row.raw}
+        made = replace(made, rows=with_scales_in_use(made.rows, model, self.peft_config, peft_config))
+        named = {row.target for row in made.rows if not row.raw}
+        # PEFT knows neither our shorthands nor further names of a layer
+        if shorthand or not all(check_target_module_exists(peft_config, name) for name in named):
+            peft_config.target_modules = named
         peft_config.plan = made
 
     def _create_and_replace(
@@ -87,6 +92,8 @@ class FloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         key = canonical_module(self.model, current_key.removeprefix("_orig_mod."))
+        if key in peft_config.plan.left_out:
+            return
         # a layer that only a state_dict names is not in the plan
         rows = peft_config.plan.rows_of(key) or make_plan(self.model, peft_config, keys=[key]).rows
         rows = [row for row in rows if not row.raw]  # _inject_parameters wraps the raw ones
@@ -187,9 +194,14 @@ class FloraModel(BaseTuner):
                 base = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
                 setattr(self.model.get_submodule(parent), leaf, base)
         detach(self.model)
-        return super()._unload_and_optionally_merge(
+        model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        for parent in list(model.modules()):
+            for leaf, layer in parent._modules.items():
+                if isinstance(layer, FloraLayer):  # another name of one that PEFT has unloaded
+                    parent._modules[leaf] = layer.get_base_layer()
+        return model
 
     def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Look at every layer before the first one is merged: a model is merged whole or not at all."""
@@ -239,60 +251,15 @@ def _let_take_names(modules: Sequence[nn.Module]) -> None:
                 module.register_forward_pre_hook(_take_names, with_kwargs=True)
 
 
+def _forget_aliases(model: nn.Module, incompatible: Any) -> None:
+    """A file has a layer once; PEFT would report its further names as missing."""
+    first = {name for name, _ in model.named_modules()}
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, FloraLayer) and n not in first]
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not any(f".{name}.tucker_" in f".{key}" for name in names)
+    ]
+
+
 def _take_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     names = (NAMES.get() or {}).get(module)
     return args, kwargs if names is None else {**kwargs, "adapter_names": names}
-
-
-def _no_fast_path(module: nn.Module, args: tuple) -> None:
-    """A hook that does nothing. nn.TransformerEncoderLayer's fast path reads weights without calling our forward, but
-    only while no hook is registered."""
-
-
-def _with_scales_in_use(
-    rows: Sequence[PlannedWeight], model: nn.Module, configs: dict[str, FloraConfig], config: FloraConfig
-) -> list[PlannedWeight]:
-    """The rows with the scales of an adapter that has the same config already. Files and sums bring scales of their
-    own, and copies of the parameters alone (TRL's reference model) must come to the same function."""
-    twins = [name for name, other in configs.items() if other == config]
-    scales: dict[str, float] = {}
-    for layer in model.modules():
-        if isinstance(layer, FloraLayer):
-            for space in (layer.space(name) for name in twins if name in layer.tucker_space):
-                if not space.scale.is_meta:
-                    scales[layer.name] = space.scale.item()
-    return [replace(row, scale=scales.get(row.name, row.scale)) for row in rows]
-
-
-def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name: str, config: FloraConfig) -> None:
-    """Give the weights of one module an adapter: one FloraLayer per weight, the first weight's outermost."""
-    parent, layer, name = get_submodules(model, weights[0].module)
-    wrapped: dict[str, AdaptedWeight] = {}
-    inner = layer
-    while hasattr(inner, "base_layer"):
-        if isinstance(inner, AdaptedWeight):
-            wrapped[inner.parameter_name] = inner
-        inner = inner.base_layer
-    for weight in reversed(weights):
-        if weight.parameter not in wrapped:
-            layer = wrapped[weight.parameter] = FloraLayer(layer, weight.site, weight.shape, weight.shared)
-            layer.training = layer.base_layer.training
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                layer.register_forward_pre_hook(_no_fast_path)
-        if adapter_name not in wrapped[weight.parameter].tucker_space:
-            try:
-                wrapped[weight.parameter].update_layer(
-                    adapter_name,
-                    weight.ranks,
-                    scale=weight.scale,
-                    init=config.init if config.init_weights else "random",
-                    dropout=config.dropout,
-                    execution=weight.execution,
-                    inference_mode=config.inference_mode,
-                    scales=config.plan.scales,
-                )
-            except ValueError as error:
-                raise ValueError(f"layer {weight.name!r} ({weight.layer_type}): {error}") from error
-            wrapped[weight.parameter].space(adapter_name).init = config.init
-    setattr(unwrapped(parent), name, layer)
-    attach(model)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -19,8 +18,9 @@ from flora.layers.storage import logical_shape, storage_of, tensor_of
 from flora.ranks import Ranks
 from flora.text import sizes, table
 from flora.tuner.config import FloraConfig
-from flora.tuner.peft_compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from flora.tuner.targets import Target, find_targets
+from flora.tuner.left_out import check_names, left_out
+from flora.tuner.peft_compat import TARGET_MODULES, AuxiliaryTrainingWrapper, BaseTunerLayer
+from flora.tuner.targets import Target, find_targets, refuse_clashes
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class PlannedWeight:
         scale: the s of equation 5, or "auto".
         execution: "auto", "factored" or "merged", as the layer allows.
         shared: whether other modules hold this weight too.
+        aliases: further names of the layer.
     """
 
     site: Site
@@ -46,6 +47,7 @@ class PlannedWeight:
     scale: float | str
     execution: str
     shared: bool = False
+    aliases: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -73,11 +75,13 @@ class Plan:
     """The weights to adapt, one row each, and the base model's number of parameters. ``str()`` is the table.
 
     ``scales`` are the numbers that the scales of an adapter's weights came to, by name, once there is an adapter.
+    ``left_out`` names the weights that the config means and that are not adapted, and says why.
     """
 
     rows: list[PlannedWeight] = field(default_factory=list)
     base_parameters: int = 0
     scales: dict[str, float] = field(default_factory=dict, compare=False)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -102,7 +106,8 @@ class Plan:
             f"{len(self.rows)} weights, {self.total:,} trainable parameters, "
             f"{100 * self.share:.3g} % of the model's {self.base_parameters:,}"
         )
-        return "\n".join([table(head, rows, right=["parameters"]), "", total])
+        left_out = [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join([table(head, rows, right=["parameters"]), "", *left_out, total])
 
 
 def plan(model: nn.Module, config: FloraConfig) -> Plan:
@@ -112,6 +117,9 @@ def plan(model: nn.Module, config: FloraConfig) -> Plan:
     Raises:
         ValueError: naming layer, shape, value given and what is accepted.
     """
+    if config.target_modules is None and not config.target_parameters:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        config = replace(config, target_modules=TARGET_MODULES.get(model_type))
     made = make_plan(model, config)
     if not made.rows:
         raise ValueError(
@@ -122,7 +130,12 @@ def plan(model: nn.Module, config: FloraConfig) -> Plan:
 
 def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None = None) -> Plan:
     """As ``plan``, but empty if nothing matches. ``keys`` names the layers in place of the config."""
-    targets = find_targets(model, config, keys)
+    targets, without = find_targets(model, config, keys), {}
+    if keys is None and targets:
+        check_names(model, config)
+        without = left_out(model, config, targets)
+        targets = [target for target in targets if target.name not in without]
+    refuse_clashes(model, targets)
     sites, shapes = _sites(targets)
     base_parameters = count_base_parameters(model)
     scales = _scales(config, targets, sites)
@@ -138,10 +151,11 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
             scale=scale,
             execution=kinds.possible(config.execution, site.kind, target.layer, target.parameter, shape),
             shared=target.shared,
+            aliases=target.aliases,
         )
         for target, site, shape, own_ranks, scale in zip(targets, sites, shapes, ranks, scales, strict=True)
     ]
-    return Plan(rows, base_parameters)
+    return Plan(rows, base_parameters, left_out=without)
 
 
 def _sites(targets: list[Target]) -> tuple[list[Site], list[tuple[int, ...]]]:
@@ -171,53 +185,6 @@ def _paths(targets: list[Target]) -> list[str]:
         return ".".join(part + ".base_layer" * depth for part, depth in zip(parts, depths, strict=True))
 
     return [path(target) for target in targets]
-
-
-def check_saved(made: Plan, config: FloraConfig) -> None:
-    """Raise ValueError unless the adapter that is being loaded has exactly the core spaces of the plan."""
-    saved = config.saved_shapes or {}
-    check_modes([(row.site, row.shape) for row in made.rows], config.weights or {})
-    expected: dict[str, tuple[tuple[int, ...], PlannedWeight]] = {}
-    for row in made.rows:
-        stem = f"{row.site.stem}.tucker_space."
-        expected[stem + "core"] = (row.ranks, row)
-        expected |= {f"{stem}factor_{n}": (pair, row) for n, pair in enumerate(zip(row.shape, row.ranks, strict=True))}
-        expected[stem + "scale"] = ((), row)
-    if not expected.keys() & saved.keys():  # PEFT renames the modules of older base models
-        needed = Counter((key.rpartition(".")[2], shape) for key, (shape, _) in expected.items())
-        if needed == Counter((key.rpartition(".")[2], shape) for key, shape in saved.items()):
-            return
-    for key, (shape, row) in expected.items():
-        if saved.get(key) != shape:
-            present = list(saved[key]) if key in saved else "nothing"
-            raise ValueError(
-                f"layer {row.name!r}: the adapter's file has {present} for {key.rpartition('.')[2]}, but a weight of "
-                f"shape {list(row.shape)} at ranks {list(row.ranks)} needs {list(shape)}; was it trained on another "
-                "base model?"
-            )
-    if extra := sorted(key for key in saved if key not in expected):
-        raise ValueError(
-            f"unexpected key {extra[0]!r} in the adapter's file: this base model has no such adapted weight"
-        )
-
-
-def check_modes(sites: Iterable[tuple[Site, tuple[int, ...]]], weights: dict[str, Any]) -> None:
-    """Raise ValueError if the modes of a weight are in another order than the adapter's config says. Where sizes are
-    equal no shape tells it, and ``import lora`` may have guessed it.
-
-    Args:
-        sites: the model's, with the weights' shapes.
-        weights: of the adapter's config.
-    """
-    for own, shape in sites:
-        if facts := weights.get(own.name):
-            site = Site.from_dict(own.name, facts)
-            theirs, ours = (f"{one.modes(shape)} at {one.stem!r}" for one in (site, own))
-            if theirs != ours:
-                raise ValueError(
-                    f"layer {own.name!r}, shape {list(shape)}: the adapter is for {theirs}, the model has {ours}; "
-                    "was it trained on another base model, or imported without base=?"
-                )
 
 
 def count_base_parameters(model: nn.Module) -> int:

@@ -37,6 +37,7 @@ class Target:
         layer: the base layer.
         weight: its parameter; None if the layer computes it.
         shared: whether other modules hold it too.
+        aliases: further names of the layer.
     """
 
     module: str
@@ -46,6 +47,7 @@ class Target:
     layer: nn.Module
     weight: nn.Parameter | None
     shared: bool
+    aliases: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,11 +56,14 @@ class Target:
 
 
 def find_targets(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None = None) -> list[Target]:
-    """The weights that the config names, or those of the layers ``keys``. A shorthand leaves shared weights out.
+    """The weights that the config names, or those of the layers ``keys``.
 
     Raises ValueError for a layer that cannot be adapted, a name that matches no parameter, or a weight named twice.
     """
     layers = dict(base_layers(model))
+    called: dict[nn.Module, list[str]] = {}
+    for name, layer, _ in every_name(model):
+        called.setdefault(layer, []).append(name)
     shared = _shared_weights(layers)
     wanted = _matching(model, layers, config) if keys is None else [(key, "", key, False) for key in keys]
     found: dict[str, Target] = {}
@@ -66,16 +71,12 @@ def find_targets(model: nn.Module, config: FloraConfig, keys: Iterable[str] | No
         for module, parameter in _places(model, key, own, config):
             layer = layers[module]
             weight = parameter_of(layer, parameter)
-            target = Target(module, parameter, entry, raw, layer, weight, shared=id(weight) in shared)
+            aliases = tuple(called[layer][1:])
+            target = Target(module, parameter, entry, raw, layer, weight, id(weight) in shared, aliases)
             before = found.setdefault(target.name, target)
             if before is not target and (raw or before.raw):
                 raise ValueError(f"{target.name!r} is targeted twice: by target_modules and by target_parameters")
-    targets = list(found.values())
-    if keys is None and config.target_modules in SHORTHANDS:
-        targets = [target for target in targets if not target.shared]
-    _refuse_weights_met_twice(targets)
-    _refuse_other_sets(model, targets)
-    return targets
+    return list(found.values())
 
 
 def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -83,15 +84,22 @@ def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     torch.compile's wrapper does not change the names.
     """
+    return ((name, layer) for name, layer, again in every_name(model) if not again)
+
+
+def every_name(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """As ``base_layers``, with the further names of a module, which say so."""
     seen: set[nn.Module] = set()
 
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, bool]]:
         layer = unwrapped(module)
-        if layer not in seen:
+        again = layer in seen
+        yield name.removeprefix("_orig_mod."), layer, again
+        if not again:
             seen.add(layer)
-            yield name.removeprefix("_orig_mod."), layer
-            for leaf, child in () if isinstance(layer, AuxiliaryTrainingWrapper) else layer.named_children():
-                yield from walk(child, f"{name}.{leaf}" if name else leaf)
+            for leaf, child in () if isinstance(layer, AuxiliaryTrainingWrapper) else layer._modules.items():
+                if child is not None:
+                    yield from walk(child, f"{name}.{leaf}" if name else leaf)
 
     yield from walk(model, "")
 
@@ -110,8 +118,10 @@ def _matching(model: nn.Module, layers: dict, config: FloraConfig) -> Iterator[t
     elif config.target_modules is None and config.target_parameters is None:
         names = []
     else:
-        names = [name for name in layers if name and check_target_module_exists(config, name)]
-    for name in names:
+        first = {layer: name for name, layer in layers.items()}
+        every = every_name(model)
+        names = [first[layer] for name, layer, _ in every if name and check_target_module_exists(config, name)]
+    for name in dict.fromkeys(names):
         if kinds.kind_of(layers[name]) is None:
             raise ValueError(
                 f"layer {name!r} is a {type(layers[name]).__name__}, which can't be adapted; "
@@ -208,6 +218,12 @@ def _shared_weights(layers: dict[str, nn.Module]) -> set[int]:
     """Weights that several modules hold: adapting one of them and merging would change the others."""
     counts = Counter(id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None)
     return {key for key, count in counts.items() if count > 1}
+
+
+def refuse_clashes(model: nn.Module, targets: list[Target]) -> None:
+    """Raise ValueError for a weight that two targets share, and for a layer whose adapters differ in their weights."""
+    _refuse_weights_met_twice(targets)
+    _refuse_other_sets(model, targets)
 
 
 def _refuse_weights_met_twice(targets: list[Target]) -> None:
