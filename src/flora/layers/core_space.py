@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flora import ranks as rank_rules
 from flora import tucker
+from flora.layers.weights import is_bare
 
 
 class CoreSpace(nn.Module):
@@ -64,9 +65,19 @@ class CoreSpace(nn.Module):
         # not get_parameter: FSDP1 puts plain views of its flat parameter in their place
         return tuple(getattr(self, f"factor_{n}") for n in range(len(self.shape)))
 
+    @property
+    def weight(self) -> Tensor:
+        """The core. By this name PEFT's wrap policy for FSDP1 knows a module that is trained."""
+        return self.core
+
     def forward(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``scale · core`` and the factors. A call, so that sharded training (FSDP, ZeRO-3) gathers them first."""
-        return self.core * self.scale, self.factors
+        """``scale · core`` and the factors. A call, so that sharded training (FSDP, ZeRO-3) gathers them first.
+
+        An engine that gathers them for this call alone takes them apart after it: then the factors are copies.
+        """
+        factors = self.factors
+        lasting = is_bare(self) and isinstance(self._parameters.get("factor_0"), nn.Parameter)
+        return self.core * self.scale, factors if lasting else tuple(factor.clone() for factor in factors)
 
     def delta(self) -> Tensor:
         """``scale · core ×_1 factors[0] …``: (I_1, …, I_N), in PyTorch's order (equations 5 to 7).

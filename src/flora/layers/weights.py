@@ -44,7 +44,7 @@ def is_plain(weight: Tensor) -> bool:
     is_ordinary = (
         type(weight) in (nn.Parameter, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
     )
-    return is_ordinary and not weight.requires_grad
+    return is_ordinary and not weight.requires_grad and not hasattr(weight, "ds_id")
 
 
 def is_bare(layer: nn.Module) -> bool:

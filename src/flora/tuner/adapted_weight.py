@@ -1,8 +1,7 @@
-"""A frozen weight and its core spaces: adding adapters, their scale, merging, and what models see of the layer."""
+"""A frozen weight and its core spaces: adding adapters, their scale, and what models see of the layer."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from flora.layers import kinds
-from flora.layers.core_space import CoreSpace, add_updates, drop_ranks, is_finite
+from flora.layers.core_space import CoreSpace, add_updates, drop_ranks
 from flora.layers.kinds import RAW
+from flora.layers.sharded import gathered, is_distributed, part_like, whole
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
 from flora.layers.storage import dense_of, dtype_of, storage_of, tensor_of
-from flora.layers.weights import leaf, owner
-from flora.tuner.peft_compat import BaseTunerLayer, check_adapters_to_merge, gather_params_ctx
+from flora.tuner.peft_compat import BaseTunerLayer
 
 
 class AdaptedWeight(nn.Module, BaseTunerLayer):
@@ -134,9 +133,9 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             self._active_adapter = [adapter_name]
         output_mode = kinds.output_mode(self.roles)
         if scale == "auto":
-            with gather_params_ctx(self.base_parameter):
+            with gathered([self.base_parameter]):
                 is_meta = device.type == "meta"
-                scale = 1.0 if is_meta else unified_scale(self.frozen_weight, ranks, output_mode, init)
+                scale = 1.0 if is_meta else unified_scale(whole(self.frozen_weight), ranks, output_mode, init)
         dtype = dtype_of(layer, self.parameter_name)
         space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=dtype)
         if scales is not None:
@@ -202,97 +201,18 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def _weight_with(self, adapters: Sequence[str]) -> Tensor:
         weight = self.frozen_weight if adapters and self.is_quantized else self.base_parameter
-        return add_updates(weight, [self._dropped(a) for a in adapters]) if adapters else weight
+        return self._add_updates(weight, adapters) if adapters else weight
 
-    # ------------------------------------------------------------------------------------------------------ merging
+    def _add_updates(self, weight: Tensor, adapters: Sequence[str]) -> Tensor:
+        spaces = [self._dropped(adapter) for adapter in adapters]
+        if not is_distributed(weight):
+            return add_updates(weight, spaces)
+        zeros = torch.zeros(self.weight_shape, dtype=weight.dtype, device=weight.device)
+        return weight + part_like(add_updates(zeros, spaces), weight)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""
         return self.space(adapter).delta() * self.tucker_scaling[adapter]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
-        """Add the updates of the given (else the active) adapters to the weight.
-
-        The sum is formed in float32 at least and rounded once. Raises ValueError, and leaves the weight as it was, if
-        an update is not finite; with ``safe_merge`` also if the merged weight is not.
-
-        The weight as it was stays in the computer's memory, never an accelerator's, for ``unmerge`` to put back: it
-        takes as many bytes as the weight. Without ``keep``, as in ``merge_and_unload``, it does not.
-        """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
-        weight, merged_before = self.base_parameter, bool(self._kept)
-        alone = not self.shared or merged_before  # else other holders must not see the merged weight
-        kept = [] if merged_before or not keep else [weight.data.cpu() if alone else weight]
-        free = alone and all(before.device != weight.device for before in kept)
-        merged = self._merged_weight(names, safe_merge, in_place=free and not safe_merge)
-        if alone:
-            weight.data = merged
-        else:
-            self._replace_parameter(nn.Parameter(merged, requires_grad=weight.requires_grad))
-        self._kept += kept
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def _merged_weight(self, adapters: Sequence[str], safe_merge: bool, in_place: bool = False) -> Tensor:
-        self._check_numbers(adapters)
-        if self.is_quantized:
-            raise ValueError(f"layer {self.name!r}: no update can be merged into its quantized weight")
-        weight = self.base_parameter
-        merged = add_updates(weight.data, [self._scaled(adapter) for adapter in adapters], in_place)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
-                f"layer {self.name!r}, shape {list(self.weight_shape)}, {weight.dtype} can't hold the sum"
-            )
-        return merged
-
-    @torch.no_grad()
-    def _check_numbers(self, adapters: Sequence[str]) -> None:
-        for adapter in adapters:
-            if not is_finite(*self._scaled(adapter)):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
-                    f"layer {self.name!r}, shape {list(self.weight_shape)}, its update is not finite"
-                )
-
-    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise the errors of ``merge``, and change nothing. Without ``safe_merge`` it forms no full weight."""
-        names = [a for a in self._present(adapter_names or self.active_adapters) if a not in self.merged_adapters]
-        if safe_merge and names:
-            self._merged_weight(names, safe_merge)
-        else:
-            self._check_numbers(names)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put back the weight as it was before the first merge, to the bit: whatever has become of the adapters."""
-        if not self.merged_adapters:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.merged_adapters = []
-        kept = self._kept.pop()
-        if isinstance(kept, nn.Parameter):
-            self._replace_parameter(kept)
-        else:
-            weight = self.base_parameter
-            weight.data = kept.to(weight.device, weight.dtype)
-
-    def _replace_parameter(self, parameter: nn.Parameter) -> None:
-        holder = owner(self.get_base_layer(), self.parameter_name)
-        holder.register_parameter(leaf(self.parameter_name), parameter)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base layer itself, with the updates in its weights if ``merge``."""
-        layer: nn.Module = self
-        while isinstance(layer, AdaptedWeight):
-            if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
-            layer = layer.base_layer
-        return layer
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's own converter (``convert_to_lora``) accepts it: it knows matrices of linear layers only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,18 +15,19 @@ from flora.layers.core_space import CoreSpace
 from flora.layers.cost import LOW_PRECISION, can_fuse, of_one_type, pooled
 from flora.layers.kinds import RAW, batch_mode
 from flora.layers.pool import Entry
+from flora.layers.sharded import in_parts, is_distributed, swapped
 from flora.layers.sites import Site
 from flora.layers.stand_in import StandIn
 from flora.layers.weights import is_bare, is_plain, run_with_weights
-from flora.tuner.adapted_weight import AdaptedWeight
 from flora.tuner.live import live
+from flora.tuner.merging import MergeableWeight
 from flora.tuner.peft_compat import BaseTunerLayer
 
 # The adapter of each sample, by layer, in the call that is running. A call's own, so that others may run beside it.
 NAMES: ContextVar[dict[nn.Module, Sequence[str]] | None] = ContextVar("NAMES", default=None)
 
 
-class FloraLayer(AdaptedWeight):
+class FloraLayer(MergeableWeight):
     """A layer that runs with the updates of its active adapters (paper section 4, equations 5 to 7).
 
     Where the kind of layer allows it, the first update runs together with the base layer (*fused*), and others beside
@@ -136,7 +138,10 @@ class FloraLayer(AdaptedWeight):
         if result is None:
             inside = [a for a in adapters if self._runs_merged(a)]
             beside = [a for a in adapters if a not in inside]
-            if inside:
+            if inside and in_parts(self.base_parameter, self.weight_shape):
+                with swapped(self.get_base_layer(), self.parameter_name, partial(self._add_updates, adapters=inside)):
+                    result = self.base_layer(*args, **kwargs, **inner)
+            elif inside:
                 weight = {self.weight_path: self._weight_or_stand_in(inside)}
                 result = run_with_weights(self.base_layer, weight, args, {**kwargs, **inner})
             else:
@@ -160,7 +165,8 @@ class FloraLayer(AdaptedWeight):
         return self.kind.fused(self.base_layer, frozen, bias, core, factors, x, self.tucker_execution[adapter])
 
     def _runs_merged(self, adapter: str) -> bool:
-        if not self.factorable:
+        # each process of tensor parallelism has its part of the input, or of the output: the update acts as a weight
+        if not self.factorable or is_distributed(self.base_parameter):
             return True
         # only the factored form has an input of its own to drop out; others drop ranks
         if self._dropout(adapter) > 0 or self.is_quantized:

@@ -24,6 +24,7 @@ from flora.tuner.peft_compat import (
     TARGET_MODULES,
     AuxiliaryTrainingWrapper,
     BaseTuner,
+    PlainNames,
     check_target_module_exists,
     init_empty_weights,
 )
@@ -119,6 +120,10 @@ class FloraModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # nothing to move: a CoreSpace is made on its weight's device
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return super()._get_adapter_state_dict(PlainNames(model), *args, **kwargs)
 
     # --------------------------------------------------------------------------------------------------- adapters
 

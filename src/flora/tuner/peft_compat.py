@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union
 
@@ -20,7 +21,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TAR
 from peft.utils import _get_submodules as get_submodules
 from peft.utils import register_peft_method
 from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
-from peft.utils.integrations import gather_params_ctx, init_empty_weights
+from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from peft.utils.peft_types import PeftType
 from peft.utils.save_and_load import load_peft_weights
@@ -29,15 +30,29 @@ from flora.files import replace_adapters
 from flora.tuner.undo import unchanged_on_error
 
 PREFIX = "tucker_"
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # PEFT 0.20 saves trained biases only for its own LoRA
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 __all__ = [
     "DUMMY_TARGET_MODULES", "FLORA", "PREFIX", "SAVES_BIASES", "SEQ_CLS_HEAD_NAMES", "TARGET_MODULES",
-    "AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper", "check_adapters_to_merge",
-    "check_target_module_exists", "gather_params_ctx", "get_pattern_key", "get_submodules", "init_empty_weights",
+    "AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper", "PlainNames",
+    "check_adapters_to_merge", "check_target_module_exists", "get_pattern_key", "get_submodules", "init_empty_weights",
     "load_peft_weights", "register",
 ]  # fmt: skip
+
+
+class PlainNames:
+    """A model as PEFT asks it for its modules, under the names that a state dict has: without those of FSDP1's and of
+    activation checkpointing's wrappers. PEFT knows the outermost only, and would leave out what is inside others."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def named_modules(self) -> Iterator[tuple[str, Any]]:
+        """As ``nn.Module.named_modules``."""
+        for name, module in self.model.named_modules():
+            yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
 
 
 def _enum_member(name: str) -> PeftType:

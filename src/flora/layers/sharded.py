@@ -1,0 +1,108 @@
+"""Weights that an engine keeps in parts: DeepSpeed ZeRO-3, FSDP around single layers, tensor parallelism.
+
+Such a weight is whole, or what its layer computes with, only while the layer's own forward runs: the engine's hooks
+make it so just before, and undo it just after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora.layers.weights import leaf, owner
+
+
+def in_parts(weight: Tensor, shape: Sequence[int]) -> bool:
+    """Whether an engine may keep only a part of the weight, of the whole shape (I_1, …, I_N), between forwards."""
+    return is_flat(weight, shape) or is_distributed(weight) or hasattr(weight, "ds_id")
+
+
+def is_flat(weight: Tensor, shape: Sequence[int]) -> bool:
+    """Whether only a part of the weight is here, as between the forwards of FSDP1 and ZeRO-3."""
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.numel() != prod(shape)
+
+
+def has_engine() -> bool:
+    """Whether an engine may hold the memory of a weight, which then must be written to and not replaced."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_distributed(weight: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 and tensor parallelism make them."""
+    return hasattr(weight, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself, of a DTensor all parts together. Every process must call it."""
+    return tensor.full_tensor() if is_distributed(tensor) else tensor
+
+
+@contextmanager
+def gathered(tensors: Iterable[Any], write: bool = False) -> Iterator[None]:
+    """Within it, the tensors that ZeRO-3 has partitioned are whole. With ``write`` it keeps what is written to them."""
+    missing = [t for t in tensors if hasattr(t, "ds_id") and t.ds_status.name != "AVAILABLE"]
+    if missing:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(missing, modifier_rank=0 if write else None):
+            yield
+    else:
+        yield
+
+
+@torch.no_grad()
+def overwrite(weight: Any, value: Any) -> None:
+    """Put the numbers of ``value``, whole or distributed as the weight is, into the weight."""
+    if is_distributed(weight):
+        part: Any = value if is_distributed(value) else part_like(value, weight)
+        weight.to_local().copy_(part.to_local())
+    elif has_engine():
+        weight.copy_(value)
+    else:
+        weight.data = value.to(weight.device, weight.dtype)
+
+
+def part_like(tensor: Tensor, weight: Any) -> Tensor:
+    """The part of a tensor that this process keeps of the weight. Its gradient is the sum over all processes."""
+    if not is_distributed(weight):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=weight.placements)
+
+
+@contextmanager
+def swapped(layer: nn.Module, name: str, form: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the layer's forward runs, its weight is ``form(weight)``: swapped after the engine's hook that makes the
+    weight whole, and back before the hook that takes it apart. Not for concurrent calls, as the engines are not."""
+    layer = getattr(layer, "_fsdp_wrapped_module", layer)
+    holder, key, kept = owner(layer, name), leaf(name), []
+
+    def swap(*_: Any) -> None:
+        places: Any = vars(holder) if key in vars(holder) else holder._parameters  # FSDP1 sets plain attributes
+        weight = places[key]
+        kept.append((places, weight, getattr(holder, "sparse", None)))
+        places[key] = form(weight)
+        if kept[-1][2]:
+            holder.sparse = False  # type: ignore[assignment]  # the update needs a dense gradient
+
+    def swap_back(*_: Any) -> None:
+        places, weight, sparse = kept.pop()
+        places[key] = weight
+        if sparse:
+            holder.sparse = True  # type: ignore[assignment]
+
+    before = layer.register_forward_pre_hook(swap)
+    after = layer.register_forward_hook(swap_back, prepend=True, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()

@@ -1,0 +1,137 @@
+"""Merging: updates added to the weight itself, and taken out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from flora.layers.core_space import add_updates, is_finite
+from flora.layers.sharded import gathered, has_engine, in_parts, is_distributed, is_flat, overwrite, whole
+from flora.layers.weights import leaf, owner
+from flora.tuner.adapted_weight import AdaptedWeight
+from flora.tuner.peft_compat import check_adapters_to_merge
+
+
+class MergeableWeight(AdaptedWeight):
+    """An adapted weight that its updates can be merged into, also while an engine keeps it in parts."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
+        """Add the updates of the given (else the active) adapters to the weight.
+
+        The sum is formed in float32 at least and rounded once. Raises ValueError, and leaves the weight as it was, if
+        an update is not finite; with ``safe_merge`` also if the merged weight is not.
+
+        The weight as it was stays in the computer's memory, never an accelerator's, for ``unmerge`` to put back: it
+        takes as many bytes as the weight. Without ``keep``, as in ``merge_and_unload``, it does not.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        weight, merged_before = self.base_parameter, bool(self._kept)
+        alone = not self.shared or merged_before  # else other holders must not see the merged weight
+        with self._gathered(names, write=True):
+            kept = [] if merged_before or not keep else [_copy(weight) if alone else weight]
+            free = alone and all(before.device != weight.device for before in kept)
+            merged = self._merged_weight(names, safe_merge, in_place=free and not safe_merge)
+            if alone:
+                overwrite(weight, merged)
+            else:
+                self._replace_parameter(nn.Parameter(merged, requires_grad=weight.requires_grad))
+        self._kept += kept
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def _merged_weight(self, adapters: Sequence[str], safe_merge: bool, in_place: bool = False) -> Tensor:
+        self._check_numbers(adapters)
+        if self.is_quantized:
+            raise ValueError(f"layer {self.name!r}: no update can be merged into its quantized weight")
+        weight = whole(self.base_parameter.data)
+        merged = add_updates(weight, [self._whole(adapter) for adapter in adapters], in_place)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
+                f"layer {self.name!r}, shape {list(self.weight_shape)}, {weight.dtype} can't hold the sum"
+            )
+        return merged
+
+    @torch.no_grad()
+    def _check_numbers(self, adapters: Sequence[str]) -> None:
+        for adapter in adapters:
+            if not is_finite(*self._whole(adapter)):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
+                    f"layer {self.name!r}, shape {list(self.weight_shape)}, its update is not finite"
+                )
+
+    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise the errors of ``merge``, and change nothing. Without ``safe_merge`` it forms no full weight."""
+        names = [a for a in self._present(adapter_names or self.active_adapters) if a not in self.merged_adapters]
+        with self._gathered(names):
+            if safe_merge and names:
+                self._merged_weight(names, safe_merge)
+            else:
+                self._check_numbers(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put back the weight as it was before the first merge, to the bit: whatever has become of the adapters."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        kept = self._kept[0]
+        if isinstance(kept, nn.Parameter):
+            self._replace_parameter(kept)
+        else:
+            with self._gathered([], write=True):
+                overwrite(self.base_parameter, kept)
+        self._kept.clear()
+        self.merged_adapters = []
+
+    @contextmanager
+    def _gathered(self, adapters: Sequence[str], write: bool = False) -> Iterator[None]:
+        """Within it, weight and core spaces are whole, whatever the engine. Raises ValueError if that cannot be."""
+        weight, spaces = self.base_parameter, [self.space(adapter) for adapter in adapters]
+        with gathered([weight, *(tensor for space in spaces for tensor in (space.core, *space.factors))], write):
+            if in_parts(weight, self.weight_shape) and self.shared:
+                raise ValueError(
+                    f"layer {self.name!r}: its weight of shape {list(self.weight_shape)} is shared with other modules "
+                    "and kept in parts; save the adapter, and merge it in one process"
+                )
+            if is_flat(weight, self.weight_shape) or any(tuple(space.core.shape) != space.ranks for space in spaces):
+                raise ValueError(
+                    f"layer {self.name!r}: only a part of its weight of shape {list(self.weight_shape)} is here; merge "
+                    "and unmerge within FullyShardedDataParallel.summon_full_params(model, writeback=True)"
+                )
+            yield
+
+    def _whole(self, adapter: str) -> tuple[Tensor, list[Tensor]]:
+        """As ``_scaled``, without a call of the core space, which engines do not allow outside a forward."""
+        space = self.space(adapter)
+        core = whole(space.core) * (space.scale * self.tucker_scaling[adapter])
+        return core, [whole(factor) for factor in space.factors]
+
+    def _replace_parameter(self, parameter: nn.Parameter) -> None:
+        holder = owner(self.get_base_layer(), self.parameter_name)
+        holder.register_parameter(leaf(self.parameter_name), parameter)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer itself, with the updates in its weights if ``merge``."""
+        layer: nn.Module = self
+        while isinstance(layer, MergeableWeight):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
+            layer = layer.base_layer
+        return layer
+
+
+def _copy(weight: Tensor) -> Tensor:
+    """The weight's numbers as they are, on the CPU unless they are distributed."""
+    if is_distributed(weight):
+        return weight.data.clone()
+    return weight.data.to("cpu", copy=has_engine())  # without an engine, merging gives the weight a new memory

@@ -1,0 +1,379 @@
+"""Engines of distributed training, as users run them: what each makes of one tiny model in two processes.
+
+An engine is a class with the verbs of ``Alone``. ``work`` runs every scenario with one engine in one process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from flora import FloraConfig
+
+State = dict[str, Tensor]
+TARGETS = ["embed", "linear", "conv", "head"]
+TOKENS = torch.arange(12).view(2, 6)  # tokens
+
+
+class Block(nn.Module):
+    """A linear layer and a grouped convolution, whose update acts as a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(8, 8), nn.Conv1d(8, 8, 3, padding=1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(self.linear(x).mT).mT.tanh()
+
+
+class Experts(nn.Module):
+    """Matrices in one stacked parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(2, 8, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.stack[0]).tanh() @ self.stack[1]
+
+
+class Tiny(nn.Module):
+    _no_split_modules = ["Block"]  # noqa: RUF012  for PEFT's own wrap policy
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.experts = nn.Embedding(12, 8), nn.ModuleList([Block(), Block()]), Experts()
+        self.head, self.checkpointing = nn.Linear(8, 12), False
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return self.head(self.experts(x))
+
+
+def adapted(dtype: torch.dtype, seed: int = 1, method: str = "flora", **options: Any) -> PeftModel:
+    """The tiny model with an adapter; the same numbers wherever the seed is the same."""
+    torch.manual_seed(0)
+    base = Tiny().to(dtype)
+    torch.manual_seed(seed)
+    if method == "lora":
+        lora = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, target_parameters=["experts.stack"])
+        return get_peft_model(base, lora, autocast_adapter_dtype=False)
+    options = {"init_weights": False, **options}
+    config = FloraConfig(r=2, target_modules=TARGETS, target_parameters=["experts.stack"], **options)
+    return get_peft_model(base, config)
+
+
+def batch(number: int) -> Tensor:
+    """This process's rows of a batch: all of them if it is alone."""
+    rows = torch.randint(12, (4, 5), generator=torch.Generator().manual_seed(number))
+    return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
+
+
+def loss_of(model: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+
+
+class Alone:
+    """One process, and the verbs of every engine.
+
+    ``autocasts``: whether bf16 is autocast's; else all parameters are cast for every forward, and the gradients back.
+    """
+
+    dtype, autocasts = torch.float64, True
+
+    def __init__(self, model: PeftModel, bf16: bool = False, micro_batches: int = 1) -> None:
+        self.model, self.bf16, self.micro_batches = model, bf16, micro_batches
+        self.wrapped = self.wrap()
+        self.optimizer = self.make_optimizer()
+
+    def wrap(self) -> nn.Module:
+        return self.model
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.wrapped.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
+
+    def loss(self, number: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.autocasts):
+            return loss_of(self.wrapped, batch(number))
+
+    def unsynchronized(self) -> AbstractContextManager:
+        """For every micro-batch but the last of a step."""
+        return nullcontext()
+
+    def step(self, number: int) -> None:
+        for micro in range(self.micro_batches):
+            with self.unsynchronized() if micro < self.micro_batches - 1 else nullcontext():
+                (self.loss(10 * number + micro) / self.micro_batches).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def output(self) -> Tensor:
+        with torch.no_grad():
+            return self.wrapped(TOKENS)
+
+    def state(self) -> State:
+        """Every tensor of the model whole, by the names that it has without the engine."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.wrapped, options=options)
+
+    def save(self, folder: Path) -> None:
+        state = self.state()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self.model.save_pretrained(folder, state_dict=state)
+
+    def checkpoint(self, folder: Path) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.wrapped, self.optimizer, options=options)
+        torch.save((self.state(), state), folder / f"{dist.get_rank() if dist.is_initialized() else 0}.pt")
+
+    def resume(self, folder: Path) -> None:
+        model, optimizer = torch.load(folder / "0.pt")
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.wrapped, model, options=options)
+        set_optimizer_state_dict(self.wrapped, self.optimizer, optimizer, options=options)
+
+    def whole(self) -> AbstractContextManager:
+        """Within it a user may merge."""
+        return nullcontext()
+
+
+class Cast(Alone):
+    """One process that casts as engines do."""
+
+    def loss(self, number: int) -> Tensor:
+        if not self.bf16:
+            return super().loss(number)
+        low = {name: parameter.to(torch.bfloat16) for name, parameter in self.model.named_parameters()}
+        return loss_of(partial(functional_call, self.model, low), batch(number))
+
+
+def alone(engine: type[Alone]) -> type[Alone]:
+    """The single process to compare an engine with."""
+    return type("Reference", (Alone if engine.autocasts else Cast,), {"dtype": engine.dtype})
+
+
+class DDP(Alone):
+    def wrap(self) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(self.model)
+
+    def unsynchronized(self) -> AbstractContextManager:
+        return self.wrapped.no_sync()
+
+    def state(self) -> State:
+        return self.model.state_dict()
+
+
+class FSDP1(Alone):
+    """Sharded by PEFT's own wrap policy."""
+
+    original, autocasts = True, False
+
+    def wrap(self) -> nn.Module:
+        precision = MixedPrecision(torch.bfloat16, torch.float32) if self.bf16 else None
+        return FullyShardedDataParallel(
+            self.model,
+            auto_wrap_policy=fsdp_auto_wrap_policy(self.model),
+            use_orig_params=self.original,
+            mixed_precision=precision,
+            device_id=torch.device("cpu"),
+        )
+
+    def unsynchronized(self) -> AbstractContextManager:
+        return self.wrapped.no_sync()
+
+    def whole(self) -> AbstractContextManager:
+        return FullyShardedDataParallel.summon_full_params(self.wrapped, writeback=True)
+
+
+class FSDP1Flat(FSDP1):
+    original = False
+
+
+class FSDP2(Alone):
+    """One group per block, as accelerate shards a transformer."""
+
+    autocasts = False
+
+    def modules(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if isinstance(module, Block)]
+
+    def wrap(self) -> nn.Module:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.bf16 else MixedPrecisionPolicy()
+        shard = partial(fully_shard, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
+        for module in self.modules():
+            shard(module)
+        return shard(self.model)
+
+    @contextmanager
+    def unsynchronized(self) -> Iterator[None]:
+        self.wrapped.set_requires_gradient_sync(False)
+        yield
+        self.wrapped.set_requires_gradient_sync(True)
+
+
+class FSDP2Leaves(FSDP2):
+    """One group per layer and per core space: nothing is whole outside its own forward."""
+
+    def modules(self) -> list[nn.Module]:
+        modules = reversed(list(self.model.modules()))
+        return [m for m in modules if any(True for _ in m.parameters(recurse=False)) or isinstance(m, Block)]
+
+
+class Zero(Alone):
+    """DeepSpeed. Parameters of any size are partitioned in stage 3, as with transformers' "auto"."""
+
+    stage, dtype, autocasts = 1, torch.float32, False
+
+    def wrap(self) -> nn.Module:
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": self.micro_batches,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+            "bf16": {"enabled": self.bf16},
+        }
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(self.parameters, lr=0.5, momentum=0.9)
+        wrapped, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
+        return wrapped
+
+    def make_optimizer(self) -> Any:
+        return self.wrapped.optimizer
+
+    def step(self, number: int) -> None:
+        for micro in range(self.micro_batches):
+            self.wrapped.backward(self.loss(10 * number + micro))
+            self.wrapped.step()
+
+    def state(self) -> State:
+        with self.whole():
+            return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def checkpoint(self, folder: Path) -> None:
+        self.wrapped.save_checkpoint(folder)
+
+    def resume(self, folder: Path) -> None:
+        self.wrapped.load_checkpoint(folder)
+
+
+class Zero2(Zero):
+    stage = 2
+
+
+class Zero3(Zero):
+    stage = 3
+
+    def whole(self) -> AbstractContextManager:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.model.parameters()), modifier_rank=0)
+
+
+ENGINES: dict[str, type[Alone]] = {
+    "ddp": DDP, "fsdp1": FSDP1, "fsdp1-flat": FSDP1Flat, "fsdp2": FSDP2, "fsdp2-leaves": FSDP2Leaves,
+}  # fmt: skip
+if importlib.util.find_spec("deepspeed"):
+    ENGINES |= {"zero1": Zero, "zero2": Zero2, "zero3": Zero3}
+
+
+# ------------------------------------------------------------------------------------------------------------ scenarios
+
+
+def train(engine: type[Alone], folder: Path, make: Callable, checkpointing: bool = False, **options: Any) -> State:
+    model = make(engine.dtype).train()
+    model.base_model.model.checkpointing = checkpointing
+    run = engine(model, **options)
+    for number in range(3):
+        run.step(number)
+    return run.state()
+
+
+def save(engine: type[Alone], folder: Path, make: Callable) -> State:
+    run = engine(make(engine.dtype).train())
+    run.step(0)
+    run.save(folder / "adapter")
+    return {"output": run.output()}
+
+
+def resume(engine: type[Alone], folder: Path, make: Callable) -> State:
+    run = engine(make(engine.dtype).train())
+    run.step(0)
+    (folder / "checkpoint").mkdir(exist_ok=True)
+    run.checkpoint(folder / "checkpoint")
+    barrier()
+    run = engine(make(engine.dtype, seed=2).train())
+    run.resume(folder / "checkpoint")
+    run.step(1)
+    return run.state()
+
+
+def merge(engine: type[Alone], folder: Path, make: Callable) -> State:
+    run = engine(make(engine.dtype).train())
+    run.step(0)
+    with run.whole():
+        run.model.merge_adapter()
+    merged = {"merged": run.output(), **{name: tensor.clone() for name, tensor in run.state().items()}}
+    with run.whole():
+        run.model.unmerge_adapter()
+    return {**merged, "unmerged": run.output()}
+
+
+SCENARIOS: dict[str, Callable[..., State]] = {
+    "train": train,
+    "bf16": partial(train, bf16=True),
+    "accumulate": partial(train, micro_batches=2),
+    "checkpointing": partial(train, checkpointing=True),
+    "save": save,
+    "resume": resume,
+    "merge": merge,
+}
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def work(rank: int, name: str, folder: Path, method: str = "flora") -> None:
+    """One process of two. Rank 0 writes each scenario's tensors, or its error."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), rank=rank, world_size=2)
+    make = partial(adapted, method=method)
+    for scenario, run in SCENARIOS.items():
+        try:
+            result: Any = run(ENGINES[name], folder, make)
+        except Exception:
+            result = traceback.format_exc()
+        if rank == 0:
+            torch.save(result, folder / f"{scenario}.pt")
+        barrier()
+    dist.destroy_process_group()

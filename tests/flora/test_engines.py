@@ -1,0 +1,57 @@
+"""Two processes against one, with every engine of distributed training: the same numbers.
+
+DeepSpeed's rows are there where it is installed: `pip install deepspeed`, which needs a C++ compiler.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines import ENGINES, SCENARIOS, TOKENS, State, adapted, alone, work
+from peft import PeftModel
+
+from processes import START
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request, tmp_path_factory) -> tuple[str, Path]:
+    """The name, and the folder of what two processes made of every scenario."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.multiprocessing.start_processes(work, (request.param, folder), nprocs=2, start_method=START)
+    return request.param, folder
+
+
+def result(folder: Path, scenario: str) -> State:
+    made = torch.load(folder / f"{scenario}.pt")
+    assert isinstance(made, dict), made
+    return made
+
+
+def trained(state: State) -> torch.Tensor:
+    return torch.cat([tensor.double().flatten() for name, tensor in sorted(state.items()) if "tucker" in name])
+
+
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "bf16"])
+def test_two_processes_are_as_one(engine, scenario, tmp_path):
+    name, folder = engine
+    got, want = result(folder, scenario), SCENARIOS[scenario](alone(ENGINES[name]), tmp_path, adapted)
+    bounds = {"rtol": 1e-9, "atol": 1e-12} if ENGINES[name].dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        torch.testing.assert_close(got[key], tensor, **bounds, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_two_processes_in_bf16_go_where_one_goes(engine, tmp_path):
+    name, folder = engine
+    start = trained(adapted(torch.float64).state_dict())
+    got, want = result(folder, "bf16"), SCENARIOS["bf16"](alone(ENGINES[name]), tmp_path, adapted)
+    moved = trained(want) - start
+    assert (trained(got) - trained(want)).norm() < 0.02 * moved.norm()
+
+
+def test_what_an_engine_saves_loads_without_it(engine):
+    name, folder = engine
+    loaded = PeftModel.from_pretrained(adapted(ENGINES[name].dtype).unload(), folder / "adapter").eval()
+    torch.testing.assert_close(loaded(TOKENS), result(folder, "save")["output"], rtol=1e-5, atol=1e-6)
