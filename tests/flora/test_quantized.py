@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import flora
 from flora import FloraConfig, plan
 from flora.layers.starts import unified_scale
-from flora.layers.storage import dense_of
+from flora.layers.storage import dense_of, kept_state
 from reference import delta, layers
 
 OUT, IN = 64, 128
@@ -272,3 +272,35 @@ def test_activations_start_beside_a_quantized_weight_and_a_gradient_can_not(base
     assert (centred @ leading).square().sum() > 0.8 * torch.linalg.svdvals(centred)[:2].square().sum()
     with pytest.raises(ValueError, match="'layer' keeps its weight quantized: .* got .* init='gradient'"):
         flora.initialize(get_peft_model(Net(base), config_of("gradient")), [x], loss=lambda model, x: model(x).sum())
+
+
+@every_base
+@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
+def test_merging_quantizes_anew_and_unmerging_is_exact(base, safe):
+    model, x = get_peft_model(Net(base), config(scale=5.0)).eval(), torch.randn(5, IN)
+    (layer,) = layers(model)
+    with torch.no_grad():
+        before = model(x)
+        plain, state = dense_of(layer.base_layer, "weight"), kept_state(layer.base_layer, "weight")
+        wanted = plain.float() + delta(layer.space("default"))
+        with pytest.warns(
+            UserWarning, match=r"has quantized 1 weights anew: they are off by [\d.e+]+ % of the update and"
+        ):
+            model.merge_adapter(safe_merge=safe)
+        merged = dense_of(layer.base_layer, "weight").float()
+    layer.base_layer(torch.randn(5, IN, requires_grad=True))  # some libraries take a new weight over only then
+    assert torch.equal(dense_of(layer.base_layer, "weight").float(), merged)
+    at_once = dense_of(base.make(linear_of(wanted)), "weight").float()
+    assert (merged - wanted).norm() <= 1.1 * (at_once - wanted).norm()
+    assert (merged - wanted).norm() < 0.5 * (merged - plain.float()).norm()
+    model.unmerge_adapter()
+    assert all(kept_state(layer.base_layer, "weight")[name] is value for name, value in state.items())
+    assert torch.equal(dense_of(layer.base_layer, "weight"), plain)
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+def linear_of(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(IN, OUT)
+    linear.weight.data = weight.clone()
+    return linear

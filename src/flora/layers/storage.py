@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora.layers import packing
 from flora.layers.weights import leaf, owner, parameter_of, shape_of
 
 Layer = Any  # a module whose class belongs to a library that may be missing
@@ -29,6 +30,8 @@ class Storage:
         holds: (layer, its parameter or None) -> whether the layer keeps the parameter so.
         dense: (layer, tensor) -> the weight that the layer computes with, a new tensor of its logical shape.
         dtype: (layer, tensor) -> the type of number that an update beside the layer computes in.
+        pack: puts a dense weight into the layer (see ``packing``); None if no program here can.
+        state: the layer's attributes that ``pack`` replaces, beside the parameter.
         tensor: the attribute of the layer with the numbers, if that is not the parameter.
     """
 
@@ -36,10 +39,9 @@ class Storage:
     holds: Callable[[Layer, Any], bool]
     dense: Callable[[Layer, Any], Tensor]
     dtype: Callable[[Layer, Any], torch.dtype]
+    pack: Callable[[Layer, str, Tensor], None] | None = None
+    state: tuple[str, ...] = ()
     tensor: str | None = None
-
-    def __reduce__(self) -> tuple:
-        return _named, (self.name,)  # copies and pickles are the row itself
 
 
 def storage_of(layer: nn.Module, weight: str) -> Storage | None:
@@ -78,6 +80,39 @@ def logical_shape(layer: Layer, weight: str) -> tuple[int, ...]:
     return layer.out_features, layer.in_features
 
 
+@torch.no_grad()
+def pack(layer: nn.Module, weight: str, dense: Tensor) -> None:
+    """Put a dense weight into the layer, in the form that the layer keeps."""
+    storage = storage_of(layer, weight)
+    if storage is None or storage.pack is None:
+        raise ValueError("no form to pack into")
+    storage.pack(owner(layer, weight), storage.tensor or leaf(weight), dense)
+
+
+def kept_state(layer: nn.Module, weight: str) -> dict[str, Any]:
+    """What ``pack`` replaces: attributes of the module that holds the weight."""
+    storage, holder = storage_of(layer, weight), owner(layer, weight)
+    names = (storage.tensor or leaf(weight), *storage.state) if storage is not None else (leaf(weight),)
+    return {name: getattr(holder, name) for name in names if hasattr(holder, name)}
+
+
+def put_back(layer: nn.Module, weight: str, state: dict[str, Any]) -> None:
+    """Undo ``pack``, to the bit: ``state`` is what ``kept_state`` returned before."""
+    holder = owner(layer, weight)
+    for name, value in state.items():
+        setattr(holder, name, value)
+
+
+def dense_before(layer: nn.Module, weight: str, state: dict[str, Any]) -> Tensor:
+    """The dense weight of an earlier ``kept_state``."""
+    now = kept_state(layer, weight)
+    put_back(layer, weight, state)
+    try:
+        return dense_of(layer, weight)
+    finally:
+        put_back(layer, weight, now)
+
+
 # ------------------------------------------------------------------------------------------------------ recognition
 
 
@@ -99,6 +134,10 @@ def _tensor_is(start: str) -> Callable[[Layer, Any], bool]:
 def _layer_is(start: str) -> Callable[[Layer, Any], bool]:
     """For layers that have no parameter where the weight belongs."""
     return lambda layer, parameter: parameter is None and _is_a(layer, start)
+
+
+def _is_packable_torchao(layer: Layer, parameter: Any) -> bool:
+    return type(parameter).__name__ in packing.TORCHAO and _is_a(parameter, "torchao.")
 
 
 def _is_quanto(layer: Layer, parameter: Any) -> bool:
@@ -123,8 +162,12 @@ def _bnb_4bit(layer: Layer, weight: Any) -> Tensor:
     data, state = weight.data, weight.quant_state
     if state is None:
         raise ValueError("the weight is not quantized yet: move the layer to its device first")
-    if getattr(state, "packing_format_for_cpu", False):  # how a forward without gradients on a CPU leaves it
-        data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+    if getattr(state, "packing_format_for_cpu", False):
+        # a forward without gradients leaves it so on some CPUs; bitsandbytes' own inverse forgets to turn absmax back
+        state = copy.copy(state)
+        state.original_nested = False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = state.absmax.mT.reshape(-1).float()
     return functional.dequantize_4bit(data, state)
 
 
@@ -136,11 +179,13 @@ def _bnb_8bit(layer: Layer, weight: Any) -> Tensor:
     return weight.data * (rows.float() / 127).unsqueeze(1)
 
 
-def _dequantized(layer: Layer, weight: Any) -> Tensor:
+def _torchao(layer: Layer, weight: Any) -> Tensor:
     try:
-        return weight.dequantize()
+        dense = weight.dequantize()
     except NotImplementedError:
         return _of_units(layer, weight)
+    inputs = getattr(weight, "act_pre_scale", None)  # the layer multiplies its input by it
+    return dense if inputs is None else dense * inputs
 
 
 def _quanto(layer: Layer, weight: Any) -> Tensor:
@@ -195,16 +240,25 @@ def _casting_dtype(layer: Layer, weight: Any) -> torch.dtype:
 
 
 STORAGES = (
-    Storage("bitsandbytes 4-bit", _tensor_is("bitsandbytes.nn.modules.Params4bit"), _bnb_4bit, _compute_dtype),
-    Storage("bitsandbytes 8-bit", _tensor_is("bitsandbytes.nn.modules.Int8Params"), _bnb_8bit, _float32),
-    Storage("torchao", _tensor_is("torchao."), _dequantized, _own_dtype),
-    Storage("optimum-quanto", _is_quanto, _quanto, _own_dtype),
-    Storage("HQQ", _layer_is("hqq.core.quantize.HQQLinear"), _hqq, _compute_dtype, tensor="W_q"),
+    Storage(
+        "bitsandbytes 4-bit", _tensor_is("bitsandbytes.nn.modules.Params4bit"), _bnb_4bit, _compute_dtype,
+        pack=packing.bnb_4bit, state=("quant_state",),
+    ),
+    Storage(
+        "bitsandbytes 8-bit", _tensor_is("bitsandbytes.nn.modules.Int8Params"), _bnb_8bit, _float32,
+        pack=packing.bnb_8bit, state=("state",),
+    ),
+    Storage("torchao", _is_packable_torchao, _torchao, _own_dtype, pack=packing.torchao),
+    Storage("torchao's types for other devices", _tensor_is("torchao."), _torchao, _own_dtype),
+    Storage("optimum-quanto", _is_quanto, _quanto, _own_dtype, pack=packing.quanto),
+    Storage(
+        "HQQ", _layer_is("hqq.core.quantize.HQQLinear"), _hqq, _compute_dtype,
+        pack=packing.hqq, state=("meta",), tensor="W_q",
+    ),
     Storage("GPTQ or AWQ", _layer_is("gptqmodel.nn_modules.qlinear."), _of_units, _float32, tensor="qweight"),
-    Storage("scaled float8", _is_scaled_float8, _scaled_float8, _float32),
-    Storage("float8", _is_float8, _float8, _casting_dtype),
-)
-
-
-def _named(name: str) -> Storage:
-    return next(storage for storage in STORAGES if storage.name == name)
+    Storage(
+        "scaled float8", _is_scaled_float8, _scaled_float8, _float32,
+        pack=packing.scaled_float8, state=("weight_scale_inv", "weight_scale"),
+    ),
+    Storage("float8", _is_float8, _float8, _casting_dtype, pack=packing.float8),
+)  # fmt: skip

@@ -14,7 +14,8 @@ from flora.layers.kinds import RAW
 from flora.layers.sharded import gathered, is_distributed, part_like, whole
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
-from flora.layers.storage import dense_of, dtype_of, storage_of, tensor_of
+from flora.layers.storage import dtype_of, storage_of, tensor_of
+from flora.tuner import quantized
 from flora.tuner.peft_compat import BaseTunerLayer
 
 
@@ -33,7 +34,10 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     Attributes:
         tucker_space: adapter name -> its ``CoreSpace``.
         tucker_scaling: adapter name -> a run-time multiplier, 1 at first, which is not saved.
+        merge_loss: sums of squares: of what a quantized weight lost in its last merge, of the update, of their sum.
     """
+
+    merge_loss: tuple[float, ...] = ()
 
     adapter_layer_names = ("tucker_space",)
     other_param_names = ("tucker_scaling", "tucker_dropout", "tucker_execution")
@@ -51,7 +55,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         self.tucker_dropout: dict[str, float] = {}
         self.tucker_execution: dict[str, str] = {}
         self.merged_adapters: list[str] = []
-        self._kept: list[Tensor] = []  # the weight before a merge; a list, or torch would count it among our parameters
+        self._kept: list[Any] = []  # the weight before a merge; a list, or torch would count it among our parameters
         self._active_adapter: list[str] = []
         self._was_quantized = self.is_quantized
         if self.kind is not RAW:  # PEFT's names for them, whatever the kind of layer
@@ -104,7 +108,9 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     @property
     def frozen_weight(self) -> Tensor:
         """The weight that the layer computes with without any update, even while updates are merged into it."""
-        return self._kept[0] if self._kept else dense_of(self.get_base_layer(), self.parameter_name)
+        if self.is_quantized:
+            return quantized.frozen(self)
+        return self._kept[0] if self._kept else self.base_parameter
 
     # ----------------------------------------------------------------------------------------------------- adapters
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flora.layers.core_space import add_updates, is_finite
 from flora.layers.sharded import gathered, has_engine, in_parts, is_distributed, is_flat, overwrite, whole
 from flora.layers.weights import leaf, owner
+from flora.tuner import quantized
 from flora.tuner.adapted_weight import AdaptedWeight
 from flora.tuner.peft_compat import check_adapters_to_merge
 
@@ -26,11 +27,15 @@ class MergeableWeight(AdaptedWeight):
         an update is not finite; with ``safe_merge`` also if the merged weight is not.
 
         The weight as it was stays in the computer's memory, never an accelerator's, for ``unmerge`` to put back: it
-        takes as many bytes as the weight. Without ``keep``, as in ``merge_and_unload``, it does not.
+        takes as many bytes as the weight. Without ``keep``, as in ``merge_and_unload``, it does not. A quantized weight
+        is dequantized, and the sum quantized anew; what it was stays where it is.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
+        if self.is_quantized:
+            with self._gathered(names):
+                return quantized.merge(self, names, safe_merge, keep)
         weight, merged_before = self.base_parameter, bool(self._kept)
         alone = not self.shared or merged_before  # else other holders must not see the merged weight
         with self._gathered(names, write=True):
@@ -47,14 +52,12 @@ class MergeableWeight(AdaptedWeight):
     @torch.no_grad()
     def _merged_weight(self, adapters: Sequence[str], safe_merge: bool, in_place: bool = False) -> Tensor:
         self._check_numbers(adapters)
-        if self.is_quantized:
-            raise ValueError(f"layer {self.name!r}: no update can be merged into its quantized weight")
-        weight = whole(self.base_parameter.data)
+        weight = quantized.numbers(self) if self.is_quantized else whole(self.base_parameter.data)
         merged = add_updates(weight, [self._whole(adapter) for adapter in adapters], in_place)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
-                f"layer {self.name!r}, shape {list(self.weight_shape)}, {weight.dtype} can't hold the sum"
+                f"layer {self.name!r}, shape {list(self.weight_shape)}, {self.base_parameter.dtype} can't hold the sum"
             )
         return merged
 
@@ -70,6 +73,8 @@ class MergeableWeight(AdaptedWeight):
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise the errors of ``merge``, and change nothing. Without ``safe_merge`` it forms no full weight."""
         names = [a for a in self._present(adapter_names or self.active_adapters) if a not in self.merged_adapters]
+        if self.is_quantized and names:
+            quantized.check_mergeable(self)
         with self._gathered(names):
             if safe_merge and names:
                 self._merged_weight(names, safe_merge)
@@ -83,7 +88,9 @@ class MergeableWeight(AdaptedWeight):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         kept = self._kept[0]
-        if isinstance(kept, nn.Parameter):
+        if isinstance(kept, dict):
+            quantized.unmerge(self, kept)
+        elif isinstance(kept, nn.Parameter):
             self._replace_parameter(kept)
         else:
             with self._gathered([], write=True):

@@ -29,6 +29,7 @@ from flora.tuner.peft_compat import (
     init_empty_weights,
 )
 from flora.tuner.planning import make_plan, plan
+from flora.tuner.quantized import warn_of_loss
 from flora.tuner.saved import check_saved
 from flora.tuner.targets import SHORTHANDS, canonical_module
 from flora.tuner.undo import unchanged_on_error
@@ -182,6 +183,7 @@ class FloraModel(BaseTuner):
         """As PEFT's. Raises ValueError before any layer is merged if one cannot be."""
         self._check_finite(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        warn_of_loss(list(self._layers()))
 
     def _unload_and_optionally_merge(
         self,
@@ -190,6 +192,7 @@ class FloraModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layers = list(self._layers())
         if merge:
             self._check_finite(adapter_names, safe_merge)
         for name, layer in reversed(list(self.model.named_modules())):
@@ -206,6 +209,7 @@ class FloraModel(BaseTuner):
             for leaf, layer in parent._modules.items():
                 if isinstance(layer, FloraLayer):  # another name of one that PEFT has unloaded
                     parent._modules[leaf] = layer.get_base_layer()
+        warn_of_loss(layers)
         return model
 
     def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
