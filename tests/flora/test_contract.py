@@ -219,6 +219,63 @@ def test_a_batch_may_mix_adapters(case, execution):
         torch.testing.assert_close(row, expected.select(case.batch_mode, n), **CLOSE)
 
 
+class Named(nn.Linear):
+    """Its input has a name of its own, as in experts and routers."""
+
+    def forward(self, hidden_states, *, twice=False):
+        return super().forward(hidden_states * (2 if twice else 1))
+
+
+def offsets(*numbers: int) -> dict:
+    return {"input": torch.arange(9) % 11, "offsets": torch.tensor(numbers)}
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs"),
+    [
+        (lambda: Named(6, 4), {"hidden_states": torch.randn(3, 6)}),
+        (lambda: Named(6, 4), {"hidden_states": torch.randn(3, 6), "twice": True}),
+        (lambda: nn.Linear(6, 4), {"input": torch.randn(3, 6)}),
+        (lambda: nn.EmbeddingBag(11, 5, mode="sum"), offsets(0, 2, 5)),
+        (lambda: nn.EmbeddingBag(11, 5, mode="max"), offsets(0, 2, 5)),
+        (lambda: nn.EmbeddingBag(11, 5, include_last_offset=True), offsets(0, 2, 5, 9)),
+        (lambda: nn.Bilinear(6, 5, 4), {"input1": torch.randn(3, 6), "input2": torch.randn(3, 5)}),
+    ],
+)
+@every_execution
+def test_inputs_by_name(make, kwargs, execution):
+    """With one adapter for all samples, and with one for each."""
+    model, layer = get_peft_model(Holder(make()), config(CASES[0], execution=execution)).eval(), None
+    model.add_adapter("other", config(CASES[0], execution=execution))
+    layer = model.base_model.model.layer
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = layer(**kwargs)
+        layer.merge()
+        torch.testing.assert_close(layer(**kwargs), alone[name])
+        layer.unmerge()
+    with model.disable_adapter():
+        alone["__base__"] = layer(**kwargs)
+    names = ["other", "__base__", "default"]
+    result = layer(**kwargs, adapter_names=names)
+    torch.testing.assert_close(result, torch.stack([alone[name][n] for n, name in enumerate(names)]))
+    with pytest.raises(ValueError, match="got 2 and 3 respectively"):
+        layer(**kwargs, adapter_names=names[:2])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(4, 4), (4,)), (nn.Conv2d(4, 4, 3, groups=4), (4, 5, 5)), (nn.MultiheadAttention(4, 2), (4, 4))],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_sample_has_no_adapter_of_each(layer, shape):
+    model = get_peft_model(Holder(copy.deepcopy(layer)), config(CASES[0])).eval()
+    inputs = [torch.randn(shape)] * (3 if isinstance(layer, nn.MultiheadAttention) else 1)
+    with pytest.raises(ValueError, match=r"layer 'layer.*needs a batch, got one sample of shape \[4"):
+        model(*inputs, adapter_names=["default"] * 4)
+
+
 @every_case
 @every_execution
 def test_threads_share_a_model(case, execution):

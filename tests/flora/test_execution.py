@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from flora import FloraConfig
@@ -104,6 +104,21 @@ def test_gradients_sample_by_sample_with_torch_func(layer, way):
     whole = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (x,)).square().sum())(weights)
     for name, gradient in whole.items():
         torch.testing.assert_close(each[name].sum(0), gradient)
+
+
+FORWARD = [(nn.Linear(6, 4), (6,)), (nn.Conv2d(6, 4, 3), (6, 5, 5)), (nn.ConvTranspose1d(6, 4, 3), (6, 5))]
+
+
+@pytest.mark.parametrize(("layer", "shape"), FORWARD, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("way", EXECUTIONS)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, when first used
+def test_forward_mode_derivatives(layer, shape, way):
+    config = FloraConfig(r=2, target_modules=["0"], init_weights=False, execution=way)
+    model = get_peft_model(nn.Sequential(copy.deepcopy(layer)).double(), config)
+    x, tangent = numbers(3, *shape, grad=False), numbers(3, *shape, grad=False)
+    with forward_ad.dual_level():
+        derivative = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(derivative, torch.autograd.functional.jvp(model, x, tangent)[1])
 
 
 def test_the_cost_model_merges_for_many_positions_and_keeps_large_weights_apart():

@@ -41,6 +41,13 @@ def t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config).eval()
 
 
+def tied_llama() -> LlamaForCausalLM:
+    model = llama()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    return model
+
+
 def adapted(model, targets="all-linear", r=4, **options):
     torch.manual_seed(1)
     return get_peft_model(model, FloraConfig(r=r, target_modules=targets, init_weights=False, **options)).eval()
@@ -177,6 +184,85 @@ def test_torch_s_transformer_layer_does_not_run_past_the_adapter(targets):
     torch.testing.assert_close(evaluated, trained)
     merged = model.eval().merge_and_unload()
     torch.testing.assert_close(merged(x), evaluated)
+
+
+class Padded(nn.Module):
+    """Evaluation turns a padded batch into nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, padding):
+        return self.encoder(x, src_key_padding_mask=padding)[~padding]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("targets", [["linear1"], ["layers.1.linear2"], ["self_attn"], "all-weights"])
+def test_torch_s_transformer_encoder_takes_a_padding_mask(targets):
+    torch.manual_seed(0)
+    model = adapted(Padded(), targets)
+    x, padding = torch.randn(3, 5, 8), torch.tensor([5, 2, 4])[:, None] <= torch.arange(5)
+    with torch.no_grad():
+        evaluated = model(x, padding)
+    torch.testing.assert_close(evaluated, model.train()(x, padding))
+    merged = model.eval().merge_and_unload()
+    assert merged.encoder.use_nested_tensor
+    torch.testing.assert_close(merged(x, padding), evaluated)
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]])
+def test_tied_weights_may_be_tied_again(targets):
+    model = adapted(tied_llama(), targets)
+    expected, (layer,) = model(TOKENS).logits, layers(model)
+    model.tie_weights()
+    assert torch.equal(model(TOKENS).logits, expected)
+    model.merge_adapter()
+    model.tie_weights()
+    torch.testing.assert_close(model(TOKENS).logits, expected)
+    model.unmerge_adapter()
+    inner = model.base_model.model
+    assert layer.base_parameter is inner.get_parameter("model.embed_tokens.weight")
+    assert torch.equal(model(TOKENS).logits, expected)
+    with pytest.raises(ValueError, match=r"a weight of shape \[16, 8\] is needed, got \[3, 8\]"):
+        layer.weight = nn.Parameter(torch.ones(3, 8))
+    layer.weight = other = nn.Parameter(torch.ones(16, 8))
+    assert layer.base_parameter is other
+
+
+class Towers(nn.Module):
+    def __init__(self, tower: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("vision", tower):
+            setattr(self, name, nn.ModuleDict({"q": nn.Linear(8, 8), "v": nn.Conv1d(8, 8, 1)}))
+        self.tower = tower
+
+    def forward(self, x):
+        tower = getattr(self, self.tower)
+        return tower["v"](tower["q"](self.vision["q"](x))[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("targets", ["all-weights", ["q"], ["model.q", "vision.q"]])
+@pytest.mark.parametrize("how", ["from_pretrained", "load_adapter", "the model's own"])
+def test_layers_that_were_renamed_since(targets, how, tmp_path):
+    model, x = adapted(Towers("model"), targets, budget=200, r=None), torch.randn(2, 8)
+    model.save_pretrained(tmp_path)
+    base, mapping = Towers("language"), {r"^model\.": "language."}
+    if how == "load_adapter":
+        loaded = get_peft_model(base, FloraConfig(target_modules=["language.q"]))
+        loaded.load_adapter(tmp_path, "other", key_mapping=mapping)
+        loaded.set_adapter("other")
+    elif how == "from_pretrained":
+        loaded = PeftModel.from_pretrained(base, tmp_path, key_mapping=mapping)
+    else:
+        base._checkpoint_conversion_mapping = mapping
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(loaded.eval()(x), model(x))
+    with pytest.raises(ValueError, match=r"layer 'language\.q'|unexpected key 'model\.q"):
+        PeftModel.from_pretrained(Towers("language"), tmp_path)
 
 
 class Reader(nn.Module):

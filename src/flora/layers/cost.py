@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 EXECUTIONS = ("auto", "factored", "merged")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -97,9 +98,9 @@ def padded(rank: int, dtype: torch.dtype, device: str) -> int:
 
 
 def can_fuse() -> bool:
-    """Whether the autograd functions may run. Compilers and tracers need plain operations, and torch.func's transforms
-    need operations that are not in place."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether the autograd functions may run. Compilers and tracers need plain operations, torch.func's transforms
+    operations that are not in place, and forward-mode derivatives operations that have them."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
     return not traced and not torch._C._are_functorch_transforms_active()
 
 

@@ -44,6 +44,25 @@ def _clear_padding_row(layer: Any, space: CoreSpace) -> None:
         space.factors[0].data[layer.padding_idx] = 0
 
 
+def _rows(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> int | None:
+    single = x.ndim == 0 or (x.ndim == 1 and x.is_floating_point())
+    return None if single else x.shape[batch_mode(layer)]
+
+
+def _images(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> int | None:
+    return x.shape[0] if x.ndim == len(layer.kernel_size) + 2 else None
+
+
+def _sequences(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> int | None:
+    return x.shape[batch_mode(layer)] if x.ndim == 3 else None
+
+
+def _bags(layer: Any, x: Tensor, offsets: Tensor | None = None, *args: Any, **kwargs: Any) -> int | None:
+    if offsets is None:
+        return x.shape[0] if x.ndim == 2 else None
+    return len(offsets) - layer.include_last_offset
+
+
 @dataclass(frozen=True, eq=False)
 class Kind:
     """One kind of layer.
@@ -61,6 +80,7 @@ class Kind:
         after_start: what a fresh core space of this layer needs beyond its start.
         is_matrix: whether it is a linear layer, for "all-linear" and PEFT's own converter.
         input_name: the name of the forward's first argument.
+        samples: the number of samples in a forward's arguments; None for a single one without a mode of its own.
         private: underscored attributes that models read from such a layer.
         lora_form: its layout in PEFT's LoRA, "linear", "conv", "embedding" or "parameter"; None if it has none.
         locon_form: its layout in LyCORIS' LoCon, "linear" or "conv"; None if it has none.
@@ -79,6 +99,7 @@ class Kind:
     after_start: Callable[[nn.Module, CoreSpace], None] = _nothing
     is_matrix: bool = False
     input_name: str = "input"
+    samples: Callable[..., int | None] = _rows
     private: tuple[str, ...] = ()
     lora_form: str | None = None
     locon_form: str | None = None
@@ -164,6 +185,7 @@ CONV = Kind(
     lora_form="conv",
     locon_form="conv",
     quantized=("optimum.quanto.nn.qconv2d.QConv2d",),
+    samples=_images,
 )
 CONV_TRANSPOSED = Kind(
     "ConvTranspose",
@@ -172,6 +194,7 @@ CONV_TRANSPOSED = Kind(
     beside.conv_transposed,
     beside.conv_transposed_fused,
     beside.conv_transposed_plain,
+    samples=_images,
 )
 EMBEDDING = Kind(
     "Embedding",
@@ -195,6 +218,7 @@ EMBEDDING_BAG = Kind(
     beside.embedding_bag,
     factorable=_plain_lookup,
     after_start=_clear_padding_row,
+    samples=_bags,
 )
 BILINEAR = Kind("Bilinear", (nn.Bilinear,), ("out", "in", "in"), input_name="input1")
 ATTENTION = Kind(
@@ -204,6 +228,7 @@ ATTENTION = Kind(
     weights=("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"),
     input_name="query",
     private=("_qkv_same_embed_dim",),
+    samples=_sequences,
 )
 
 KINDS = (LINEAR, LINEAR_TRANSPOSED, CONV, CONV_TRANSPOSED, EMBEDDING, EMBEDDING_BAG, BILINEAR, ATTENTION)

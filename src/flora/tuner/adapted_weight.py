@@ -15,6 +15,7 @@ from flora.layers.sharded import gathered, is_distributed, part_like, whole
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
 from flora.layers.storage import dtype_of, storage_of, tensor_of
+from flora.layers.weights import leaf, owner
 from flora.tuner import quantized
 from flora.tuner.peft_compat import BaseTunerLayer
 
@@ -56,6 +57,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         self.tucker_execution: dict[str, str] = {}
         self.merged_adapters: list[str] = []
         self._kept: list[Any] = []  # the weight before a merge; a list, or torch would count it among our parameters
+        self.without_nested_tensors: list[nn.Module] = []  # encoders whose fast path was closed for this layer
         self._active_adapter: list[str] = []
         self._was_quantized = self.is_quantized
         if self.kind is not RAW:  # PEFT's names for them, whatever the kind of layer
@@ -75,9 +77,12 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def _seen_from_outside(self, name: str) -> Any:
         """An attribute of the base layer. Its weight has the updates in it, for models that read a layer's weight and
-        never call the layer (Swin's and EVA's attention)."""
+        never call the layer (Swin's and EVA's attention); one that other modules hold is itself, for ``tie_weights``.
+        """
         if name != self.parameter_name:
             return getattr(self.base_layer, name)
+        if self.shared:
+            return self._kept[0] if self._kept else self.base_parameter
         off = self.disable_adapters or self.merged
         if self.is_quantized and not self.base_parameter.dtype.is_floating_point:
             return getattr(self.base_layer, name)  # a model can only look at its type
@@ -87,6 +92,18 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The base layer's weight, with the active updates in it."""
         return self._seen_from_outside("weight")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Assigning a weight replaces the base layer's, as ``tie_weights`` does."""
+        if name != self.parameter_name or "base_layer" not in self._modules:
+            return super().register_parameter(name, param)
+        if param is None or tuple(param.shape) != self.weight_shape:
+            shape = None if param is None else list(param.shape)
+            raise ValueError(f"layer {self.name!r}: a weight of shape {list(self.weight_shape)} is needed, got {shape}")
+        if self.merged and param is not self.frozen_weight:
+            raise ValueError(f"layer {self.name!r}: unmerge before giving it another weight")
+        if not self.merged:
+            owner(self.get_base_layer(), name).register_parameter(leaf(name), param)
 
     @property
     def bias(self) -> Tensor | None:

@@ -14,7 +14,8 @@ from peft import PeftConfig
 from flora.files import finish_replacing, replace_file, saved_shapes
 from flora.layers.cost import EXECUTIONS
 from flora.layers.starts import STARTS
-from flora.tuner.peft_compat import FLORA
+from flora.tuner.peft_compat import FLORA, KEY_MAPPING
+from flora.tuner.renaming import rename
 
 FORMAT_VERSION = 1
 INITS = tuple(name for name in STARTS if name != "random")
@@ -192,6 +193,8 @@ class FloraConfig(PeftConfig):
         shapes = saved_shapes(pretrained_model_name_or_path, subfolder, **download)
         if not kwargs.get("ignore_mismatched_sizes"):
             config.saved_shapes = shapes
+        if mapping := KEY_MAPPING.get():
+            rename(config, mapping)
         return config
 
     @classmethod

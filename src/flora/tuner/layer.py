@@ -195,31 +195,34 @@ class FloraLayer(MergeableWeight):
         update = factored(self.get_base_layer(), core, factors, x, *others, **kwargs)
         return (result + update).to(result.dtype)
 
+    def _input_name(self, kwargs: dict) -> str:
+        """The keyword that the layer's input was passed by; a subclass may give it another name."""
+        return self.kind.input_name if self.kind.input_name in kwargs or not kwargs else next(iter(kwargs))
+
     def _input_first(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The layer's input as the first positional argument, even if it was passed by name."""
         if args:
             return args, kwargs
-        own = self.kind.input_name
-        name = own if own in kwargs else next(iter(kwargs))  # a subclass may give its input another name
+        name = self._input_name(kwargs)
         return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
     def _mixed_batch(self, adapter_names: Sequence[str], args: tuple, kwargs: dict) -> Any:
         """Each sample with its own adapter ("__base__" for none). Every adapter runs its own samples (or the whole
         batch, if the layer has several inputs) and keeps its own rows."""
-        self._check_mixed_batch(adapter_names, args, kwargs)
+        x, mode = self._batch(adapter_names, args, kwargs), self.batch_mode
         single = len(args) + len(kwargs) == 1
-        mode = self.batch_mode
-        (x, *rest), kwargs = self._input_first(args, kwargs) if single else (args, kwargs)
         order: list[int] = []
         parts: list[tuple] = []
         for adapter in dict.fromkeys(adapter_names):
             own = [n for n, name in enumerate(adapter_names) if name == adapter]
             rows = torch.tensor(own, device=x.device)
-            samples = x.index_select(mode, rows) if single else x
             inner = {}
             if isinstance(self.base_layer, FloraLayer):  # another weight of the same layer, with adapters of its own
-                inner["adapter_names"] = [adapter] * samples.shape[mode]
-            part = self._adapted(self._present([adapter]), (samples, *rest), kwargs, **inner)
+                inner["adapter_names"] = [adapter] * len(own if single else adapter_names)
+            if single:
+                samples = x.index_select(mode, rows)
+                args, kwargs = ((samples,), {}) if args else ((), {self._input_name(kwargs): samples})
+            part = self._adapted(self._present([adapter]), args, kwargs, **inner)
             outputs = part if isinstance(part, tuple) else (part,)
             # attention's second output, its weights, is always batch first
             axes = [mode] + [0] * (len(outputs) - 1)
@@ -233,16 +236,23 @@ class FloraLayer(MergeableWeight):
         )
         return whole if isinstance(part, tuple) else whole[0]
 
-    def _check_mixed_batch(self, adapter_names: Sequence[str], args: tuple, kwargs: dict) -> None:
-        x = self._input_first(args, kwargs)[0][0] if args or self.kind.input_name in kwargs else None
-        if x is None:
-            raise ValueError(f"layer {self.name!r}: `adapter_names` needs the layer's input as a positional argument")
-        if x.shape[self.batch_mode] != len(adapter_names):
+    def _batch(self, adapter_names: Sequence[str], args: tuple, kwargs: dict) -> Tensor:
+        """The layer's input. Raises ValueError unless it has as many samples as there are names."""
+        if not args and not kwargs:
+            raise ValueError(f"layer {self.name!r}: `adapter_names` needs the layer's input")
+        (x, *others), rest = self._input_first(args, kwargs)
+        samples = self.kind.samples(self.get_base_layer(), x, *others[:1], **rest)
+        if samples is None:
+            raise ValueError(
+                f"layer {self.name!r}: `adapter_names` needs a batch, got one sample of shape {list(x.shape)}"
+            )
+        if samples != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {x.shape[self.batch_mode]} respectively (layer {self.name!r})."
+                f"{len(adapter_names)} and {samples} respectively (layer {self.name!r})."
             )
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        return x

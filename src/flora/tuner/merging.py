@@ -133,6 +133,8 @@ class MergeableWeight(AdaptedWeight):
         while isinstance(layer, MergeableWeight):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
+            for encoder in layer.without_nested_tensors:
+                encoder.use_nested_tensor = True  # type: ignore[assignment]
             layer = layer.base_layer
         return layer
 

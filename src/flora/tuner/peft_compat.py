@@ -6,9 +6,10 @@ import functools
 import inspect
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Union, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
@@ -35,7 +36,7 @@ WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
 
 __all__ = [
-    "DUMMY_TARGET_MODULES", "FLORA", "PREFIX", "SAVES_BIASES", "SEQ_CLS_HEAD_NAMES", "TARGET_MODULES",
+    "DUMMY_TARGET_MODULES", "FLORA", "KEY_MAPPING", "PREFIX", "SAVES_BIASES", "SEQ_CLS_HEAD_NAMES", "TARGET_MODULES",
     "AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper", "PlainNames",
     "check_adapters_to_merge", "check_target_module_exists", "get_pattern_key", "get_submodules", "init_empty_weights",
     "load_peft_weights", "register",
@@ -85,6 +86,36 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     )
     _join_mixed_model(config_cls, model_cls, layer_cls)
     _save_whole()
+    _tell_key_mapping()
+
+
+# the ``key_mapping`` of the ``from_pretrained`` or ``load_adapter`` that is running
+KEY_MAPPING: ContextVar[Mapping[str, str] | None] = ContextVar("KEY_MAPPING", default=None)
+
+
+def _tell_key_mapping() -> None:
+    """Make PEFT's loading tell ``KEY_MAPPING``: it renames the weights only, after the layers have been wrapped."""
+
+    def tells(load: Callable, default: str | None) -> Callable:
+        signature = inspect.signature(load)
+
+        @functools.wraps(load)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            mapping = given.get("key_mapping")
+            if mapping is None and default is not None:
+                mapping = getattr(given["model"], default, None)
+            token = KEY_MAPPING.set(mapping)
+            try:
+                return load(*args, **kwargs)
+            finally:
+                KEY_MAPPING.reset(token)
+
+        return wrapper
+
+    loads = cast(Any, PeftModel.from_pretrained).__func__
+    PeftModel.from_pretrained = classmethod(tells(loads, "_checkpoint_conversion_mapping"))
+    PeftModel.load_adapter = tells(PeftModel.load_adapter, None)
 
 
 def _save_whole() -> None:

@@ -132,7 +132,8 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
     """As ``plan``, but empty if nothing matches. ``keys`` names the layers in place of the config."""
     targets, without = find_targets(model, config, keys), {}
     if keys is None and targets:
-        check_names(model, config)
+        if config.saved_shapes is None:  # else the file is checked, weight by weight
+            check_names(model, config)
         without = left_out(model, config, targets)
         targets = [target for target in targets if target.name not in without]
     refuse_clashes(model, targets)

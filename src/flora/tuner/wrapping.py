@@ -21,6 +21,17 @@ def _no_fast_path(module: nn.Module, args: tuple) -> None:
     only while no hook is registered."""
 
 
+def _pass_no_nested_tensors(model: nn.Module, name: str, layer: FloraLayer) -> None:
+    """Without the fast path, the layers of an nn.TransformerEncoder can't take the nested tensors that it makes of a
+    batch with a padding mask. Unloading the layer restores its way."""
+    parts = name.split(".")
+    for n in range(len(parts)):
+        outer = unwrapped(model.get_submodule(".".join(parts[:n])))
+        if getattr(outer, "use_nested_tensor", False):
+            outer.use_nested_tensor = False  # type: ignore[assignment]
+            layer.without_nested_tensors.append(outer)
+
+
 def with_scales_in_use(
     rows: Sequence[PlannedWeight], model: nn.Module, configs: dict[str, FloraConfig], config: FloraConfig
 ) -> list[PlannedWeight]:
@@ -51,6 +62,7 @@ def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name
             layer.training = layer.base_layer.training
             if isinstance(parent, nn.TransformerEncoderLayer):
                 layer.register_forward_pre_hook(_no_fast_path)
+                _pass_no_nested_tensors(model, weight.module, layer)
         if adapter_name not in wrapped[weight.parameter].tucker_space:
             try:
                 wrapped[weight.parameter].update_layer(
