@@ -156,6 +156,18 @@ def test_a_trace_runs_without_python(layer, shape):
     torch.testing.assert_close(traced(x), model(x))
 
 
+def test_a_compiled_model_takes_an_adapter_per_sample():
+    torch.compiler.reset()
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), FloraConfig(r=2, target_modules=["0"], init_weights=False))
+    model.eval().add_adapter("other", FloraConfig(r=2, target_modules=["0"], init_weights=False))
+    x, inner = torch.randn(2, 6), model.base_model.model
+    expected = model(x, adapter_names=["default", "other"])
+    inner.compile(backend="eager")
+    alone = model(x)
+    torch.testing.assert_close(model(x, adapter_names=["default", "other"]), expected)
+    torch.testing.assert_close(model(x), alone)
+
+
 def wrapped(layer: nn.Module, **options):
     model = get_peft_model(nn.Sequential(layer), FloraConfig(r=2, target_modules=["0"], init_weights=False, **options))
     return model, layers(model)[0]

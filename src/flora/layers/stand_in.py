@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from flora.layers.core_space import add_updates
 from flora.layers.cost import of_one_type
+from flora.layers.lazy import PLACE_AND_SHAPE, getters
 from flora.layers.matrix import matrix
 
 
@@ -47,7 +48,7 @@ class StandIn(Tensor):
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if function in _PLACE_AND_SHAPE:
+            if function in PLACE_AND_SHAPE:
                 return function(*args, **kwargs)
             if function in _FOLLOWED and kwargs.keys() <= _NAMED:
                 followed = _FOLLOWED[function](*args, **kwargs)
@@ -99,22 +100,13 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
     return None if transposed is None else _linear(input, transposed)
 
 
-def _getters(*properties: str) -> list[Callable]:
-    return [getattr(Tensor, name).__get__ for name in properties]
-
-
-_PLACE_AND_SHAPE: set[Callable] = {
-    *_getters("shape", "dtype", "device", "ndim", "is_cuda", "is_meta"),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
-}
-
 _NAMED = {"bias", "dim"}  # the keyword arguments that the functions below accept
 
 _FOLLOWED: dict[Callable, Callable] = {
     Tensor.__getitem__: _index,
     **dict.fromkeys((Tensor.unbind, torch.unbind), _slices),
     Tensor.__iter__: _iterate,
-    **dict.fromkeys((*_getters("T", "mT"), Tensor.t, torch.t), _transpose),
+    **dict.fromkeys((*getters("T", "mT"), Tensor.t, torch.t), _transpose),
     **dict.fromkeys((Tensor.transpose, torch.transpose), _transpose),
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),

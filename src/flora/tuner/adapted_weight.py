@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from flora.layers import kinds
 from flora.layers.core_space import CoreSpace, add_updates, drop_ranks
+from flora.layers.cost import can_fuse
 from flora.layers.kinds import RAW
+from flora.layers.lazy import LazyWeight
 from flora.layers.sharded import gathered, is_distributed, part_like, whole
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
@@ -86,7 +89,13 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         off = self.disable_adapters or self.merged
         if self.is_quantized and not self.base_parameter.dtype.is_floating_point:
             return getattr(self.base_layer, name)  # a model can only look at its type
-        return self._weight_with([] if off else self._present(self.active_adapters))
+        adapters = [] if off else self._present(self.active_adapters)
+        weight = self.base_parameter
+        parameters = [p for adapter in adapters for p in self.space(adapter).parameters()]
+        plain = weight.shape == self.weight_shape and all(type(p) is nn.Parameter for p in (weight, *parameters))
+        if not parameters or not plain or not can_fuse():
+            return self._weight_with(adapters)
+        return LazyWeight.of(weight, partial(self._weight_with, adapters), parameters)
 
     @property
     def weight(self) -> Tensor:

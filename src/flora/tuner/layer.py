@@ -48,7 +48,9 @@ class FloraLayer(MergeableWeight):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base layer's. ``adapter_names`` gives every sample of the batch an adapter of its own."""
-        adapter_names = kwargs.pop("adapter_names", None) or (NAMES.get() or {}).get(self)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None and not torch.compiler.is_compiling():  # a call with names runs eagerly
+            adapter_names = (NAMES.get() or {}).get(self)
         alone = self.poolable and adapter_names is None and len(args) == 1 and not kwargs
         if alone and (result := self._from_pool(args[0])) is not None:
             return result
@@ -188,7 +190,9 @@ class FloraLayer(MergeableWeight):
         (x, *others), kwargs = self._input_first(args, kwargs)
         if x.is_floating_point():
             core, factors = self._scaled(adapter)
-            x = F.dropout(self._cast_input_dtype(x, core.dtype), self._dropout(adapter))
+            # not by PEFT's method, which no compiler before torch 2.12 can follow from a module with a __getattr__
+            x = x.to(core.dtype) if getattr(self, "cast_input_dtype_enabled", True) else x
+            x = F.dropout(x, self._dropout(adapter))
         else:
             core, factors = self._dropped(adapter)
         factored = cast(Callable[..., Tensor], self.kind.factored)  # `factorable` says so

@@ -244,7 +244,9 @@ class FloraModel(BaseTuner):
         _let_take_names(taking)
         token = NAMES.set({m: list(names) if m in single else repeated for m in taking if m not in inner})
         try:
-            yield
+            # compilers don't look at names, which change from call to call
+            with nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             NAMES.reset(token)
 
