@@ -58,6 +58,32 @@ class Raw(nn.Module):
         return torch.sin(x.sum(-1, keepdim=True) * self.table.flatten()).cumsum(-1)
 
 
+class Listed(nn.Module):
+    """Parameters in a list, taken out one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ps = nn.ParameterList([torch.randn(6, 6) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for p in self.ps:
+            x = torch.tanh(x @ p)
+        return x @ self.ps[-1] + x @ self.ps[0] @ self.ps[1] * len(self.ps) if self.ps else x
+
+
+class Keyed(nn.Module):
+    """Parameters in a dictionary, taken out in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pd = nn.ParameterDict({"a": torch.randn(6, 6), "b": torch.randn(6, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = sum(p.sum() for p in self.pd.values()) + sum(len(key) * p.mean() for key, p in self.pd.items())
+        keys = [key for key in self.pd if key in self.pd.keys()]
+        return torch.tanh(x @ self.pd["a"]) @ self.pd[keys[1]] + x @ self.pd.b + total + self.pd.get("c", 1.0)
+
+
 class StandardizedConv2d(nn.Conv2d):
     """A subclass with a forward of its own: not linear in the weight."""
 
@@ -116,6 +142,10 @@ def bag(name: str, mode: str, inputs=None, **options) -> Case:
         f"EmbeddingBag-{name}", lambda: nn.EmbeddingBag(11, 5, mode=mode, **options), inputs or tokens(11, 3, 4),
         batch_mode=batch_mode,
     )  # fmt: skip
+
+
+def container(name: str, make: Callable[[], nn.Module], *parameters: str) -> Case:
+    return Case(name, make, floats(4, 6), parameters=parameters, config={"r": 2}, batch_mode=None)
 
 
 def raw(*shape: int) -> Case:
@@ -185,6 +215,9 @@ CASES = [
     Case("experts-one_stack", Experts, floats(4, 6), parameters=("layer.up",)),
     Case("experts-one_by_one", LoopedExperts, floats(4, 6), parameters=("layer.up", "layer.down"), config={"r": 2}),
     Case("experts-both_stacks", Experts, floats(4, 6), parameters=("layer.up", "layer.down"), config={"r": 2}),
+    container("ParameterList", Listed, "ps.0", "ps.1", "ps.2"),
+    container("ParameterDict", Keyed, "pd.a", "pd.b"),
+    container("ParameterDict-one", Keyed, "pd.b"),
     Case("LayerNorm-weight", lambda: nn.LayerNorm(6), floats(4, 6), parameters=("layer.weight",)),
     Case("Conv2d-as_parameter", lambda: nn.Conv2d(4, 6, 3), floats(*IMAGE[2]), parameters=("layer.weight",)),
 ]

@@ -40,10 +40,11 @@ def forward(model: nn.Module, base: nn.Module, args: tuple, adapters: dict[str, 
     """The base layer with W + Σ weight · delta."""
     weights = {}
     for layer in layers(model):
-        weight = dict(base.named_parameters())[layer.parameter_name].detach()
+        name = f"{layer.site.module}.{layer.parameter_name}".removeprefix("layer.")
+        weight = dict(base.named_parameters())[name].detach()
         for adapter, factor in adapters.items():
             weight = weight + factor * delta(layer.tucker_space[adapter])
-        weights[layer.parameter_name] = weight
+        weights[name] = weight
     return run(base, weights, args)
 
 

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from cases import CASES, Case
+from cases import CASES, Case, Listed
 from flora import FloraConfig, FloraLayer
 from flora.tuner.config import INITS
 from reference import delta, first, forward, layers
@@ -274,6 +274,20 @@ def test_one_sample_has_no_adapter_of_each(layer, shape):
     inputs = [torch.randn(shape)] * (3 if isinstance(layer, nn.MultiheadAttention) else 1)
     with pytest.raises(ValueError, match=r"layer 'layer.*needs a batch, got one sample of shape \[4"):
         model(*inputs, adapter_names=["default"] * 4)
+
+
+def test_parameters_in_a_list():
+    model = get_peft_model(Holder(Listed()), FloraConfig(r=2, target_parameters=["ps.0", "ps.1"], init_weights=False))
+    ps = model.base_model.model.layer.ps
+    dense = [layer.base_parameter + delta(layer.space("default")) for layer in layers(model)]
+    for n, p in enumerate(ps[:2]):
+        torch.testing.assert_close(p, dense[n])
+    assert ps[2] is ps.get_base_layer()[2] and len(ps[1:]) == 2 and bool(ps)
+    x = torch.randn(2, 6)
+    with pytest.raises(
+        ValueError, match="layer 'layer.ps.0': `adapter_names` needs layers that are called, and this is"
+    ):
+        model.eval()(x, adapter_names=["default", "__base__"])
 
 
 @every_case

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -291,7 +292,7 @@ def test_a_weight_that_is_only_read_is_adapted_too():
 
 
 def test_diffusers(tmp_path):
-    from diffusers import UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     def unet():
         torch.manual_seed(0)
@@ -317,6 +318,28 @@ def test_diffusers(tmp_path):
     fresh.add_adapter(model.peft_config["style"], "style")
     set_peft_model_state_dict(fresh, state, "style")
     torch.testing.assert_close(fresh(*inputs).sample, styled)
+
+    with pytest.raises(ValueError, match="'style' is a FLORA adapter, and this file is for LoRA. Save it with peft"):
+        model.save_lora_adapter(tmp_path, "style")
+    with pytest.raises(ValueError, match="tucker_space.core' is a FLORA adapter"):
+        StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    assert not list(tmp_path.iterdir())
+    fresh = unet()
+    fresh.add_adapter(LoraConfig(target_modules=["to_q"]), "lora")
+    fresh.save_lora_adapter(tmp_path, "lora")
+    assert list(tmp_path.iterdir())
+
+
+def test_the_model_card_says_how_to_load_the_adapter(tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"), task_type="CAUSAL_LM")
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "adapter")
+        card = ModelCard.load(tmp_path / "adapter" / "README.md")
+        assert card.text.count("\nimport flora\n") == 1 and card.data.library_name == "peft"
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_bias_modules_to_save_and_token_indices_travel(tmp_path):

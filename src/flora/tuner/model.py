@@ -16,6 +16,7 @@ from torch import nn
 from flora.layers.starts import STARTS
 from flora.tuner.combine import check_combination, combined_config, fill, summed
 from flora.tuner.config import FloraConfig
+from flora.tuner.diffusers_compat import refuse_lora_files
 from flora.tuner.layer import NAMES, FloraLayer
 from flora.tuner.live import detach, one_call
 from flora.tuner.peft_compat import (
@@ -77,6 +78,7 @@ class FloraModel(BaseTuner):
         if peft_config.saved_shapes is not None:
             check_saved(made, peft_config)
         made = replace(made, rows=with_scales_in_use(made.rows, model, self.peft_config, peft_config))
+        refuse_lora_files(model)
         named = {row.target for row in made.rows if not row.raw}
         # PEFT knows neither our shorthands nor further names of a layer
         if shorthand or not all(check_target_module_exists(peft_config, name) for name in named):

@@ -9,6 +9,7 @@ from torch import nn
 
 from flora.tuner.adapted_weight import AdaptedWeight
 from flora.tuner.config import FloraConfig
+from flora.tuner.container import FloraContainer, is_container
 from flora.tuner.layer import FloraLayer
 from flora.tuner.live import attach
 from flora.tuner.peft_compat import get_submodules
@@ -58,7 +59,8 @@ def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name
         inner = inner.base_layer
     for weight in reversed(weights):
         if weight.parameter not in wrapped:
-            layer = wrapped[weight.parameter] = FloraLayer(layer, weight.site, weight.shape, weight.shared)
+            wrapper = FloraContainer if is_container(unwrapped(layer)) else FloraLayer
+            layer = wrapped[weight.parameter] = wrapper(layer, weight.site, weight.shape, weight.shared)
             layer.training = layer.base_layer.training
             if isinstance(parent, nn.TransformerEncoderLayer):
                 layer.register_forward_pre_hook(_no_fast_path)
