@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from flora.layers.offload import offloading_hook
+
 
 def owner(layer: nn.Module, weight: str) -> nn.Module:
     """The submodule of ``layer`` that holds the weight with this dotted name."""
@@ -88,6 +90,10 @@ def _copies(module: nn.Module, weights: dict[str, Tensor]) -> list[tuple[nn.Modu
         for name, value in vars(original).items():
             if isinstance(value, (MethodType, FunctionType, partial)):
                 state[name] = _rebound(value, copies)
+        if (
+            offloading_hook(original) is not None
+        ):  # what has been loaded for the copy must not be loaded over its weights
+            state["forward"] = state["_old_forward"]
         if state.get("sparse"):
             state["sparse"] = False  # the update needs a dense gradient, even if the layer asks for a sparse one
     for name, weight in weights.items():

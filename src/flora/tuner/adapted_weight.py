@@ -14,6 +14,7 @@ from flora.layers.core_space import CoreSpace, add_updates, drop_ranks
 from flora.layers.cost import can_fuse
 from flora.layers.kinds import RAW
 from flora.layers.lazy import LazyWeight
+from flora.layers.offload import loaded
 from flora.layers.sharded import gathered, is_distributed, part_like, whole
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
@@ -85,7 +86,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         if name != self.parameter_name:
             return getattr(self.base_layer, name)
         if self.shared:
-            return self._kept[0] if self._kept else self.base_parameter
+            return self._kept[0] if self._kept and not self.is_quantized else self.base_parameter
         off = self.disable_adapters or self.merged
         if self.is_quantized and not self.base_parameter.dtype.is_floating_point:
             return getattr(self.base_layer, name)  # a model can only look at its type
@@ -93,6 +94,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         weight = self.base_parameter
         parameters = [p for adapter in adapters for p in self.space(adapter).parameters()]
         plain = weight.shape == self.weight_shape and all(type(p) is nn.Parameter for p in (weight, *parameters))
+        plain = plain and not self.is_quantized
         if not parameters or not plain or not can_fuse():
             return self._weight_with(adapters)
         return LazyWeight.of(weight, partial(self._weight_with, adapters), parameters)
@@ -160,16 +162,17 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             execution: as ``kinds.possible`` gives it for this layer.
             scales: where the scale is written down, under the layer's name.
         """
-        layer, device = self.get_base_layer(), self.base_parameter.device
+        layer, weight_dtype = self.get_base_layer(), dtype_of(self.get_base_layer(), self.parameter_name)
         if not self.tucker_space:
             self._active_adapter = [adapter_name]
         output_mode = kinds.output_mode(self.roles)
-        if scale == "auto":
-            with gathered([self.base_parameter]):
-                is_meta = device.type == "meta"
-                scale = 1.0 if is_meta else unified_scale(whole(self.frozen_weight), ranks, output_mode, init)
-        dtype = dtype_of(layer, self.parameter_name)
-        space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=dtype)
+        with loaded(layer), gathered([self.base_parameter]):
+            device = self.base_parameter.device
+            if scale == "auto":
+                if device.type == "meta":
+                    raise ValueError('scale="auto" needs the numbers of a weight, and this one is on the meta device')
+                scale = unified_scale(whole(self.frozen_weight), ranks, output_mode, init)
+        space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=weight_dtype)
         if scales is not None:
             space.written_down = scales, self.name
             space.set_scale(float(scale))

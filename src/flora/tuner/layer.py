@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flora.layers.core_space import CoreSpace
 from flora.layers.cost import LOW_PRECISION, can_fuse, of_one_type, pooled
 from flora.layers.kinds import RAW, batch_mode
+from flora.layers.offload import loaded
 from flora.layers.pool import Entry
 from flora.layers.sharded import in_parts, is_distributed, swapped
 from flora.layers.sites import Site
@@ -144,8 +145,9 @@ class FloraLayer(MergeableWeight):
                 with swapped(self.get_base_layer(), self.parameter_name, partial(self._add_updates, adapters=inside)):
                     result = self.base_layer(*args, **kwargs, **inner)
             elif inside:
-                weight = {self.weight_path: self._weight_or_stand_in(inside)}
-                result = run_with_weights(self.base_layer, weight, args, {**kwargs, **inner})
+                with loaded(self.get_base_layer()):
+                    weight = {self.weight_path: self._weight_or_stand_in(inside)}
+                    result = run_with_weights(self.base_layer, weight, args, {**kwargs, **inner})
             else:
                 result = self.base_layer(*args, **kwargs, **inner)
         for adapter in beside:
@@ -171,7 +173,7 @@ class FloraLayer(MergeableWeight):
         if not self.factorable or is_distributed(self.base_parameter):
             return True
         # only the factored form has an input of its own to drop out; others drop ranks
-        if self._dropout(adapter) > 0 or self.is_quantized:
+        if self._dropout(adapter) > 0 or self.is_quantized or self.base_parameter.is_meta:
             return False
         if self.tucker_execution[adapter] != "auto":
             return self.tucker_execution[adapter] == "merged"

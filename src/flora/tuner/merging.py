@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flora.layers.core_space import add_updates, is_finite
+from flora.layers.core_space import CoreSpace, add_updates, is_finite
+from flora.layers.offload import loaded
 from flora.layers.sharded import gathered, has_engine, in_parts, is_distributed, is_flat, overwrite, whole
 from flora.layers.weights import leaf, owner
 from flora.tuner import quantized
@@ -36,9 +37,10 @@ class MergeableWeight(AdaptedWeight):
         if self.is_quantized:
             with self._gathered(names):
                 return quantized.merge(self, names, safe_merge, keep)
-        weight, merged_before = self.base_parameter, bool(self._kept)
+        merged_before = bool(self._kept)
         alone = not self.shared or merged_before  # else other holders must not see the merged weight
         with self._gathered(names, write=True):
+            weight = self.base_parameter
             kept = [] if merged_before or not keep else [_copy(weight) if alone else weight]
             free = alone and all(before.device != weight.device for before in kept)
             merged = self._merged_weight(names, safe_merge, in_place=free and not safe_merge)
@@ -100,20 +102,29 @@ class MergeableWeight(AdaptedWeight):
 
     @contextmanager
     def _gathered(self, adapters: Sequence[str], write: bool = False) -> Iterator[None]:
-        """Within it, weight and core spaces are whole, whatever the engine. Raises ValueError if that cannot be."""
-        weight, spaces = self.base_parameter, [self.space(adapter) for adapter in adapters]
-        with gathered([weight, *(tensor for space in spaces for tensor in (space.core, *space.factors))], write):
-            if in_parts(weight, self.weight_shape) and self.shared:
-                raise ValueError(
-                    f"layer {self.name!r}: its weight of shape {list(self.weight_shape)} is shared with other modules "
-                    "and kept in parts; save the adapter, and merge it in one process"
-                )
-            if is_flat(weight, self.weight_shape) or any(tuple(space.core.shape) != space.ranks for space in spaces):
-                raise ValueError(
-                    f"layer {self.name!r}: only a part of its weight of shape {list(self.weight_shape)} is here; merge "
-                    "and unmerge within FullyShardedDataParallel.summon_full_params(model, writeback=True)"
-                )
-            yield
+        """Within it, weight and core spaces are here and whole, whatever the engine. Raises ValueError if that cannot
+        be."""
+        with loaded(self, write):
+            spaces = [self.space(adapter) for adapter in adapters]
+            tensors = [self.base_parameter, *(tensor for space in spaces for tensor in (space.core, *space.factors))]
+            with gathered(tensors, write):
+                self._refuse_parts(spaces)
+                yield
+
+    def _refuse_parts(self, spaces: Sequence[CoreSpace]) -> None:
+        weight, place = self.base_parameter, f"layer {self.name!r}, weight of shape {list(self.weight_shape)}"
+        if weight.is_meta or any(space.core.is_meta for space in spaces):
+            raise ValueError(f"{place}: it or its adapter is on the meta device, without numbers; load both first")
+        if in_parts(weight, self.weight_shape) and self.shared:
+            raise ValueError(
+                f"{place}: it is shared with other modules and kept in parts; save the adapter, and merge it in one "
+                "process"
+            )
+        if is_flat(weight, self.weight_shape) or any(tuple(space.core.shape) != space.ranks for space in spaces):
+            raise ValueError(
+                f"{place}: only a part of it is here; merge and unmerge within "
+                "FullyShardedDataParallel.summon_full_params(model, writeback=True)"
+            )
 
     def _whole(self, adapter: str) -> tuple[Tensor, list[Tensor]]:
         """As ``_scaled``, without a call of the core space, which engines do not allow outside a forward."""

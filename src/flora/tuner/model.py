@@ -183,9 +183,16 @@ class FloraModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's. Raises ValueError before any layer is merged if one cannot be."""
+        self._check_merge_allowed()
         self._check_finite(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        for layer in self._layers():  # not in PEFT's way, whose loading of offloaded weights drops some again
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         warn_of_loss(list(self._layers()))
+
+    def unmerge_adapter(self) -> None:
+        """As PEFT's. The weights are as before to the bit."""
+        for layer in self._layers():
+            layer.unmerge()
 
     def _unload_and_optionally_merge(
         self,
@@ -196,21 +203,19 @@ class FloraModel(BaseTuner):
     ) -> nn.Module:
         layers = list(self._layers())
         if merge:
+            self._check_merge_allowed()
             self._check_finite(adapter_names, safe_merge)
+        # PEFT neither looks inside wrapped layers, nor finds a layer whose path has changed meanwhile or that has two
+        bases: dict[nn.Module | None, nn.Module] = {}
         for name, layer in reversed(list(self.model.named_modules())):
-            parent, _, leaf = name.rpartition(".")
-            # PEFT neither looks inside wrapped layers, nor finds a layer whose path has changed meanwhile
-            if isinstance(layer, FloraLayer) and ".base_layer." in f"{parent}." and leaf != "base_layer":
-                base = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-                setattr(self.model.get_submodule(parent), leaf, base)
+            if isinstance(layer, FloraLayer) and name.rpartition(".")[2] != "base_layer":
+                bases[layer] = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        for parent in list(self.model.modules()):
+            parent._modules |= {leaf: bases[child] for leaf, child in parent._modules.items() if child in bases}
         detach(self.model)
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        for parent in list(model.modules()):
-            for leaf, layer in parent._modules.items():
-                if isinstance(layer, FloraLayer):  # another name of one that PEFT has unloaded
-                    parent._modules[leaf] = layer.get_base_layer()
         warn_of_loss(layers)
         return model
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flora.layers.offload import is_offloaded
 from flora.layers.storage import dense_before, dense_of, kept_state, pack, put_back, storage_of
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ def check_mergeable(layer: AdaptedWeight) -> None:
         raise ValueError(
             f"layer {layer.name!r}: its weight of shape {list(layer.weight_shape)} is kept as {storage.name}, which "
             "can't be made anew here, so no update can be merged into it; leave the adapter beside it"
+        )
+    if is_offloaded(layer.get_base_layer()):
+        raise ValueError(
+            f"layer {layer.name!r}: its quantized weight of shape {list(layer.weight_shape)} is offloaded; merge in a "
+            "model that is loaded without offloading"
         )
 
 
