@@ -32,9 +32,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Mix
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+import flora
 from flora import FloraConfig
+from flora.layers.starts import STARTS
 
 State = dict[str, Tensor]
+DATA_STARTS = [name for name, each in STARTS.items() if each.from_data]
 TARGETS = ["embed", "linear", "conv", "head"]
 TOKENS = torch.arange(12).view(2, 6)  # tokens
 
@@ -362,6 +365,19 @@ def barrier() -> None:
         dist.barrier()
 
 
+def started(engine: type[Alone], init: str) -> list[Tensor] | str:
+    """What the factors span after a data start, or why there is none."""
+    model = adapted(engine.dtype, init=init, init_weights=True)
+    wrapped = engine(model).wrapped
+    try:
+        flora.initialize(wrapped if engine is DDP else model, [batch(0), batch(1)], loss=loss_of)
+    except ValueError as error:
+        return str(error)
+    factors = [p.detach() for name, p in model.named_parameters() if ".factor_" in name]
+    whole = [factor.full_tensor() if hasattr(factor, "full_tensor") else factor for factor in factors]
+    return [factor @ factor.mT for factor in whole]
+
+
 def work(rank: int, name: str, folder: Path, method: str = "flora") -> None:
     """One process of two. Rank 0 writes each scenario's tensors, or its error."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
@@ -375,5 +391,8 @@ def work(rank: int, name: str, folder: Path, method: str = "flora") -> None:
             result = traceback.format_exc()
         if rank == 0:
             torch.save(result, folder / f"{scenario}.pt")
+        barrier()
+    for init in DATA_STARTS if method == "flora" else ():
+        torch.save(started(ENGINES[name], init), folder / f"{init}-{rank}.pt")
         barrier()
     dist.destroy_process_group()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import ENGINES, SCENARIOS, TOKENS, State, adapted, alone, work
+from engines import DATA_STARTS, ENGINES, SCENARIOS, TOKENS, State, adapted, alone, started, work
 from peft import PeftModel
 
 from processes import START
@@ -55,3 +55,16 @@ def test_what_an_engine_saves_loads_without_it(engine):
     name, folder = engine
     loaded = PeftModel.from_pretrained(adapted(ENGINES[name].dtype).unload(), folder / "adapter").eval()
     torch.testing.assert_close(loaded(TOKENS), result(folder, "save")["output"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", DATA_STARTS)
+def test_a_data_start_is_the_same_in_every_process_or_refused(engine, init):
+    name, folder = engine
+    first, second = (torch.load(folder / f"{init}-{rank}.pt") for rank in range(2))
+    if name.startswith("fsdp1") or name == "zero3":
+        assert "the model is sharded (FSDP1, ZeRO-3)" in first and "is sharded" in second
+        return
+    want = started(alone(ENGINES[name]), init) if init == "gradient" else second  # random sums are each process's own
+    for mine, other, alike in zip(first, second, want, strict=True):
+        assert torch.equal(mine, other)
+        torch.testing.assert_close(mine, alike, rtol=1e-4, atol=1e-5)

@@ -389,16 +389,6 @@ def _train(model: nn.Module) -> None:
         optimizer.step()
 
 
-def own_batch(rank: int) -> dict:
-    tokens = (TOKENS + rank) % 20
-    return {"input_ids": tokens, "labels": tokens}
-
-
-def spans(model: nn.Module) -> list[torch.Tensor]:
-    """Of all factors, free of their columns' signs."""
-    return [factor @ factor.mT for layer in layers(model) for factor in layer.space("default").factors]
-
-
 def _train_sharded(rank: int, folder: Path) -> None:
     """One process of two, each with the same batch: as if alone. Rank 0 writes what each way of sharding trained."""
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -419,10 +409,6 @@ def _train_sharded(rank: int, folder: Path) -> None:
         }
         if rank == 0:
             torch.save(state, folder / f"{how}.pt")
-    for init in ("gradient", "activations"):
-        started = adapted(llama(), init=init)
-        flora.initialize(nn.parallel.DistributedDataParallel(started), [own_batch(rank)], overwrite=True)
-        torch.save(spans(started), folder / f"{init}-{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -442,20 +428,6 @@ def test_two_processes_train_as_one(how, sharded):
     for name, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(state[name], p.detach())
-
-
-def test_two_processes_start_alike_from_the_batches_of_both(sharded):
-    model = adapted(llama(), init="gradient")
-    flora.initialize(model, [own_batch(0), own_batch(1)], overwrite=True)
-    for rank in range(2):
-        file = sharded / f"gradient-{rank}.pt"
-        for mine, alone in zip(torch.load(file, weights_only=True), spans(model), strict=True):
-            torch.testing.assert_close(mine, alone)
-
-
-def test_two_processes_have_equal_activation_starts(sharded):
-    first, second = (torch.load(sharded / f"activations-{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(*both) for both in zip(first, second, strict=True))
 
 
 def test_a_hot_swap_does_not_recompile(tmp_path):

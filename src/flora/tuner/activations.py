@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from flora.layers.kinds import output_mode
 from flora.layers.weights import run_with_weights
 from flora.tuner.layer import FloraLayer
-from flora.tuner.reduction import BASIS, SPARE, Reduction, Start, two_passes
+from flora.tuner.reduction import BASIS, SPARE, Reduction, Start, two_passes, whole
 
 SHARE = 0.5  # of each rank; the rest stays random, for what the inputs do not show
 
@@ -128,8 +128,10 @@ class _Sketch:
             x = args[0] if args else next(iter(kwargs.values()))
             weight = self.layer.space(self.adapter).core.new_zeros(self.layer.weight_shape, requires_grad=True)
             return weight, F.linear(x.to(weight.dtype), weight)
-        weight = self.layer.base_parameter.detach().requires_grad_()
-        return weight, run_with_weights(self.place.module, {self.place.weight: weight}, args, kwargs)
+        weight, module = whole(self.layer.base_parameter.detach()).requires_grad_(), self.place.module
+        sharded = {name: p for name, p in module.named_parameters() if hasattr(p, "full_tensor")}  # by FSDP2, by itself
+        weights = {name: whole(p.detach()) for name, p in sharded.items()} | {self.place.weight: weight}
+        return weight, run_with_weights(module, weights, args, kwargs)
 
     def _sums(self, y: Tensor, weight: Tensor) -> Tensor | None:
         """As many random sums of inputs as there are outputs, in the weight's shape."""

@@ -54,7 +54,8 @@ def initialize(
     Raises:
         ValueError: no batch, no labels, no such adapter, a merged or trained one, a loss that is not finite or does not
             depend on a layer, a layer that no batch reaches or whose inputs are not finite, a quantized weight (unless
-            of a linear layer, for "activations"). Nothing is changed then.
+            of a linear layer, for "activations"), a model that FSDP1 or ZeRO-3 has wrapped (FSDP2 is fine). Nothing is
+            changed then.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own averaging would miss the parameters that are frozen
@@ -81,6 +82,11 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
         space = layer.space(adapter)
         if layer.merged:
             raise ValueError(f"adapter {adapter!r}: unmerge before initializing")
+        if tuple(space.core.shape) != space.ranks or not isinstance(space.core, nn.Parameter):
+            raise ValueError(
+                f"layer {layer.name!r}: its core is not whole, since the model is sharded (FSDP1, ZeRO-3); initialize "
+                "before the model is wrapped"
+            )
         if layer.is_quantized and not (layer.kind.is_matrix and space.init == "activations"):
             raise ValueError(
                 f"layer {layer.name!r} keeps its weight quantized: init='activations' can start it if it is linear, "

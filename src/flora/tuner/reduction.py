@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from flora import tucker
 from flora.layers.kinds import output_mode
-from flora.layers.starts import fill_core
 from flora.tuner.layer import FloraLayer
 
 Factors = list[Tensor | None]  # None for the output mode
@@ -66,7 +66,7 @@ class Reduction:
     @torch.no_grad()
     def add(self, part: Tensor) -> None:
         """Add a summand of D."""
-        part = part.full_tensor() if hasattr(part, "full_tensor") else part
+        part = whole(part)
         part = part.to_dense() if part.is_sparse else part
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         if self.needs_bases:
@@ -153,13 +153,28 @@ def two_passes(reductions: Sequence[Reduction], run: Callable[[], None]) -> list
 @torch.no_grad()
 def fill(layer: FloraLayer, adapter: str, rows: Tensor, factors: Factors) -> None:
     """Start a core space as ``Reduction.start`` says."""
-    space = layer.space(adapter)
-    fill_core(space, rows, output_mode(layer.roles))
-    for target, factor in zip(space.factors, factors, strict=True):
-        if factor is None:
+    space, mode = layer.space(adapter), output_mode(layer.roles)
+    others = space.ranks[:mode] + space.ranks[mode + 1 :]
+    core = rows.reshape(space.ranks[mode], *others).movedim(0, mode)
+    for target, source in zip((space.core, *space.factors), (core, *factors), strict=True):
+        if source is None:
             target.zero_()
         else:
-            target.copy_(factor)
+            target.copy_(_sharded(source.to(target.dtype), target))
+
+
+def whole(tensor: Any) -> Tensor:
+    """Of a tensor that FSDP2 keeps in shards, all of it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _sharded(tensor: Tensor, like: Any) -> Tensor:
+    """As FSDP2 keeps ``like``."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.contiguous(), like.device_mesh, like.placements)
 
 
 def averaged(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
