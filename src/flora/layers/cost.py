@@ -62,7 +62,9 @@ CHUNK = 2**25
 MULTIPLE = 8
 
 
-def pooled(device: str, shape: Sequence[int], is_matrix: bool, execution: str, low: torch.dtype) -> str | None:
+def pooled(
+    device: str, shape: Sequence[int], is_matrix: bool, execution: str, low: torch.dtype, trains: bool
+) -> str | None:
     """The form in which a layer takes part in a model's pool (``pool``); None if it should run on its own.
 
     A pool saves launches and Python. On a GPU these dominate, so the answer does not depend on the number of positions:
@@ -75,9 +77,10 @@ def pooled(device: str, shape: Sequence[int], is_matrix: bool, execution: str, l
         shape: the weight's.
         execution: as the user chose it.
         low: the type that the layer computes in.
+        trains: whether gradients are wanted. On a CPU the pool pays in the backward pass.
     """
     first, second, *_ = shape
-    if device == "cpu" and prod(shape) <= TINY:
+    if device == "cpu" and prod(shape) <= TINY and trains:
         form = "delta" if low in LOW_PRECISION else "merged"
     elif device == "cuda":
         form = "merged"
@@ -107,10 +110,13 @@ def can_fuse() -> bool:
 def of_one_type(
     x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[Tensor]] | None:
-    """The same tensors, cast under autocast; None if their types differ."""
+    """The same tensors, cast under autocast, and core and factors to the type of a half-precision layer; None if types
+    differ otherwise."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         bias = bias if bias is None else bias.to(dtype)
         return x.to(dtype), weight.to(dtype), bias, core.to(dtype), [factor.to(dtype) for factor in factors]
+    if x.dtype in LOW_PRECISION and core.dtype == torch.float32:  # thin, and their products' sums are float32 anyway
+        core, factors = core.to(x.dtype), [factor.to(x.dtype) for factor in factors]
     return (x, weight, bias, core, list(factors)) if x.dtype == weight.dtype == core.dtype else None

@@ -32,7 +32,19 @@ def matrix(
         merged = x.dtype not in LOW_PRECISION and merges(weight.shape, (rank, rank), (positions, positions))
     else:
         merged = execution == "merged"
+    if not merged and not torch.is_grad_enabled():
+        return _without_gradients(rows, weight, bias, core, left, right).view(*x.shape[:-1], weight.shape[0])
     return _Matrix.apply(rows, weight, bias, core, left, right, merged).view(*x.shape[:-1], weight.shape[0])
+
+
+def _without_gradients(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, left: Tensor, right: Tensor
+) -> Tensor:
+    """The same by plain operations, the fewest for one row: a linear layer and two or three thin products."""
+    if rows.shape[0] < right.shape[0]:  # less work than folding the core into a factor
+        return F.linear(rows, weight, bias).addmm_(rows.mm(right).mm(core.mT), left.mT)
+    up, down = _fold(core, left, right)
+    return F.linear(rows, weight, bias).addmm_(rows.mm(down), up.mT)
 
 
 def _parts(rows: Tensor) -> Tensor:

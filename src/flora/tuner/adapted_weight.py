@@ -19,7 +19,7 @@ from flora.layers.sharded import gathered, is_distributed, part_like, whole
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
 from flora.layers.storage import dtype_of, storage_of, tensor_of
-from flora.layers.weights import leaf, owner
+from flora.layers.weights import is_bare, leaf, owner
 from flora.tuner import quantized
 from flora.tuner.peft_compat import BaseTunerLayer
 
@@ -212,7 +212,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def space(self, adapter: str) -> CoreSpace:
         """The adapter's core space."""
-        return cast(CoreSpace, self.tucker_space[adapter])
+        return cast(CoreSpace, cast(nn.Module, self._modules["tucker_space"])._modules[adapter])
 
     def _present(self, adapters: Sequence[str]) -> list[str]:
         return [adapter for adapter in adapters if adapter in self.tucker_space]
@@ -224,8 +224,15 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def _scaled(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:
         """The core with both scales in it, and the factors."""
-        core, factors = self.space(adapter)()
-        scaling = self.tucker_scaling[adapter]
+        space, scaling = self.space(adapter), self.tucker_scaling[adapter]
+        tensors = tuple(space._parameters.values())
+        if (
+            tensors and is_bare(space) and all(isinstance(p, nn.Parameter) for p in tensors)
+        ):  # a call would do the same, slowly
+            core, *factors = cast(tuple[Tensor, ...], tensors)
+            core = core * space.scale
+        else:
+            core, factors = space()
         return (core if scaling == 1 else core * scaling), factors
 
     def _dropped(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:

@@ -20,7 +20,7 @@ from flora.layers.sharded import in_parts, is_distributed, swapped
 from flora.layers.sites import Site
 from flora.layers.stand_in import StandIn
 from flora.layers.weights import is_bare, is_plain, run_with_weights
-from flora.tuner.live import live
+from flora.tuner.live import Ready, live
 from flora.tuner.merging import MergeableWeight
 from flora.tuner.peft_compat import BaseTunerLayer
 
@@ -52,9 +52,10 @@ class FloraLayer(MergeableWeight):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None and not torch.compiler.is_compiling():  # a call with names runs eagerly
             adapter_names = (NAMES.get() or {}).get(self)
-        alone = self.poolable and adapter_names is None and len(args) == 1 and not kwargs
-        if alone and (result := self._from_pool(args[0])) is not None:
-            return result
+        if self.fusable and adapter_names is None and len(args) == 1 and not kwargs:
+            result = self._quick(args[0])
+            if result is not None:
+                return result
         if self.disable_adapters:
             return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
@@ -62,6 +63,20 @@ class FloraLayer(MergeableWeight):
         if self.merged:
             return self.base_layer(*args, **kwargs)
         return self._adapted(self._present(self.active_adapters), args, kwargs)
+
+    def _quick(self, x: Tensor) -> Tensor | None:
+        """The output of a layer with one active adapter and nothing unusual about it; else None."""
+        active = self._active_adapter
+        if self._disable_adapters or self.merged_adapters or len(active) != 1:
+            return None
+        if self.poolable and not torch.compiler.is_compiling() and (pool := live()) is not None:
+            ready = pool.of(self, x.device.type)
+            if ready is not None and ready.adapter == active[0]:
+                result = self._from_pool(x, ready)
+                if result is not None:
+                    return result
+        has_it = active[0] in cast(nn.Module, self._modules["tucker_space"])._modules
+        return self._fused(active[0], x) if has_it else None
 
     # ---------------------------------------------------------------------------------------- all layers at once
 
@@ -81,21 +96,24 @@ class FloraLayer(MergeableWeight):
         if space is None or self._dropout(adapter) > 0 or not is_bare(base) or not is_bare(space):
             return None
         weight = base._parameters.get("weight")
-        parameters = cast(tuple[Tensor, ...], tuple(space._parameters.values()))
         # a type, a shape or a place of their own: sharded, swapped in by a function, or offloaded just now
         if type(weight) is not nn.Parameter or not is_plain(weight) or weight.shape != space.shape:
             return None
         device = weight.device
-        for parameter, shape in zip(parameters, space.parameter_shapes, strict=True):
-            if type(parameter) is not nn.Parameter or parameter.shape != shape or parameter.device != device:
-                return None
         low = weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
-        matrix, execution = self.kind.is_matrix, self.tucker_execution[adapter]
+        matrix = self.kind.is_matrix
         if keeps:
             form = "factored" if matrix else None
         else:
-            form = pooled(device.type, space.shape, matrix, execution, low)
-        if form is None or parameters[0].is_inference():
+            execution, trains = self.tucker_execution[adapter], torch.is_grad_enabled()
+            form = pooled(device.type, space.shape, matrix, execution, low, trains)
+        if form is None:
+            return None
+        parameters = cast(tuple[Tensor, ...], tuple(space._parameters.values()))
+        for parameter, shape in zip(parameters, space.parameter_shapes, strict=True):
+            if type(parameter) is not nn.Parameter or parameter.shape != shape or parameter.device != device:
+                return None
+        if parameters[0].is_inference():
             return None
         if form == "factored" and self.kind.input_first:
             core, first, second = parameters
@@ -103,13 +121,8 @@ class FloraLayer(MergeableWeight):
         scaling = self.tucker_scaling[adapter]
         return Entry(form, weight, parameters, space.scale if scaling == 1 else space.scale * scaling, low)
 
-    def _from_pool(self, x: Tensor) -> Tensor | None:
-        """The output, by what the model's pool has formed for this layer. None if there is no pool, or nothing for this
-        layer in its present state."""
-        if torch.compiler.is_compiling() or (pool := live()) is None or (ready := pool.of(self, x.device.type)) is None:
-            return None
-        if self._disable_adapters or self.merged_adapters or self._active_adapter != [ready.adapter]:
-            return None
+    def _from_pool(self, x: Tensor, ready: Ready) -> Tensor | None:
+        """The output, by what the model's pool has formed for this layer; None if the input does not fit."""
         base = cast(nn.Module, self._modules["base_layer"])
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if (ready.autocast is None and x.dtype != cast(Tensor, weight).dtype) or self._dropout(ready.adapter) > 0:
@@ -157,16 +170,18 @@ class FloraLayer(MergeableWeight):
     def _fused(self, adapter: str, x: Tensor) -> Tensor | None:
         """Base layer and update in one. None if that cannot be: the base layer has hooks, the update's input is dropped
         out, or the numbers are of several types."""
-        weight = self.base_parameter
-        alone = is_plain(weight) and is_bare(self.base_layer)
-        if not alone or self._dropout(adapter) > 0 or not can_fuse():
+        # not by attributes of modules, which are slow
+        base = cast(nn.Module, self._modules["base_layer"])
+        weight = base._parameters.get("weight")
+        weight = self.base_parameter if weight is None else weight
+        if not is_plain(weight) or not is_bare(base) or self._dropout(adapter) > 0 or not can_fuse():
             return None
         core, factors = self._scaled(adapter)
-        tensors = of_one_type(x, weight, cast(Any, self.base_layer).bias, core, factors)
+        tensors = of_one_type(x, weight, cast(Any, base).bias, core, factors)
         if tensors is None or self.kind.fused is None:
             return None
         x, frozen, bias, core, factors = tensors
-        return self.kind.fused(self.base_layer, frozen, bias, core, factors, x, self.tucker_execution[adapter])
+        return self.kind.fused(base, frozen, bias, core, factors, x, self.tucker_execution[adapter])
 
     def _runs_merged(self, adapter: str) -> bool:
         # each process of tensor parallelism has its part of the input, or of the output: the update acts as a weight

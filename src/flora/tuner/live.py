@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flora.layers.cost import CHUNK
+from flora.layers.cost import CHUNK, can_fuse
 from flora.layers.pool import Formed, form
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def detach(root: nn.Module) -> None:
 
 
 def _enter(root: nn.Module, args: tuple) -> None:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _ATTRIBUTE not in vars(root):
+    if torch.compiler.is_compiling() or not can_fuse() or _ATTRIBUTE not in vars(root):
         return
     chunks, call = vars(root)[_ATTRIBUTE].get(root), _CALL.get()
     pool = Live(root, chunks)
