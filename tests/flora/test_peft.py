@@ -289,6 +289,9 @@ def test_a_weight_that_is_only_read_is_adapted_too():
     torch.testing.assert_close(compiled(x), result)
     model.merge_adapter()
     torch.testing.assert_close(model(x), result)
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="layer '0.qkv': its weight is read, not called: `adapter_names`"):
+        model.eval()(x, adapter_names=["default", "__base__", "default"])
 
 
 def test_diffusers(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flora.layers.core_space import add_updates
 from flora.layers.cost import of_one_type
@@ -56,6 +56,26 @@ class StandIn(Tensor):
                     return followed
             args, kwargs = tree_map_only(StandIn, StandIn.dense, (args, kwargs))
             return function(*args, **kwargs)
+
+
+class Refused(Tensor):
+    """A stand-in that has a place and a shape, and raises ValueError for everything else that is asked of it."""
+
+    why: str
+
+    @staticmethod
+    def of(weight: Tensor, why: str) -> Refused:
+        """A stand-in for ``weight`` with the error's message."""
+        new = weight.detach().as_subclass(Refused)
+        new.why = why
+        return new
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function not in PLACE_AND_SHAPE:
+            raise ValueError(next(one.why for one in tree_leaves((args, kwargs)) if isinstance(one, Refused)))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
 
 
 def _index(w: StandIn, index: Any) -> StandIn | None:

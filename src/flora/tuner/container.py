@@ -7,21 +7,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from flora.tuner.layer import NAMES, FloraLayer
+from flora.tuner.layer import FloraLayer
 
 
 class FloraContainer(FloraLayer):
     """A container whose parameter ``parameter_name`` has the updates in it wherever the model takes it out."""
 
     def _taken_out(self, value: Any) -> Any:
-        if value is not self.base_parameter:
-            return value
-        if self in (NAMES.get() or {}):
-            raise ValueError(
-                f"layer {self.name!r}: `adapter_names` needs layers that are called, and this is a parameter in a "
-                f"{type(self.get_base_layer()).__name__}"
-            )
-        return self._seen_from_outside(self.parameter_name)
+        return self._seen_from_outside(self.parameter_name) if value is self.base_parameter else value
 
     @property
     def _inner(self) -> Any:

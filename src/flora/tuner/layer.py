@@ -18,7 +18,7 @@ from flora.layers.offload import loaded
 from flora.layers.pool import Entry
 from flora.layers.sharded import in_parts, is_distributed, swapped
 from flora.layers.sites import Site
-from flora.layers.stand_in import StandIn
+from flora.layers.stand_in import Refused, StandIn
 from flora.layers.weights import is_bare, is_plain, run_with_weights
 from flora.tuner.live import Ready, live
 from flora.tuner.merging import MergeableWeight
@@ -77,6 +77,13 @@ class FloraLayer(MergeableWeight):
                     return result
         has_it = active[0] in cast(nn.Module, self._modules["tucker_space"])._modules
         return self._fused(active[0], x) if has_it else None
+
+    def _seen_from_outside(self, name: str) -> Any:
+        seen = super()._seen_from_outside(name)
+        if name != self.parameter_name or torch.compiler.is_compiling() or self not in (NAMES.get() or {}):
+            return seen
+        why = f"layer {self.name!r}: its weight is read, not called: `adapter_names` can't give each sample its own"
+        return Refused.of(seen, why)
 
     # ---------------------------------------------------------------------------------------- all layers at once
 
