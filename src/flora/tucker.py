@@ -22,8 +22,8 @@ def unfold(tensor: Tensor, mode: int) -> Tensor:
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """``tensor ×_n matrix``: (…, I_n, …) and (J, I_n) -> (…, J, …)."""
-    rest = tensor.movedim(mode, -1)
-    return torch.matmul(rest, matrix.mT).movedim(-1, mode)
+    last = tensor.ndim - 1  # neither -1 nor .mT, which torch cannot export to ONNX
+    return torch.matmul(tensor.movedim(mode, last), matrix.transpose(0, 1)).movedim(last, mode)
 
 
 def _by_growth(factors: Sequence[Tensor]) -> list[int]:
@@ -57,7 +57,7 @@ def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor], in_place
     rows, columns, factor = before[last], after[last], factors[last]
     if columns == 1:
         flat, target = core.reshape(rows, factor.shape[1]), tensor.reshape(rows, -1)
-        total = torch.addmm(target, flat, factor.mT, out=target if in_place else None)
+        total = torch.addmm(target, flat, factor.transpose(0, 1), out=target if in_place else None)
     else:
         blocks, target = core.reshape(rows, factor.shape[1], columns), tensor.reshape(rows, -1, columns)
         total = torch.baddbmm(target, factor.expand(rows, -1, -1), blocks, out=target if in_place else None)

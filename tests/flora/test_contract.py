@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import sys
 import warnings
@@ -329,6 +330,29 @@ def test_compiles_without_a_graph_break(case, execution):
             compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
             result = first(compiled(*args))
     torch.testing.assert_close(result, first(model(*args)))
+
+
+ONNX = {
+    *("Linear-bias", "Conv1D", "Conv2d-plain", "Conv2d-depthwise", "ConvTranspose2d-groups", "Embedding"),
+    *("MultiheadAttention-packed", "experts-both_stacks", "ParameterList"),
+}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.id in ONNX], ids=lambda case: case.id)
+@every_execution
+def test_exports_to_onnx(case, execution):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model, _, args = build(case, torch.float32, execution=execution)
+    expected, file = first(model(*args)), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # torch's own: this exporter is deprecated, and still the one that needs no more
+        torch.onnx.export(model.base_model.model, args, file, dynamo=False, opset_version=17)
+    session = runtime.InferenceSession(file.getvalue())
+    inputs = {place.name: arg.numpy() for place, arg in zip(session.get_inputs(), args, strict=False)}
+    torch.testing.assert_close(torch.from_numpy(session.run(None, inputs)[0]), expected, rtol=1e-4, atol=1e-4)
 
 
 @every_case

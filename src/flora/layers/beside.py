@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,13 +28,13 @@ _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: 
 def linear(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
     """Equation 7: input (…, i) -> (…, o)."""
     output_factor, input_factor = factors
-    return F.linear(F.linear(F.linear(input, input_factor.mT), core), output_factor)
+    return F.linear(F.linear(F.linear(input, input_factor.transpose(-2, -1)), core), output_factor)
 
 
 def linear_transposed(layer: Any, core: Tensor, factors: Factors, x: Tensor) -> Tensor:
     """The same for transformers' Conv1D, whose weight is (in, out)."""
     input_factor, output_factor = factors
-    return F.linear(F.linear(F.linear(x, input_factor.mT), core.mT), output_factor)
+    return F.linear(F.linear(F.linear(x, input_factor.transpose(-2, -1)), core.transpose(-2, -1)), output_factor)
 
 
 def linear_fused(
@@ -84,16 +83,16 @@ def _kernel(core: Tensor, kernel_factors: Sequence[Tensor]) -> Tensor:
     """G ×_3 C ×_4 D (equation 6): (r, r', r_3, …) -> (r, r', k, …)."""
     basis = kernel_factors[0]
     for factor in kernel_factors[1:]:
-        basis = torch.kron(basis, factor)
+        basis = (basis[:, None, :, None] * factor[None, :, None, :]).flatten(2).flatten(0, 1)  # Kronecker's product
     sizes = [factor.shape[0] for factor in kernel_factors]
-    return (core.flatten(2) @ basis.mT).unflatten(2, sizes)
+    return (core.flatten(2) @ basis.transpose(-2, -1)).unflatten(2, sizes)
 
 
 def conv(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
     """Equation 6: a pointwise convolution down, the core's with the layer's own options, a pointwise one up."""
     output_factor, input_factor, *kernel_factors = factors
     spatial, groups = len(kernel_factors), layer.groups
-    thin = _pointwise(input, input_factor.mT.repeat(groups, 1), spatial, groups)
+    thin = _pointwise(input, input_factor.transpose(-2, -1).repeat(groups, 1), spatial, groups)
     kernel = _kernel(core, kernel_factors)
     thin = layer._conv_forward(thin, kernel.repeat(groups, *[1] * (spatial + 1)), None)
     return _pointwise(thin, output_factor, spatial, groups)
@@ -136,7 +135,7 @@ def conv_transposed(
     """As ``conv``, for a transposed convolution, whose weight is (in, out/groups, k …)."""
     input_factor, output_factor, *kernel_factors = factors
     spatial, groups = len(kernel_factors), layer.groups
-    down = input_factor.reshape(groups, -1, input_factor.shape[1]).mT.flatten(0, 1)  # (g·r, i/g)
+    down = input_factor.reshape(groups, -1, input_factor.shape[1]).transpose(-2, -1).flatten(0, 1)  # (g·r, i/g)
     thin = _pointwise(input, down, spatial, groups)
     kernel = _kernel(core, kernel_factors).repeat(groups, *[1] * (spatial + 1))
     options = (layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation)
@@ -148,7 +147,7 @@ def conv_transposed(
 def embedding(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
     """Rows of the first factor, looked up and multiplied: indices (…) -> (…, o)."""
     row_factor, output_factor = factors
-    update = F.linear(F.linear(F.embedding(input, row_factor), core.mT), output_factor)
+    update = F.linear(F.linear(F.embedding(input, row_factor), core.transpose(-2, -1)), output_factor)
     if layer.padding_idx is not None:  # as in the base layer, the padding row gets no gradient
         update = update.where((input != layer.padding_idx).unsqueeze(-1), update.detach())
     if hasattr(layer, "embed_scale"):
@@ -177,4 +176,4 @@ def embedding_bag(
         include_last_offset=layer.include_last_offset,
         padding_idx=layer.padding_idx,
     )
-    return F.linear(F.linear(bags, core.mT), output_factor)
+    return F.linear(F.linear(bags, core.transpose(-2, -1)), output_factor)
