@@ -79,11 +79,11 @@ class FloraLayer(MergeableWeight):
         return self._fused(active[0], x) if has_it else None
 
     def _seen_from_outside(self, name: str) -> Any:
-        seen = super()._seen_from_outside(name)
-        if name != self.parameter_name or torch.compiler.is_compiling() or self not in (NAMES.get() or {}):
-            return seen
+        mixed = not torch.compiler.is_compiling() and self in (NAMES.get() or {})
+        if not mixed or name != self.parameter_name or self.is_quantized:
+            return super()._seen_from_outside(name)
         why = f"layer {self.name!r}: its weight is read, not called: `adapter_names` can't give each sample its own"
-        return Refused.of(seen, why)
+        return Refused.of(self.base_parameter, why)
 
     # ---------------------------------------------------------------------------------------- all layers at once
 
