@@ -24,6 +24,11 @@ def layers(model: nn.Module) -> list[FloraLayer]:
     return [module for module in model.modules() if isinstance(module, FloraLayer)]
 
 
+def name_in_base(layer: FloraLayer) -> str:
+    """The weight's name in the base layer of a case."""
+    return f"{layer.site.module}.{layer.parameter_name}".removeprefix("layer.")
+
+
 def run(base: nn.Module, weights: dict[str, Tensor], args: tuple):
     """A copy of the base layer whose named weights are plain tensors, so that gradients reach what made them."""
     layer = copy.deepcopy(base)
@@ -40,7 +45,7 @@ def forward(model: nn.Module, base: nn.Module, args: tuple, adapters: dict[str, 
     """The base layer with W + Σ weight · delta."""
     weights = {}
     for layer in layers(model):
-        name = f"{layer.site.module}.{layer.parameter_name}".removeprefix("layer.")
+        name = name_in_base(layer)
         weight = dict(base.named_parameters())[name].detach()
         for adapter, factor in adapters.items():
             weight = weight + factor * delta(layer.tucker_space[adapter])

@@ -16,7 +16,7 @@ from flora.layers.kinds import output_mode
 from flora.layers.starts import STARTS
 from flora.tucker import leading_vectors, project, unfold
 from flora.tuner import activations
-from reference import first, layers, run
+from reference import first, layers, name_in_base, run
 from test_contract import CLOSE, build
 
 DATA_STARTS = [name for name, each in STARTS.items() if each.from_data]
@@ -110,7 +110,7 @@ def moments(layer, base, args):
     """The centred second moments of all that meets the weight: of the rows of the Jacobian of the layer's outputs, less
     their mean over all positions of a channel. A tensor (outputs, I_1, …, I_N), whose squares they are."""
     jacobian = torch.autograd.functional.jacobian(
-        lambda weight: run(base, {layer.parameter_name: weight}, args), layer.base_parameter.detach()
+        lambda weight: run(base, {name_in_base(layer): weight}, args), layer.base_parameter.detach()
     )
     outputs = jacobian.ndim - layer.base_parameter.ndim
     channels = outputs - 1 - layer.roles.count("kernel")
@@ -190,11 +190,12 @@ def test_every_use_of_a_weight_is_seen(make, inputs, seen):
     assert leading[seen].square().sum().item() == pytest.approx(2, rel=1e-4)
 
 
-def test_the_projection_that_attention_only_reads_is_seen():
+@every_start
+def test_the_projection_that_attention_only_reads_is_seen(init):
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    model = get_peft_model(model, FloraConfig(r=2, target_modules=["out_proj"], init="activations"))
+    model = get_peft_model(model, FloraConfig(r=2, target_modules=["out_proj"], init=init))
     before = layers(model)[0].space("default").factors[1].clone()
-    flora.initialize(model, [torch.randn(4, 5, 8)])
+    flora.initialize(model, [torch.randn(4, 5, 8)], loss=lambda model, x: model(x).square().mean())
     assert not torch.allclose(layers(model)[0].space("default").factors[1], before)
 
 

@@ -92,12 +92,13 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)  # a model can only look at its type
         adapters = [] if off else self._present(self.active_adapters)
         weight = self.base_parameter
-        parameters = [p for adapter in adapters for p in self.space(adapter).parameters()]
-        plain = weight.shape == self.weight_shape and all(type(p) is nn.Parameter for p in (weight, *parameters))
+        parameters = [weight, *(p for adapter in adapters for p in self.space(adapter).parameters())]
+        plain = weight.shape == self.weight_shape and all(type(p) is nn.Parameter for p in parameters)
         plain = plain and not self.is_quantized
-        if not parameters or not plain or not can_fuse():
+        if not adapters or not plain or not can_fuse():
             return self._weight_with(adapters)
-        return LazyWeight.of(weight, partial(self._weight_with, adapters), parameters)
+        trained = [p for p in parameters if p.requires_grad]  # for a gradient start the weight, too
+        return LazyWeight.of(weight, partial(self._weight_with, adapters), trained)
 
     @property
     def weight(self) -> Tensor:
