@@ -342,6 +342,8 @@ def test_initialize_refuses_and_changes_nothing(init):
     refused(init, "not finite", [torch.full((2, 4), torch.nan)], loss)
     refused(init, r"layer '0'.* to start from", [torch.ones(2)], lambda model, x: x.sum())
     refused(init, "a batch is a tuple.*pass loss=", [(torch.ones(2, 4),)])
+    with pytest.raises(ValueError, match="layer '0' has no numbers in memory"):
+        flora.initialize(without_loss(init).to("meta"), [torch.ones(2, 4)], loss=loss)
     model = without_loss(init)
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge"):

@@ -28,34 +28,28 @@ def initialize(
 ) -> None:
     """Start the adapter's core spaces from ``batches``, in the way that its config's ``init`` names.
 
-    ``init="activations"`` needs no labels. It starts from the directions in which the inputs of each layer vary (their
-    centred second moments), and leaves half of each rank random. The model only runs forward.
+    "activations" needs no labels. It starts from the directions in which the inputs of each layer vary (their centred
+    second moments), and leaves half of each rank random. The model only runs forward. Any other ``init``, above all
+    "gradient", starts from the gradient of the loss. A head that has learned nothing yields a gradient that says nothing:
+    so whatever else is trained (a new head, biases) is first trained for some steps, and put back in the end.
 
-    Any other ``init``, above all "gradient", starts from the gradient of the loss. A head that has learned nothing
-    yields a gradient that says nothing. So whatever else is trained (a new head in ``modules_to_save``, biases) is
-    first trained for some steps, and put back in the end.
-
-    Both run the model in training mode, as the first step will: dropout and batch normalization act on what a layer
-    gets. Its mode, gradients, running statistics and the state of the random numbers are as before afterwards. Weights
-    are taken one at a time; of long modes only thin projections are kept. In a distributed run every process passes
-    batches of its own, and all get the same start.
+    The model runs in training mode, as the first step will: dropout and batch normalization act on what a layer gets.
+    Its mode, gradients, running statistics and the state of the random numbers are as before afterwards. Weights are
+    taken one at a time. In a distributed run every process passes batches of its own, and all get the same start.
 
     Args:
         model: with the adapter in it, not merged.
         batches: a few batches of training data. All of them are kept in memory.
         adapter: its name.
         loss: ``loss(model, batch)`` -> scalar; by default ``model(**batch).loss``. For "activations" anything that runs
-            the model on a batch, whatever it returns; by default ``model(**batch)``, or ``model(batch)`` for a tensor.
-        warmup_steps: of AdamW, on the batches in turn, for the parameters that are trained beside the adapter. Not for
-            "activations".
-        warmup_rate: their learning rate.
+            the model on a batch; by default ``model(**batch)``, or ``model(batch)`` for a tensor.
+        warmup_steps, warmup_rate: of AdamW, on the batches in turn, for what is trained beside the adapter.
         overwrite: start even an adapter that has been trained; its numbers are lost.
 
     Raises:
-        ValueError: no batch, no labels, no such adapter, a merged or trained one, a loss that is not finite or does not
-            depend on a layer, a layer that no batch reaches or whose inputs are not finite, a quantized weight (unless
-            of a linear layer, for "activations"), a model that FSDP1 or ZeRO-3 has wrapped (FSDP2 is fine). Nothing is
-            changed then.
+        ValueError: no batch, no labels, no such adapter, a merged or trained one; a loss that is not finite or does not
+            depend on a layer; a layer that no batch reaches, or whose inputs are not finite; a weight that is
+            offloaded, quantized (but linear layers start from activations), or sharded by FSDP1 or ZeRO-3.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own averaging would miss the parameters that are frozen
@@ -87,6 +81,8 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
                 f"layer {layer.name!r}: its core is not whole, since the model is sharded (FSDP1, ZeRO-3); initialize "
                 "before the model is wrapped"
             )
+        if layer.base_parameter.is_meta:
+            raise ValueError(f"layer {layer.name!r} has no numbers in memory (offloaded?): a data start needs them")
         if layer.is_quantized and not (layer.kind.is_matrix and space.init == "activations"):
             raise ValueError(
                 f"layer {layer.name!r} keeps its weight quantized: init='activations' can start it if it is linear, "
