@@ -30,7 +30,7 @@ def initialize(
 
     "activations" needs no labels. It starts from the directions in which the inputs of each layer vary (their centred
     second moments), and leaves half of each rank random. The model only runs forward. Any other ``init``, above all
-    "gradient", starts from the gradient of the loss. A head that has learned nothing yields a gradient that says nothing:
+    "gradient", starts from the gradient of the loss. A head that has learned nothing has a gradient that says little:
     so whatever else is trained (a new head, biases) is first trained for some steps, and put back in the end.
 
     The model runs in training mode, as the first step will: dropout and batch normalization act on what a layer gets.
