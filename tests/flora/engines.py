@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -31,14 +32,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import flora
 from flora import FloraConfig
+from flora.layers.sharded import whole
 from flora.layers.starts import STARTS
 
 State = dict[str, Tensor]
 DATA_STARTS = [name for name, each in STARTS.items() if each.from_data]
-TARGETS = ["embed", "linear", "conv", "head"]
 TOKENS = torch.arange(12).view(2, 6)  # tokens
 
 
@@ -72,6 +74,9 @@ class Tiny(nn.Module):
         self.embed, self.blocks, self.experts = nn.Embedding(12, 8), nn.ModuleList([Block(), Block()]), Experts()
         self.head, self.checkpointing = nn.Linear(8, 12), False
 
+    def activation_checkpointing_enable(self) -> None:
+        self.checkpointing = True
+
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
         for block in self.blocks:
@@ -79,41 +84,63 @@ class Tiny(nn.Module):
         return self.head(self.experts(x))
 
 
-def adapted(dtype: torch.dtype, seed: int = 1, method: str = "flora", **options: Any) -> PeftModel:
-    """The tiny model with an adapter; the same numbers wherever the seed is the same."""
+def adapted(engine: type[Alone], folder: Path, seed: int = 1, method: str = "flora", **options: Any) -> PeftModel:
+    """The engine's model with an adapter; the same numbers wherever the seed is the same."""
     torch.manual_seed(0)
-    base = Tiny().to(dtype)
+    base = engine.base(folder).to(engine.dtype)
     torch.manual_seed(seed)
+    targets: dict[str, Any] = {"target_modules": engine.targets, "target_parameters": engine.parameters}
     if method == "lora":
-        lora = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, target_parameters=["experts.stack"])
-        return get_peft_model(base, lora, autocast_adapter_dtype=False)
-    options = {"init_weights": False, **options}
-    config = FloraConfig(r=2, target_modules=TARGETS, target_parameters=["experts.stack"], **options)
-    return get_peft_model(base, config)
+        return get_peft_model(base, LoraConfig(r=2, **targets, init_lora_weights=False), autocast_adapter_dtype=False)
+    return get_peft_model(base, FloraConfig(r=2, **targets, **{"init_weights": False, **options}))
+
+
+def llama(folder: Path, **options: Any) -> LlamaForCausalLM:
+    """A language model, from files as tensor parallelism needs it."""
+    if not (folder / "llama").exists():
+        sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+        made = LlamaForCausalLM(LlamaConfig(vocab_size=12, **sizes, num_key_value_heads=2, max_position_embeddings=16))
+        made.save_pretrained(folder / "llama")
+    barrier()
+    return LlamaForCausalLM.from_pretrained(folder / "llama", **options)
 
 
 def batch(number: int) -> Tensor:
-    """This process's rows of a batch: all of them if it is alone."""
-    rows = torch.randint(12, (4, 5), generator=torch.Generator().manual_seed(number))
-    return rows[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else rows
+    """The rows of all processes."""
+    return torch.randint(12, (4, 5), generator=torch.Generator().manual_seed(number))
 
 
 def loss_of(model: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+    return nn.functional.cross_entropy(logits(model(tokens)).flatten(0, 1).float(), tokens.flatten())
+
+
+def logits(output: Any) -> Tensor:
+    return getattr(output, "logits", output)
 
 
 class Alone:
     """One process, and the verbs of every engine.
 
     ``autocasts``: whether bf16 is autocast's; else all parameters are cast for every forward, and the gradients back.
+    ``takes``: whether it refuses a data start. ``summons``: whether merging needs ``whole``.
     """
 
-    dtype, autocasts = torch.float64, True
+    dtype, autocasts, takes, summons = torch.float64, True, False, False
+    targets, parameters = ("embed", "linear", "conv", "head"), ("experts.stack",)
+
+    @staticmethod
+    def base(folder: Path) -> nn.Module:
+        return Tiny()
 
     def __init__(self, model: PeftModel, bf16: bool = False, micro_batches: int = 1) -> None:
         self.model, self.bf16, self.micro_batches = model, bf16, micro_batches
         self.wrapped = self.wrap()
         self.optimizer = self.make_optimizer()
+
+    @staticmethod
+    def own(number: int) -> Tensor:
+        """This process's rows of a batch: all of them if it is alone."""
+        return batch(number)[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else batch(number)
 
     def wrap(self) -> nn.Module:
         return self.model
@@ -123,7 +150,7 @@ class Alone:
 
     def loss(self, number: int) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and self.autocasts):
-            return loss_of(self.wrapped, batch(number))
+            return loss_of(self.wrapped, self.own(number))
 
     def unsynchronized(self) -> AbstractContextManager:
         """For every micro-batch but the last of a step."""
@@ -138,7 +165,7 @@ class Alone:
 
     def output(self) -> Tensor:
         with torch.no_grad():
-            return self.wrapped(TOKENS)
+            return logits(self.wrapped(TOKENS))
 
     def state(self) -> State:
         """Every tensor of the model whole, by the names that it has without the engine."""
@@ -148,7 +175,7 @@ class Alone:
     def save(self, folder: Path) -> None:
         state = self.state()
         if not dist.is_initialized() or dist.get_rank() == 0:
-            self.model.save_pretrained(folder, state_dict=state)
+            self.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
     def checkpoint(self, folder: Path) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -173,12 +200,14 @@ class Cast(Alone):
         if not self.bf16:
             return super().loss(number)
         low = {name: parameter.to(torch.bfloat16) for name, parameter in self.model.named_parameters()}
-        return loss_of(partial(functional_call, self.model, low), batch(number))
+        return loss_of(partial(functional_call, self.model, low), self.own(number))
 
 
 def alone(engine: type[Alone]) -> type[Alone]:
     """The single process to compare an engine with."""
-    return type("Reference", (Alone if engine.autocasts else Cast,), {"dtype": engine.dtype})
+    facts = {name: getattr(engine, name) for name in ("dtype", "takes", "targets", "parameters")}
+    facts["base"] = staticmethod(llama if engine is TensorParallel else engine.base)
+    return type("Reference", (Alone if engine.autocasts else Cast,), facts)
 
 
 class DDP(Alone):
@@ -195,7 +224,7 @@ class DDP(Alone):
 class FSDP1(Alone):
     """Sharded by PEFT's own wrap policy."""
 
-    original, autocasts = True, False
+    original, autocasts, takes, summons = True, False, True, True
 
     def wrap(self) -> nn.Module:
         precision = MixedPrecision(torch.bfloat16, torch.float32) if self.bf16 else None
@@ -248,10 +277,30 @@ class FSDP2Leaves(FSDP2):
         return [m for m in modules if any(True for _ in m.parameters(recurse=False)) or isinstance(m, Block)]
 
 
+class TensorParallel(Alone):
+    """transformers' tensor parallelism of a language model. Both processes have the same batch."""
+
+    parameters = None
+    targets = ("embed_tokens", "q_proj", "k_proj", "o_proj", "up_proj", "down_proj")
+
+    @staticmethod
+    def base(folder: Path) -> nn.Module:
+        from transformers.distributed import DistributedConfig
+
+        return llama(folder, distributed_config=DistributedConfig(tp_size=2))
+
+    @staticmethod
+    def own(number: int) -> Tensor:
+        return batch(number)
+
+    def state(self) -> State:
+        return {name: whole(tensor).clone() for name, tensor in self.model.state_dict().items()}
+
+
 class Zero(Alone):
     """DeepSpeed. Parameters of any size are partitioned in stage 3, as with transformers' "auto"."""
 
-    stage, dtype, autocasts = 1, torch.float32, False
+    stage, dtype, autocasts, takes = 1, torch.float32, False, True
 
     def wrap(self) -> nn.Module:
         import deepspeed
@@ -303,6 +352,8 @@ class Zero3(Zero):
 ENGINES: dict[str, type[Alone]] = {
     "ddp": DDP, "fsdp1": FSDP1, "fsdp1-flat": FSDP1Flat, "fsdp2": FSDP2, "fsdp2-leaves": FSDP2Leaves,
 }  # fmt: skip
+if hasattr(LlamaForCausalLM, "activation_checkpointing_enable"):  # by then it is made of distributed tensors
+    ENGINES["tensor-parallel"] = TensorParallel
 if importlib.util.find_spec("deepspeed"):
     ENGINES |= {"zero1": Zero, "zero2": Zero2, "zero3": Zero3}
 
@@ -311,8 +362,9 @@ if importlib.util.find_spec("deepspeed"):
 
 
 def train(engine: type[Alone], folder: Path, make: Callable, checkpointing: bool = False, **options: Any) -> State:
-    model = make(engine.dtype).train()
-    model.base_model.model.checkpointing = checkpointing
+    model = make(engine, folder).train()
+    if checkpointing:
+        model.base_model.model.activation_checkpointing_enable()
     run = engine(model, **options)
     for number in range(3):
         run.step(number)
@@ -320,33 +372,72 @@ def train(engine: type[Alone], folder: Path, make: Callable, checkpointing: bool
 
 
 def save(engine: type[Alone], folder: Path, make: Callable) -> State:
-    run = engine(make(engine.dtype).train())
+    run = engine(make(engine, folder).train())
     run.step(0)
     run.save(folder / "adapter")
     return {"output": run.output()}
 
 
 def resume(engine: type[Alone], folder: Path, make: Callable) -> State:
-    run = engine(make(engine.dtype).train())
+    run = engine(make(engine, folder).train())
     run.step(0)
     (folder / "checkpoint").mkdir(exist_ok=True)
     run.checkpoint(folder / "checkpoint")
     barrier()
-    run = engine(make(engine.dtype, seed=2).train())
+    run = engine(make(engine, folder, seed=2).train())
     run.resume(folder / "checkpoint")
     run.step(1)
     return run.state()
 
 
 def merge(engine: type[Alone], folder: Path, make: Callable) -> State:
-    run = engine(make(engine.dtype).train())
+    run = engine(make(engine, folder).train())
     run.step(0)
+    if engine.summons:
+        with pytest.raises(ValueError, match="only a part of it is here.* within FullyShardedDataParallel.summon"):
+            run.model.merge_adapter()
     with run.whole():
         run.model.merge_adapter()
     merged = {"merged": run.output(), **{name: tensor.clone() for name, tensor in run.state().items()}}
     with run.whole():
         run.model.unmerge_adapter()
     return {**merged, "unmerged": run.output()}
+
+
+def start(engine: type[Alone], folder: Path, make: Callable) -> State:
+    """The data start is made before the engine takes the model, from the batches of all processes."""
+    model = make(engine, folder, init="gradient", init_weights=True).train()
+    flora.initialize(model, [engine.own(0), engine.own(1)], loss=loss_of)
+    run = engine(model)
+    run.step(0)
+    run.step(1)
+    return {"output": run.output()}
+
+
+def failure(engine: type[Alone], folder: Path, make: Callable) -> State:
+    """A data start fails in all processes if it fails in one."""
+    model, alone = make(engine, folder, init="gradient", init_weights=True).train(), not dist.is_initialized()
+
+    def loss_of_last(model: nn.Module, tokens: Tensor) -> Tensor:
+        loss = loss_of(model, tokens)
+        return loss * torch.nan if alone or dist.get_rank() == 1 else loss
+
+    with pytest.raises(ValueError, match="the loss of a batch is nan, not finite"):
+        flora.initialize(model, [engine.own(0)], loss=loss_of_last)
+    return {}
+
+
+def wrapped_start(engine: type[Alone], folder: Path, make: Callable) -> State:
+    """The data start is made after the engine has taken the model, and trained on."""
+    run = engine(make(engine, folder, init="gradient", init_weights=True).train())
+    if engine.takes and dist.is_initialized():
+        with pytest.raises(ValueError, match="initialize before the model is wrapped"):
+            flora.initialize(run.model, [engine.own(0)], loss=loss_of)
+        return {}
+    flora.initialize(run.wrapped if engine is DDP else run.model, [engine.own(0), engine.own(1)], loss=loss_of)
+    run.step(0)
+    run.step(1)
+    return {} if engine.takes else {"output": run.output()}
 
 
 SCENARIOS: dict[str, Callable[..., State]] = {
@@ -357,6 +448,9 @@ SCENARIOS: dict[str, Callable[..., State]] = {
     "save": save,
     "resume": resume,
     "merge": merge,
+    "start": start,
+    "failure": failure,
+    "wrapped start": wrapped_start,
 }
 
 
@@ -365,12 +459,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def started(engine: type[Alone], init: str) -> list[Tensor] | str:
+def started(engine: type[Alone], folder: Path, init: str) -> list[Tensor] | str:
     """What the factors span after a data start, or why there is none."""
-    model = adapted(engine.dtype, init=init, init_weights=True)
+    model = adapted(engine, folder, init=init, init_weights=True)
     wrapped = engine(model).wrapped
     try:
-        flora.initialize(wrapped if engine is DDP else model, [batch(0), batch(1)], loss=loss_of)
+        flora.initialize(wrapped if engine is DDP else model, [engine.own(0), engine.own(1)], loss=loss_of)
     except ValueError as error:
         return str(error)
     factors = [p.detach() for name, p in model.named_parameters() if ".factor_" in name]
@@ -393,6 +487,6 @@ def work(rank: int, name: str, folder: Path, method: str = "flora") -> None:
             torch.save(result, folder / f"{scenario}.pt")
         barrier()
     for init in DATA_STARTS if method == "flora" else ():
-        torch.save(started(ENGINES[name], init), folder / f"{init}-{rank}.pt")
+        torch.save(started(ENGINES[name], folder, init), folder / f"{init}-{rank}.pt")
         barrier()
     dist.destroy_process_group()

@@ -24,12 +24,31 @@ def in_parts(weight: Tensor, shape: Sequence[int]) -> bool:
 
 def is_flat(weight: Tensor, shape: Sequence[int]) -> bool:
     """Whether only a part of the weight is here, as between the forwards of FSDP1 and ZeRO-3."""
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.numel() != prod(shape)
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        return False
+    if weight.numel() != prod(shape):
+        return True
+    # FSDP1 without the original parameters leaves views of memory that it has given back
+    return not torch.compiler.is_compiling() and not weight.is_meta and weight.untyped_storage().size() == 0
 
 
 def has_engine() -> bool:
     """Whether an engine may hold the memory of a weight, which then must be written to and not replaced."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def has_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP gathers parts of the model when they run."""
+    return has_engine() and any(
+        cls.__name__.startswith("FSDP") or cls.__name__ == "FullyShardedDataParallel"
+        for module in model.modules()
+        for cls in type(module).__mro__[:2]
+    )
+
+
+def has_master_copy(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's optimizer has a copy of the parameter, which its next step would put in its place."""
+    return hasattr(parameter, "_hp_mapping")
 
 
 def is_distributed(weight: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.tuner.layer import FloraLayer
-from flora.tuner.reduction import Reduction, Start, averaged, two_passes
+from flora.tuner.reduction import Reduction, Start, averaged, distributed, most, together, two_passes
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -68,14 +68,30 @@ def _warm_up(
         return
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     for step in range(steps):
-        value = _finite_loss(model, batches[step % len(batches)], loss)
-        if not value.requires_grad:
+        with together():
+            value = _finite_loss(model, batches[step % len(batches)], loss)
+            gradients: Sequence[Tensor | None] = [None] * len(parameters)
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        gradients = _of_all_processes(parameters, gradients)
+        if all(gradient is None for gradient in gradients):
             return
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-        averaged([gradient for gradient in gradients if gradient is not None])
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
+
+
+def _of_all_processes(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """The mean of the gradients over all processes, some of which may have none for a parameter."""
+    if not distributed():
+        return gradients
+    seen = torch.tensor([float(gradient is not None) for gradient in gradients], device=parameters[0].device)
+    averaged([seen])
+    whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    averaged(whole)
+    return [gradient if share else None for gradient, share in zip(whole, seen.tolist(), strict=True)]
 
 
 def _pass(model: nn.Module, reductions: Sequence[Reduction], batches: Sequence[Any], loss: Loss) -> None:
@@ -86,10 +102,10 @@ def _pass(model: nn.Module, reductions: Sequence[Reduction], batches: Sequence[A
             weight = reduction.layer.base_parameter
             weight.requires_grad_(True)
             handles.append(weight.register_post_accumulate_grad_hook(_taker(reduction)))
-        for batch in batches:
-            with torch.enable_grad():
-                value = _finite_loss(model, batch, loss)
-            if value.requires_grad:  # else no layer gets a gradient, which the reductions report
+        for number in range(most(len(batches))):
+            with together(), torch.enable_grad():
+                value = _finite_loss(model, batches[number], loss) if number < len(batches) else None
+            if value is not None and value.requires_grad:  # else no layer gets a gradient, which the reductions report
                 value.backward()
     finally:
         for handle in handles:

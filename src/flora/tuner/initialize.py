@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flora.layers.sharded import has_fsdp, has_master_copy, is_distributed
 from flora.tuner.activations import from_activations
 from flora.tuner.gradient import from_gradient
 from flora.tuner.layer import FloraLayer
-from flora.tuner.reduction import distributed, fill
+from flora.tuner.reduction import distributed, fill, together
 
 
 def initialize(
@@ -49,14 +50,16 @@ def initialize(
     Raises:
         ValueError: no batch, no labels, no such adapter, a merged or trained one; a loss that is not finite or does not
             depend on a layer; a layer that no batch reaches, or whose inputs are not finite; a weight that is
-            offloaded, quantized (but linear layers start from activations), or sharded by FSDP1 or ZeRO-3.
+            offloaded, quantized (but linear layers start from activations), sharded by FSDP1, taken by DeepSpeed, or tensor parallel (for
+            activations); an error of another process. Nothing is changed then.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own averaging would miss the parameters that are frozen
-    layers = _layers_to_start(model, adapter, overwrite)
-    batches = list(batches)
-    if not batches:
-        raise ValueError("no batches were given; a few are needed for a data start")
+    with together():
+        layers = _layers_to_start(model, adapter, overwrite)
+        batches = list(batches)
+        if not batches:
+            raise ValueError("no batches were given; a few are needed for a data start")
     with undisturbed(model), _counted_as_started(layers, adapter):
         seed, process = _common_seed()
         if layers[0].space(adapter).init == "activations":
@@ -76,6 +79,15 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
         space = layer.space(adapter)
         if layer.merged:
             raise ValueError(f"adapter {adapter!r}: unmerge before initializing")
+        if has_master_copy(space.core):
+            raise ValueError(
+                f"layer {layer.name!r}: DeepSpeed's optimizer has a copy of its core, which the next step would put "
+                "back; initialize before the model is wrapped"
+            )
+        if space.init == "activations" and is_distributed(layer.base_parameter) and not has_fsdp(model):
+            raise ValueError(
+                f"layer {layer.name!r} is tensor parallel: init='gradient' can start it, got init='activations'"
+            )
         if tuple(space.core.shape) != space.ranks or not isinstance(space.core, nn.Parameter):
             raise ValueError(
                 f"layer {layer.name!r}: its core is not whole, since the model is sharded (FSDP1, ZeRO-3); initialize "

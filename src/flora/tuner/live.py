@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flora.layers.cost import CHUNK, can_fuse
 from flora.layers.pool import Formed, form
+from flora.layers.sharded import has_engine, has_fsdp
 
 if TYPE_CHECKING:
     from flora.tuner.layer import FloraLayer
@@ -111,8 +112,9 @@ class Chunks:
 
     def get(self, root: nn.Module) -> dict[nn.Module, list[FloraLayer]]:
         """Layer -> the layers of its chunk."""
-        if self.of is None or _is_distributed():
-            self.of = {} if _is_sharded(root) else _chunks(root)
+        if self.of is None or has_engine():
+            # work for several parts of a sharded model must not run before they are gathered
+            self.of = {} if has_fsdp(root) else _chunks(root)
         return self.of
 
 
@@ -131,19 +133,6 @@ def _chunks(root: nn.Module) -> dict[nn.Module, list[FloraLayer]]:
         size += own
         result[layer] = chunk
     return result
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _is_sharded(root: nn.Module) -> bool:
-    """Whether FSDP gathers parts of the model when they run: work for several parts must not run before."""
-    return _is_distributed() and any(
-        cls.__name__.startswith("FSDP") or cls.__name__ == "FullyShardedDataParallel"
-        for module in root.modules()
-        for cls in type(module).__mro__[:2]
-    )
 
 
 _ATTRIBUTE = "_flora_chunks"

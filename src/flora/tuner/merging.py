@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flora.layers.core_space import CoreSpace, add_updates, is_finite
+from flora.layers.core_space import add_updates, is_finite
 from flora.layers.offload import loaded
 from flora.layers.sharded import gathered, has_engine, in_parts, is_distributed, is_flat, overwrite, whole
 from flora.layers.weights import leaf, owner
@@ -105,22 +105,23 @@ class MergeableWeight(AdaptedWeight):
         """Within it, weight and core spaces are here and whole, whatever the engine. Raises ValueError if that cannot
         be."""
         with loaded(self, write):
-            spaces = [self.space(adapter) for adapter in adapters]
-            tensors = [self.base_parameter, *(tensor for space in spaces for tensor in (space.core, *space.factors))]
-            with gathered(tensors, write):
-                self._refuse_parts(spaces)
+            parts: list[tuple[Tensor, Sequence[int]]] = [(self.base_parameter, self.weight_shape)]
+            for space in map(self.space, adapters):
+                parts += zip((space.core, *space.factors), space.parameter_shapes, strict=True)
+            with gathered([tensor for tensor, _ in parts], write):
+                self._refuse_parts(parts)
                 yield
 
-    def _refuse_parts(self, spaces: Sequence[CoreSpace]) -> None:
+    def _refuse_parts(self, parts: Sequence[tuple[Tensor, Sequence[int]]]) -> None:
         weight, place = self.base_parameter, f"layer {self.name!r}, weight of shape {list(self.weight_shape)}"
-        if weight.is_meta or any(space.core.is_meta for space in spaces):
+        if any(tensor.is_meta for tensor, _ in parts):
             raise ValueError(f"{place}: it or its adapter is on the meta device, without numbers; load both first")
         if in_parts(weight, self.weight_shape) and self.shared:
             raise ValueError(
                 f"{place}: it is shared with other modules and kept in parts; save the adapter, and merge it in one "
                 "process"
             )
-        if is_flat(weight, self.weight_shape) or any(tuple(space.core.shape) != space.ranks for space in spaces):
+        if any(is_flat(tensor, shape) for tensor, shape in parts):
             raise ValueError(
                 f"{place}: only a part of it is here; merge and unmerge within "
                 "FullyShardedDataParallel.summon_full_params(model, writeback=True)"

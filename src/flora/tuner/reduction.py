@@ -13,7 +13,8 @@ so small layers are exact and take one pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -143,10 +144,12 @@ class Reduction:
 def two_passes(reductions: Sequence[Reduction], run: Callable[[], None]) -> list[Start]:
     """The start of every layer. ``run`` feeds the reductions all batches."""
     if any(reduction.needs_bases for reduction in reductions):
-        run()
+        with together():
+            run()
         for reduction in reductions:
             reduction.find_bases()
-    run()
+    with together():
+        run()
     return [reduction.start() for reduction in reductions]
 
 
@@ -184,6 +187,33 @@ def averaged(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()
     return tensors
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails in one process fails in all of them, which would wait for it for ever otherwise."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as own:
+        error = own
+    if distributed():
+        texts: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, None if error is None else str(error))
+        for process, text in enumerate(texts):
+            if error is None and text is not None:
+                error = ValueError(f"process {process}: {text}")
+    if error is not None:
+        raise error
+
+
+def most(number: int) -> int:
+    """The largest of the processes' numbers."""
+    numbers = [number]
+    if distributed():
+        numbers = [0] * dist.get_world_size()
+        dist.all_gather_object(numbers, number)
+    return max(numbers)
 
 
 def distributed() -> bool:
