@@ -50,8 +50,8 @@ def initialize(
     Raises:
         ValueError: no batch, no labels, no such adapter, a merged or trained one; a loss that is not finite or does not
             depend on a layer; a layer that no batch reaches, or whose inputs are not finite; a weight that is
-            offloaded, quantized (but linear layers start from activations), sharded by FSDP1, taken by DeepSpeed, or tensor parallel (for
-            activations); an error of another process. Nothing is changed then.
+            offloaded, quantized (but linear layers start from activations), sharded by FSDP1, taken by DeepSpeed, or
+            tensor parallel (for activations); an error of another process. Nothing is changed then.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own averaging would miss the parameters that are frozen
