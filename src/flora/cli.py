@@ -9,24 +9,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import reduce
-from importlib.metadata import entry_points
 from typing import Any
 
 import click
 
 from flora import __version__
-from flora.keys import KeyedCommand, Refused, as_overrides, described_keys, parse_override, set_nested
+from flora.keys import (
+    Commands,
+    KeyedCommand,
+    Refused,
+    as_overrides,
+    described_keys,
+    flags,
+    parse_override,
+    set_nested,
+    time_limit,
+)
+from flora.text import did_you_mean
 
-
-class Commands(click.Group):
-    """The commands below, and those that installed packages add by entry point."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *entry_points(group="flora.commands").names})
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        added = entry_points(group="flora.commands", name=cmd_name)
-        return super().get_command(ctx, cmd_name) or next((command.load() for command in added), None)
+# far above what any model takes: only a hostile config or regex reaches them
+BUILD_SECONDS, PATTERN_SECONDS, VERIFY_SECONDS = 300.0, 60.0, 3600.0
+SLOW_PATTERN = "matching target_modules, exclude_modules and the other patterns takes too long: give simpler ones"
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,23 +58,37 @@ def plan(model: str, overrides: tuple[str, ...]) -> None:
     with its config.json, or a name on the hub. No weights are loaded. Keys are the fields of FloraConfig: `flora plan
     MODEL budget=0.005`.
     """
-    pairs = [parse_override(override) for override in as_overrides(overrides)]
+    pairs = [parse_override(override) for override in as_overrides(overrides, plan_flags)]
 
-    import flora
     from flora.models import empty_model, quiet
 
     quiet()
+    import flora
+    from flora.tuner.config import OTHER_NAMES
+
     keys: dict[str, Any] = {"target_modules": "all-weights"}
-    known = {field.name for field in dataclasses.fields(flora.FloraConfig)}
+    known = [field.name for field in dataclasses.fields(flora.FloraConfig)]
     for key, value in pairs:
-        if key.partition(".")[0] not in known:
-            raise Refused(f"{key}: no field of FloraConfig; `flora plan --help` lists them")
+        if (name := key.partition(".")[0]) not in known:
+            hint = did_you_mean(name, known, OTHER_NAMES)
+            raise Refused(f"{key}: no field of FloraConfig; `flora plan --help` lists them{hint}")
         set_nested(keys, key, value)
     try:
         config = flora.FloraConfig(**keys)
-        click.echo(str(flora.plan(empty_model(model), config)))
+        with time_limit(BUILD_SECONDS, f"{model}: building this model takes too long"):
+            base = empty_model(model)
+        with time_limit(PATTERN_SECONDS, SLOW_PATTERN):
+            made = flora.plan(base, config)
     except (TypeError, ValueError) as error:
         raise Refused(" ".join(str(error).split())) from error
+    click.echo(str(made))
+
+
+def plan_flags() -> Iterator[str]:
+    """The fields of FloraConfig that are true or false."""
+    from flora import FloraConfig
+
+    return flags(FloraConfig)
 
 
 # ---------------------------------------------------------------------------------------------------------- conversions
@@ -92,25 +109,37 @@ def convert(
 ) -> None:
     """Call ``flora.convert.NAME`` and print its result; with a model, verify the two sides on it.
 
+    The model is loaded and run first, so that nothing is written if it can't verify.
+
     Args:
         sides: the FLoRA side, the other side, and the other side's format.
         options: what loading the other side takes.
     """
-    from flora import convert
     from flora.models import quiet
 
     quiet()
+    from flora import convert
+    from flora.convert.verification import Verification
+
+    adapter, other, form = sides
     try:
+        known = adapter if arguments.get("adapter") == adapter else None  # otherwise it is what is written
+        check = Verification(model, form, known, arguments.get("component")) if model else None
         click.echo(str(getattr(convert, name)(**arguments, progress=True)))
-        if model:
-            click.echo(str(convert.verify(model, *sides, **(options or {}))))
+        if check:
+            with time_limit(VERIFY_SECONDS, f"verifying took too long; {SLOW_PATTERN}"):
+                click.echo(str(check.compare(adapter, other, **(options or {}))))
+            for encoder in filter(None, [arguments.get("text_encoder"), arguments.get("text_encoder_2")]):
+                click.echo(f"not verified: {encoder}")
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from error
     except ModuleNotFoundError as error:
         raise Refused(f"{error.name} is not installed: pip install 'flora-peft[convert]'") from error
 
 
-def paths(first: str, second: str, help: str = "Load both sides onto MODEL and compare the outputs.") -> Callable:
+def paths(
+    first: str, second: str, help: str = "Load both sides onto MODEL, a model or a pipeline, and compare the outputs."
+) -> Callable:
     """The two paths of a conversion, and --verify."""
 
     def decorate(command: Callable) -> Callable:

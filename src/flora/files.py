@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -143,6 +144,22 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """The line that says so, if it was a full disk or quota that made safetensors, torch or Python fail; else None."""
+    while error is not None:
+        text = " ".join(str(error).split())
+        # torch tells no reason
+        torch_failed = isinstance(error, RuntimeError) and ("failed writing file" in text or "iostream error" in text)
+        foreign = any(f"os error {number})" in text for number in FULL) or torch_failed
+        if (isinstance(error, OSError) and error.errno in FULL) or foreign:
+            return f"the disk or quota is full ({text})"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 # --------------------------------------------------------------------------------------------- replacing whole adapters

@@ -1,18 +1,43 @@
-"""Commands that take `key=value` arguments, and the error that ends a command."""
+"""What commands are made of: groups, `key=value` arguments, the error that ends a command, a time limit."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
 import click
+
+from flora.text import did_you_mean
 
 
 class Refused(click.ClickException):
     """A mistake of the user's."""
 
     exit_code = 2
+
+
+class Commands(click.Group):
+    """The commands below, and those that installed packages add by entry point."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *entry_points(group="flora.commands").names})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        added = entry_points(group="flora.commands", name=cmd_name)
+        return super().get_command(ctx, cmd_name) or next((command.load() for command in added), None)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            hint = did_you_mean(args[0], self.list_commands(ctx)) or f": {', '.join(self.list_commands(ctx))}"
+            raise Refused(f"no such command {args[0]!r}{hint}")
+        return super().resolve_command(ctx, args)
 
 
 class KeyedCommand(click.Command):
@@ -38,8 +63,25 @@ def described_keys(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield prefix + field.name, f"{field.metadata['help']} [{default}]"
 
 
-def as_overrides(arguments: Sequence[str]) -> list[str]:
-    """`seed=1`, `--seed=1` and `--seed 1` all become `seed=1`; a `--fresh` without a value becomes `fresh=true`."""
+def flags(config: type, prefix: str = "") -> Iterator[str]:
+    """The keys of a dataclass, nested ones included, that are true or false."""
+    types = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from flags(types[field.name], f"{prefix}{field.name}.")
+        elif types[field.name] is bool:
+            yield prefix + field.name
+
+
+def as_overrides(arguments: Sequence[str], flags: Callable[[], Iterable[str]] | None = None) -> list[str]:
+    """`seed=1`, `--seed=1` and `--seed 1` all become `seed=1`; a `--fresh` without a value becomes `fresh=true`.
+
+    Args:
+        flags: returns the keys that need no value; by default all.
+
+    Raises:
+        Refused: for another argument, or another key without a value.
+    """
     overrides: list[str] = []
     for argument in arguments:
         key = argument.removeprefix("--")
@@ -49,6 +91,9 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
             overrides[-1] += f"={argument}"
         else:
             raise Refused(f"{argument}: expected key=value")
+    bare = [override for override in overrides if "=" not in override]
+    if bare and flags and (missing := sorted({*bare} - {*flags()})):
+        raise Refused(f"--{missing[0]}: expected a value, as in {missing[0]}=VALUE")
     return [override if "=" in override else f"{override}=true" for override in overrides]
 
 
@@ -59,8 +104,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     key, _, text = override.partition("=")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise Refused(f"{override}: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise Refused(f"{override:.200}: {' '.join(str(error).split())}") from error
     if isinstance(value, str):  # PyYAML reads 1e-3 as text
         try:
             value = float(value)
@@ -78,3 +123,31 @@ def set_nested(keys: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(keys.get(outer), dict):
             keys[outer] = {}
         set_nested(keys[outer], inner, value)
+
+
+class _TimeIsUp(BaseException):
+    """Not an Exception: a model's own code may catch those."""
+
+
+@contextmanager
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Raise Refused with ``message`` after some seconds. It interrupts a regular expression, too.
+
+    Only where a signal can tell the time: in the main thread, not on Windows.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _TimeIsUp:
+        raise Refused(message) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ def _build(name: str, weights: bool) -> nn.Module:
     source = str(local_path(name) or name)
     try:
         return (_diffusers if _is_diffusers(source) else _transformers)(source, weights)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # a model's own code may raise anything, given a config that is wrong
+        reason = " ".join(str(error).split())
+        kind = "" if isinstance(error, (OSError, ValueError)) and reason else f"{type(error).__name__}: "
+        raise ValueError(f"{name}: {kind}{reason}") from error
 
 
 def _is_diffusers(name: str) -> bool:
@@ -63,7 +66,10 @@ def _class_of(config: Any) -> Any:
     """The class that the config names, None if transformers has no such class."""
     import transformers
 
-    return getattr(transformers, (config.architectures or [""])[0], None)
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is not None and not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(f"architectures={config.architectures}: not a model of transformers")
+    return cls
 
 
 def _on_meta(config: Any) -> nn.Module:
@@ -78,7 +84,10 @@ def _on_meta(config: Any) -> nn.Module:
 def _diffusers(name: str, weights: bool) -> nn.Module:
     import diffusers
 
-    cls = getattr(diffusers, read_json(Path(name) / "config.json")["_class_name"])
+    class_name = read_json(Path(name) / "config.json")["_class_name"]
+    cls: Any = getattr(diffusers, class_name, None)
+    if diffusers.ModelMixin not in getattr(cls, "__mro__", ()):
+        raise ValueError(f"_class_name={class_name!r}: not a model of diffusers")
     if weights:
         return cls.from_pretrained(name)
     with torch.device("meta"):
@@ -86,8 +95,16 @@ def _diffusers(name: str, weights: bool) -> nn.Module:
 
 
 def quiet() -> None:
-    """Silence the log messages and progress bars of transformers and the hub: the command line prints its own."""
+    """Silence the log messages and progress bars of other packages: the command line prints its own.
+
+    To be called before PEFT and diffusers are imported: they import packages for quantisation where there are some.
+    """
+    import logging
     import warnings
+
+    for name in ("torch.utils._pytree", "torchao", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
     import huggingface_hub
     import transformers

@@ -1,8 +1,9 @@
-"""Plain-text tables for the terminal."""
+"""Text for the terminal: tables, and the name that was meant."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 
 def sizes(numbers: Iterable[int]) -> str:
@@ -26,3 +27,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(head), line("─" * width for width in widths), *map(line, rows)])
+
+
+def did_you_mean(name: str, known: Iterable[str], other_names: Mapping[str, str] | None = None) -> str:
+    """The end of a message about an unknown name: "; did you mean 'r'?", or nothing.
+
+    Args:
+        known: the names that are accepted.
+        other_names: what others call some of them.
+    """
+    close = [other for other in [(other_names or {}).get(name)] if other] or get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

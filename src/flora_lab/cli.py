@@ -1,12 +1,16 @@
 """The laboratory's commands: `flora train`, `flora compare` and `flora analyse`. They join `flora` by entry point."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
 
-from flora.cli import KeyedCommand, Refused, as_overrides, described_keys
+from flora.files import full_disk
+from flora.keys import KeyedCommand, Refused, as_overrides, described_keys, flags
 from flora_lab.errors import ConfigError, TrialsFailed
+
+NOTHING_TO_DO = "nothing to do: every run has its row; fresh=true starts over"
 
 
 def job_keys() -> Iterator[tuple[str, str]]:
@@ -21,17 +25,45 @@ def job_keys() -> Iterator[tuple[str, str]]:
             yield from described_keys(task, "task.")
 
 
+def job_flags() -> Iterator[str]:
+    """The keys of a job that are true or false."""
+    from flora_lab.settings import Config
+    from flora_lab.tasks import TASKS
+
+    yield from flags(Config)
+    for task in TASKS.values():
+        yield from flags(task, "task.")
+
+
+class Interrupted(click.ClickException):
+    """Ctrl-C, which loses nothing."""
+
+    exit_code = 130  # the shell's for it
+
+
 @contextmanager
 def job_errors() -> Iterator[None]:
-    """A user's mistake becomes one line and exit code 2; trials that failed, a line each and exit code 1."""
+    """A user's mistake, and a full disk, become one line and exit code 2; trials that failed, a line each and exit code
+    1."""
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted: the next start goes on where this one stopped") from error
     except (ConfigError, OSError) as error:
         raise Refused(str(error)) from error
     except TrialsFailed as error:
         raise click.ClickException(str(error)) from error
     except ModuleNotFoundError as error:
         raise Refused(f"{error.name} is not installed: pip install 'flora-peft[train]'") from error
+    except Exception as error:
+        if reason := full_disk(error):
+            raise Refused(f"{reason}: free some space, and the next start goes on") from error
+        raise
+
+
+def alone() -> bool:
+    """Whether no other process works on the same job (`accelerate launch`)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 @click.command(cls=KeyedCommand, keys=job_keys)
@@ -43,16 +75,22 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     Any key can be set on the command line: `flora train configs/digits.yaml seed=1 training.epochs=3`, or `--seed 1`.
     Started again, an interrupted job resumes. For several processes: `accelerate launch -m flora.cli train ...`.
     """
-    given = as_overrides(overrides)
     with job_errors():
+        from flora_lab.run.folder import Folder
         from flora_lab.settings import load_config
 
-        job = load_config(config, given)  # before the imports that take seconds
+        job = load_config(config, as_overrides(overrides, job_flags))  # before the imports that take seconds
+        folder = Folder(job)
+        if alone() and (rows := folder.trained()):
+            click.echo(folder.training_text(rows))
+            click.echo(NOTHING_TO_DO, err=True)
+            return
 
         from flora.models import quiet
-        from flora_lab.run.train import train as run
 
         quiet()
+        from flora_lab.run.train import train as run
+
         run(job)
 
 
@@ -72,17 +110,26 @@ def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys
     """
     lists = [f"comparison.{key}=[{value}]" for key, value in keys.items() if value and key in ("budgets", "seeds")]
     single = [f"comparison.{key}={value}" for key, value in keys.items() if value and key in ("engine", "workers")]
-    given = [*as_overrides(overrides), *lists, *single]
+    some = methods.split(",") if methods else ()
     with job_errors():
+        from flora_lab.run.folder import OF_TRIALS, Folder, check_comparison
         from flora_lab.settings import load_config
 
-        job = load_config(config, given)  # before the imports that take seconds
+        # before the imports that take seconds
+        job = load_config(config, [*as_overrides(overrides, job_flags), *lists, *single])
+        check_comparison(job, some)
+        folder = Folder(job, OF_TRIALS)
+        if alone() and (rows := folder.compared(some)):
+            click.echo(folder.comparison_text(rows))
+            click.echo(NOTHING_TO_DO, err=True)
+            return
 
         from flora.models import quiet
-        from flora_lab.run.compare import compare as run
 
         quiet()
-        run(job, methods.split(",") if methods else ())
+        from flora_lab.run.compare import compare as run
+
+        run(job, some)
 
 
 @click.command()

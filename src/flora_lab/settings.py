@@ -113,15 +113,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path).expanduser()
     try:
         tree = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
     if not OmegaConf.is_dict(tree):
         raise ConfigError(f"{path}: expected keys and their values")
     for override in overrides:
         try:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
-            raise ConfigError(f"{override}: {one_line(error)}") from error
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{override:.200}: {one_line(error)}") from error
     return build_config(tree)
 
 
@@ -146,6 +146,8 @@ def build_config(tree: Any) -> Config:
         raise ConfigError(str(error)) from error
     for node, name, key, metadata in _leaves(config):
         _check_limits(key, getattr(node, name), metadata)
+        if metadata.get("path") and isinstance(OmegaConf.select(tree, key), bool):  # OmegaConf makes it a name
+            raise ConfigError(f"{key}={str(getattr(node, name)).lower()}: expected a path")
         if metadata.get("path") and getattr(node, name):
             setattr(node, name, os.path.expanduser(getattr(node, name)))
     _check_methods(config)

@@ -1,5 +1,7 @@
 """The library's command line: its help, its overrides and `flora plan`. Conversions: test_cli_convert.py."""
 
+import json
+
 import pytest
 from transformers import LlamaConfig
 
@@ -41,7 +43,11 @@ def test_plan_shows_a_model_without_its_weights(llama):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("rank=4", "rank: no field of FloraConfig"),
+        ("rank=4", "rank: no field of FloraConfig; `flora plan --help` lists them; did you mean 'r'?"),
+        ("lora_alpha=4", "did you mean 'scale'?"),
+        ("budgt=4", "did you mean 'budget'?"),
+        ("--budget", "--budget: expected a value, as in budget=VALUE"),
+        ("r=" + "[" * 9000, "r=[["),
         ("r=0", "r must be"),
         ("r=[4", "r=[4"),
         ("budget=7", "7"),
@@ -57,3 +63,45 @@ def test_a_bad_plan_is_one_line(override, named, llama):
 def test_plan_of_no_model_is_one_line(tmp_path):
     assert_refused(flora("plan", tmp_path / "none"), "none: no such file or folder")
     assert_refused(flora("plan", tmp_path), str(tmp_path))
+
+
+# what a config.json may hold in place of a model's: the text, or the keys that are changed
+HOSTILE = {
+    "deep": "[" * 100_000,
+    "no object": "[]",
+    "no type": "{}",
+    "nul": "\x00",
+    "type is a list": {"model_type": ["llama"]},
+    "activation": {"hidden_act": "relu7"},
+    "text for a number": {"hidden_size": "8"},
+    "zero heads": {"num_attention_heads": 0},
+    "negative": {"vocab_size": -1},
+    "a function": {"architectures": ["set_seed"]},
+    "no class": {"architectures": [3]},
+    "a list of nothing": {"hidden_size": []},
+    "diffusers, a function": {"_class_name": "logging"},
+    "diffusers, a pipeline": {"_class_name": "DiffusionPipeline"},
+    "diffusers, a number": {"_class_name": 3},
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_config_is_one_line(content, llama, tmp_path):
+    whole = json.loads((llama / "config.json").read_text())
+    text = content if isinstance(content, str) else json.dumps({**whole, **content})
+    (tmp_path / "config.json").write_text(text)
+    assert_refused(flora("plan", tmp_path), str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_a_pattern_that_never_ends_is_one_line(key, llama, monkeypatch):
+    monkeypatch.setattr("flora.cli.PATTERN_SECONDS", 0.5)
+    assert_refused(flora("plan", llama, f"{key}=(.?){{1,60}}(.?.?){{1,60}}Z"), "takes too long: give simpler ones")
+
+
+def test_a_model_that_never_ends_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("flora.cli.BUILD_SECONDS", 2)
+    LlamaConfig(
+        num_hidden_layers=10**9, hidden_size=8, num_attention_heads=2, architectures=["LlamaModel"]
+    ).save_pretrained(tmp_path)
+    assert_refused(flora("plan", tmp_path), "building this model takes too long")

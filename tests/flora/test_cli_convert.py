@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
+
 import pytest
 import torch
 from click.testing import CliRunner
 from peft import get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from flora import FloraConfig
@@ -120,4 +123,33 @@ def test_a_mistake_names_itself_and_writes_nothing(folder, command, named):
     result = flora(folder, command)
     assert result.exit_code == 2, result.output
     assert result.stderr.rstrip().splitlines()[-1].startswith("Error: ") and named in result.stderr
-    assert not (folder / "OUT" / "x").exists()
+    assert not list((folder / "OUT").glob("[xy]*"))
+
+
+@pytest.fixture
+def small_disk():
+    """Files of more than 2,000 bytes fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "back_based"])
+def test_a_full_disk_is_one_line_and_nothing_is_left(folder, command, small_disk):
+    before = sorted(path for path in folder.rglob("*"))
+    line = COMMANDS[command][0].replace("OUT/", "OUT/new/parent/").partition(" --verify")[0]
+    result = flora(folder, line)
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.strip().splitlines()) == 1 and "too large" in result.stderr.lower(), result.stderr
+    assert sorted(path for path in folder.rglob("*")) == before
+
+
+def test_a_verification_says_what_it_does_not_cover(folder, tmp_path):
+    assert flora(folder, f"compress adapter {tmp_path / 'same'} --energy 1 --verify base").exit_code == 0
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    shutil.copytree(folder / "adapter", tmp_path / "zero")
+    zero = {key: tensor * 0 if "core" in key else tensor for key, tensor in tensors.items()}
+    save_file(zero, tmp_path / "zero" / "adapter_model.safetensors")
+    result = flora(folder, f"export lora {tmp_path / 'zero'} {tmp_path / 'lora'} --verify base")
+    assert result.exit_code == 0 and "not verified: anything: the adapter changes no output" in result.stdout

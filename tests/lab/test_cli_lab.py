@@ -1,5 +1,6 @@
 """The laboratory's commands: what they accept, and that every mistake is one line that names it, with exit code 2."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,6 +53,14 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
         # what only the methods know, and still before anything is trained
         ("methods.flora.options.init=magic", "methods.flora: init"),
         ("methods.flora.options.rang=4", "methods.flora: "),
+        ("methods.flora.options.lora_alpha=4", "'lora_alpha'; did you mean 'scale'?"),
+        ("methods.lora.options.lora_alfa=4", "'lora_alfa'; did you mean 'lora_alpha'?"),
+        ("budgt=3", "'budget'"),
+        ("output=", "output"),
+        ("output=true", "output=true: expected a path"),
+        ("--output", "--output: expected a value, as in output=VALUE"),
+        ("--training.epochs", "--training.epochs: expected a value"),
+        ("seed=" + "[" * 9000, "seed=[["),
         ("methods.flora.options.r=0", "methods.flora: r"),
         ("methods.full.options.r=4", "methods.full: "),
     ],
@@ -71,6 +80,7 @@ def test_a_bad_key_or_value_is_one_line(override, named, tmp_path):
         ("", "task.name: expected one of image_classification"),
         ("task: {name: image_classification}", "methods=None"),
         ("\x00", "config.yaml"),
+        ("seed: " + "[" * 9000, "config.yaml"),
     ],
 )
 def test_a_bad_file_is_one_line(text, named, tmp_path):
@@ -92,6 +102,34 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     result = flora("train", DIGITS, f"output={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}")
     assert_refused(result, "sklearn.datasets is not installed: pip install 'flora-peft[train]'")
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", DIGITS, "budgt=3"], ["compare", "--help"]])
+def test_help_and_typos_wait_for_no_heavy_package(arguments):
+    code = (
+        "import sys\nfrom flora.cli import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'numpy', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout[-200:]
+
+
+def test_an_unknown_command_names_the_nearest():
+    assert_refused(flora("trian"), "no such command 'trian'; did you mean 'train'?")
+
+
+def test_ctrl_c_says_that_the_next_start_goes_on(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flora_lab.run.train.train", interrupted)
+    result = flora("train", DIGITS, f"output={tmp_path / 'run'}")
+    assert (
+        result.exit_code == 130
+        and result.stderr == "Error: interrupted: the next start goes on where this one stopped\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "analyse"])

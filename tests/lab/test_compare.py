@@ -75,6 +75,15 @@ def test_it_ends_with_a_table_and_a_report(finished):
     assert "<svg" in (folder / "run" / "report.html").read_text()
 
 
+def test_a_finished_comparison_says_so_and_shows_its_table(finished):
+    folder, job, first = finished
+    before = (folder / "run" / "results.jsonl").read_bytes()
+    again = flora_compare(*job, *SHORT, *GRID, "--budgets", "500,900")
+    assert again.exit_code == 0 and again.stdout == first.stdout
+    assert again.stderr == "nothing to do: every run has its row; fresh=true starts over\n"
+    assert (folder / "run" / "results.jsonl").read_bytes() == before
+
+
 def test_it_goes_on_where_it_stopped_and_only_adds_what_is_new(finished, tmp_path):
     folder, job, _result = finished
     before = lines(folder)
@@ -99,6 +108,14 @@ def test_two_workers_find_what_one_does(tmp_path):
     assert plain(tmp_path / "1") == plain(tmp_path / "2")
 
 
+def work(process: psutil.Process) -> float:
+    """Seconds that a processor has spent on it; 0 if it has ended."""
+    try:
+        return sum(process.cpu_times()[:2])
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
 def test_a_killed_comparison_takes_its_workers_with_it(tmp_path):
     keys = [*GRID, "--workers=2", "pretraining.max_steps=2", "training.epochs=100000"]
     command = [
@@ -111,18 +128,24 @@ def test_a_killed_comparison_takes_its_workers_with_it(tmp_path):
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((tmp_path / "run" / "trials").glob("*/checkpoints/*")):
         assert process.poll() is None, "it ended before its first checkpoint"
+        # work, not time: a machine under load is slow, but a job needs no more work there
+        assert sum(map(work, [process, *process.children(recursive=True)])) < 900, (
+            "no checkpoint after 15 minutes' work"
+        )
         time.sleep(0.05)
     workers = process.children(recursive=True)
     process.kill()
     process.wait()
     assert len(workers) >= 2
-    psutil.wait_procs(workers)  # however long the machine takes: what stays alive hangs here
+    _, left = psutil.wait_procs(workers, timeout=900)  # an exit alone, which no load makes that slow
+    assert not left, "a worker goes on without its parent"
 
 
 def test_what_cannot_run_is_said_and_left_out(tmp_path):
     result = flora_compare(*with_methods(tmp_path, "head", "lora"), *SHORT, *GRID, "--budgets", "3")
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in lines(tmp_path)]
+    assert result.stderr.index("lora is left out at 3 parameters: ") < result.stderr.index("run")
     (left,) = [row for row in rows if "left_out" in row]
     assert left["method"] == "lora" and "above the budget of 3" in left["left_out"]
     assert left["left_out"] in result.output and len(rows) == 4
@@ -182,6 +205,7 @@ def test_one_diverged_run_does_not_stop_the_others(tmp_path):
     keys = [*SHORT, "training.max_steps=5", "comparison.seeds=[0]", "comparison.rates=[1,1e18]"]
     result = flora_compare(*with_methods(tmp_path, "head", "flora"), *keys)
     assert result.exit_code == 0, result.output
+    assert "flora diverged at step" in result.stderr and "head diverged at step" in result.stderr
     runs = [json.loads(line) for line in lines(tmp_path)]
     assert len(runs) == 4 and sum("merged_difference" in row for row in runs) == 1
 

@@ -11,8 +11,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from flora_lab.tasks import coco
 from flora_lab.tasks.coco_check import run_lengths
-from flora_lab.tasks.instance_segmentation import CocoImages, InstanceSegmentation
-from flora_lab.tasks.mask_rcnn import Detector
+from flora_lab.tasks.instance_segmentation import CocoImages, Detector, InstanceSegmentation
 from flora_lab.tasks.pretrained import Pretrained
 
 BODY = {"model_type": "cifar_resnet", "depth": 8, "widths": [4, 8, 8]}

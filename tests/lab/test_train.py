@@ -1,9 +1,12 @@
 """The job behind `flora train`: its files, what it says, and that it goes on after a kill."""
 
+import ast
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import count
@@ -166,7 +169,18 @@ def test_a_finished_run_is_read_and_not_repeated(finished):
     before = (folder / "run" / "results.jsonl").read_bytes()
     again = flora_train(DIGITS, *TINY, *SHORT, *places(folder))
     assert again.exit_code == 0 and again.stdout == first.stdout
+    assert again.stderr == "nothing to do: every run has its row; fresh=true starts over\n"
     assert (folder / "run" / "results.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_waits_for_no_heavy_package(finished):
+    folder, _ = finished
+    arguments = ["train", DIGITS, *TINY, *SHORT, *places(folder)]
+    call = f"from flora.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+    code = f"{call}import sys; print([*sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "nothing to do" in done.stderr
+    assert not {"torch", "transformers", "peft", "matplotlib"} & {*ast.literal_eval(done.stdout.splitlines()[-1])}
 
 
 def test_the_data_are_looked_through_once(tmp_path, monkeypatch):

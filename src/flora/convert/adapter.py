@@ -184,8 +184,8 @@ def finite(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def progress_bar(items: Iterable, total: int, label: str, show: bool) -> Iterable:
-    """The items, with a progress bar if ``show``."""
-    return tqdm(items, total=total, desc=label, disable=not show, leave=False)
+    """The items, with a progress bar if ``show``, on a terminal."""
+    return tqdm(items, total=total, desc=label, disable=None if show else True, leave=False)
 
 
 def adapter_folder(source: str | Path) -> Path:

@@ -20,6 +20,11 @@ from flora.tuner.renaming import rename
 FORMAT_VERSION = 1
 INITS = tuple(name for name in STARTS if name != "random")
 BIASES = ("none", "all", "flora_only")
+# what other methods call our fields
+OTHER_NAMES = {
+    "rank": "r", "dim": "r", "lora_r": "r", "network_dim": "r", "alpha": "scale", "lora_alpha": "scale",
+    "scaling": "scale", "alpha_pattern": "scale_pattern", "lora_dropout": "dropout", "init_lora_weights": "init",
+}  # fmt: skip
 
 
 @dataclass

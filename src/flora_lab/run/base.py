@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 from transformers import set_seed
 
-from flora.files import replace_file
+from flora.files import replace_file, save_tensors
 from flora_lab.errors import ConfigError
 from flora_lab.run.fit import fit
 from flora_lab.settings import Config
@@ -46,7 +45,7 @@ def _pretrain(config: Config, task: Task, file: Path, folder: Path, main: bool, 
     if main:
         with replace_file(file) as temporary:
             tensors = outcome.model.state_dict()  # copied one by one, since safetensors refuses tied tensors
-            save_file({name: t.contiguous().clone().cpu() for name, t in tensors.items()}, temporary)
+            save_tensors(temporary, {name: t.contiguous().clone().cpu() for name, t in tensors.items()})
         shutil.rmtree(place)
     wait()
 

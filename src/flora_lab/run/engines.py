@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -37,6 +38,11 @@ def local(work: Callable[..., Any], calls: list[tuple], workers: int) -> Ended:
     try:
         futures = {threads.submit(_in_process, work, call, free): call for call in calls}
         yield from ((futures[future], future.result) for future in as_completed(futures))
+    except BaseException:  # the caller was interrupted, or gave up
+        threads.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         threads.shutdown(cancel_futures=True)
 
@@ -67,6 +73,7 @@ def _context() -> BaseContext:
 
 def _begin(index: int) -> None:
     """The first thing that a new process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     take_device(index)
 

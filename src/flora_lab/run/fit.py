@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from flora.files import replace_file
+from flora.files import replace_file, save_tensors
 from flora_lab.settings import Training
 from flora_lab.tasks import Examples, Task
 
@@ -60,7 +60,9 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # the bar says it
     if trainer.is_world_process_zero():
         trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
+    trainer.title = name
     trainer.train(resume_from_checkpoint=checkpoints.last)
+    trainer.say_if_diverged()
     trainer.remove_callback(TensorBoardCallback)  # later evaluations would start a second log
     return Fit(trainer, checkpoints.seconds(), median(checkpoints.epochs) if checkpoints.epochs else None)
 
@@ -80,6 +82,28 @@ class Fit:
 
 
 class _Trainer(Trainer):
+    """transformers' Trainer, which says when a run diverges."""
+
+    title, diverged = "", False
+    LOOK = 10  # steps between two looks at an accelerator, since each waits for it
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not self.diverged:
+            step = self.state.global_step + 1
+            first = self.__dict__.setdefault("_first", torch.zeros((), dtype=torch.long, device=loss.device))
+            first.copy_(torch.where((first == 0) & ~loss.detach().isfinite(), step, first))
+            if loss.device.type == "cpu" or step % self.LOOK == 0:
+                self.say_if_diverged()
+        return loss
+
+    def say_if_diverged(self) -> None:
+        """Once, with the first step whose loss was not finite."""
+        step = int(self.__dict__.get("_first", 0))
+        if step and not self.diverged and self.is_world_process_zero():
+            tqdm.write(f"{self.title} diverged at step {step}: its loss is not finite", file=sys.stderr)
+        self.diverged = self.diverged or bool(step)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but DoRA's magnitudes: their decay would shrink the frozen weight, not only its update."""
         return [name for name in super().get_decay_parameter_names(model) if "magnitude_vector" not in name]
@@ -166,7 +190,7 @@ class Checkpoints(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             if moved := statistics(model):
-                save_file(moved, folder / self.STATISTICS)
+                save_tensors(folder / self.STATISTICS, moved)
             with replace_file(folder / self.MARK) as file:
                 file.write_text(json.dumps({"seconds": self.seconds()}))
 

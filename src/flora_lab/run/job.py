@@ -12,9 +12,8 @@ import platform
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,37 +24,26 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 import flora
-from flora.files import replace_file
+from flora.files import full_disk, replace_file
 from flora.models import quiet
-from flora_lab.analysis import rows
 from flora_lab.analysis.fields import Row, to_disk
-from flora_lab.errors import ConfigError
+from flora_lab.analysis.rows import RESULTS
 from flora_lab.methods import METHODS
 from flora_lab.run.base import base_file
 from flora_lab.run.engines import ENGINES
 from flora_lab.run.fit import no_accelerator
-from flora_lab.run.trial import Trial, run
+from flora_lab.run.folder import FILES, FOLDERS, KEYS, MARK, Folder, Trial
+from flora_lab.run.trial import run
 from flora_lab.settings import Config, build_config, one_line
 
 VERSIONS = ("torch", "peft", "transformers", "accelerate", "safetensors", "scikit-learn")
-FREE = ("output", "cache", "fresh", "comparison.*")  # keys that no row depends on: they may change between starts
-FILES = (KEYS := "config.yaml", MARK := "versions.json", rows.RESULTS, "curves.png")
-FOLDERS = ("pretraining", "logs", "trials")
 
 
-def learning_rate(config: Config, variant: str) -> float:
-    return config.methods[variant].learning_rate or config.training.learning_rate
-
-
-class Job:
-    """The folder of a job, and its rows."""
+class Job(Folder):
+    """The folder of a job that runs: it is taken, and gets rows."""
 
     def __init__(self, config: Config, free: tuple[str, ...] = ()):
-        """``free``: further keys that may change between starts."""
-        self.config, self.free = config, (*FREE, *free)
-        self.folder = Path(config.output)
-        if reserved := {*FILES, *FOLDERS} & set(config.methods):
-            raise ConfigError(f"methods.{min(reserved)}: this name is reserved for a file or folder in the output")
+        super().__init__(config, free)
         self.main = PartialState(cpu=no_accelerator()).is_main_process
         self.wait: Callable[[], None] = PartialState().wait_for_everyone
         if config.threads:
@@ -65,12 +53,12 @@ class Job:
 
     def open(self) -> None:
         """Take the folder: write keys and versions, or check that an earlier start had the same keys."""
-        keys, earlier = asdict(self.config), self._earlier_keys()
+        keys, earlier = asdict(self.config), self.earlier_keys()
         if self.main and earlier:
-            _drop_half_line(self.folder / rows.RESULTS)
+            _drop_half_line(self.folder / RESULTS)
         self.wait()
         if earlier and not self.config.fresh:
-            self._check_keys(earlier, keys)
+            self.check_keys(earlier, keys)
         if self.main:
             if earlier and self.config.fresh:
                 self._clear()
@@ -82,39 +70,6 @@ class Job:
                 Path(self.config.cache).mkdir(parents=True, exist_ok=True)
         self.wait()
 
-    def _earlier_keys(self) -> dict | None:
-        """The keys of an earlier start, if any. Raises ConfigError if the folder's files are not ours to overwrite."""
-        file, mark = self.folder / KEYS, self.folder / MARK
-        if not file.exists():
-            return None
-        try:
-            if "flora-peft" in mark.read_text() and isinstance(keys := yaml.safe_load(file.read_text()), dict):
-                return keys
-        except (OSError, yaml.YAMLError):
-            pass
-        raise ConfigError(f"{file} was not written by flora, or is corrupt: choose another folder with output=FOLDER")
-
-    def _check_keys(self, earlier: dict, now: dict) -> None:
-        """Raise ConfigError if a key differs from the start that made the folder's rows. Variants may come and go."""
-        earlier, now = _flat(earlier), _flat(now)
-        differing = [
-            (key, earlier.get(key), now.get(key))
-            for key in earlier | now
-            if earlier.get(key) != now.get(key)
-            and not any(fnmatch(key, pattern) for pattern in self.free)
-            and not (key.startswith("methods.") and not (key in earlier and key in now))
-        ]
-        for row in self.rows():  # also of variants that an earlier start no longer had
-            if variant := self.config.methods.get(row["variant"]):
-                key, method = f"methods.{row['variant']}", self.config.method_of(row["variant"])
-                old, new = [row["method"], row["options"]], [method, json.loads(json.dumps(variant.options))]
-                differing += [(key, old, new)] if old != new else []
-        for key, old, new in differing:
-            raise ConfigError(
-                f"{self.folder} has results with {key}={old}, now {key}={new}: "
-                "choose another folder with output=FOLDER, or start over with fresh=true"
-            )
-
     def _clear(self) -> None:
         """Delete what earlier starts wrote."""
         for path in (self.folder / name for name in (*FOLDERS, *FILES, *METHODS, *self.config.methods)):
@@ -123,27 +78,9 @@ class Job:
             else:
                 path.unlink(missing_ok=True)
 
-    # -------------------------------------------------------------------------------------------------------- its rows
-
-    def rows(self) -> list[Row]:
-        file = self.folder / rows.RESULTS
-        try:
-            return rows.read([file]) if file.exists() and file.stat().st_size else []
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    def rows_of(self, trials: Sequence[Trial]) -> list[Row]:
-        """The rows of those trials that have ended, in the order of the trials."""
-        ended = self._ended()
-        return [ended[trial] for trial in trials if trial in ended]
-
-    def _ended(self) -> dict[Trial, Row]:
-        ran = [row for row in self.rows() if "left_out" not in row]
-        return {Trial(**{field.name: row[field.name] for field in fields(Trial)}): row for row in ran}
-
     def add(self, row: Row) -> None:
         if self.main:
-            with open(self.folder / rows.RESULTS, "a") as file:
+            with open(self.folder / RESULTS, "a") as file:
                 file.write(json.dumps(to_disk(row)) + "\n")
         self.wait()
 
@@ -173,7 +110,8 @@ class Job:
                 try:
                     row = result()
                 except Exception as error:
-                    if PartialState().num_processes > 1:  # the other processes wait for this one
+                    # the other processes wait for this one; and on a full disk no other trial would do better
+                    if PartialState().num_processes > 1 or full_disk(error):
                         raise
                     tqdm.write("".join(traceback.format_exception(error)), file=sys.stderr)
                     failures[trial] = f"{type(error).__name__}: {one_line(error)}"
@@ -210,15 +148,6 @@ def _drop_half_line(file: Path) -> None:
     text = file.read_text() if file.exists() else ""
     if not text.endswith("\n") and text:
         _write(file, text[: text.rfind("\n") + 1])
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}; the options of a variant count as one value."""
-    flat = {}
-    for key, value in tree.items():
-        deeper = isinstance(value, dict) and value and key != "options"
-        flat |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
-    return flat
 
 
 def _write(path: Path, text: str) -> None:

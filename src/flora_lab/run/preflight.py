@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import peft
 import torch
 
+from flora import FloraConfig
+from flora.text import did_you_mean
+from flora.tuner.config import OTHER_NAMES
 from flora_lab.errors import ConfigError
-from flora_lab.methods import METHODS, CannotAdapt
+from flora_lab.methods import CannotAdapt
 from flora_lab.run.fit import arguments, steps
+from flora_lab.run.folder import Pair, pairs
 from flora_lab.run.trial import set_up
 from flora_lab.settings import Config, Training, one_line
 from flora_lab.tasks import Examples, Task
 
-Reasons = dict[tuple[str, int | None], str | None]  # (variant, budget): why it can't run, None if it can
+Reasons = dict[Pair, str | None]  # why a variant can't run at a budget, None if it can
 
 
 def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reasons:
@@ -29,10 +37,8 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
             _forward(task, splits["train"], config.training if task is config.task else config.pretraining)
         total = steps(config.training, splits["train"])
         reasons: Reasons = {}
-        for name in variants:
-            size = METHODS[config.method_of(name)].size
-            for budget in budgets if size and size not in config.methods[name].options else [None]:
-                reasons[name, budget] = _reason(config, name, budget, total)
+        for name, budget in pairs(config, variants, budgets):
+            reasons[name, budget] = _reason(config, name, budget, total)
         for key in ("pretraining", "training"):
             try:
                 arguments(getattr(config, key), total, config.seed, Path(config.output))
@@ -46,6 +52,13 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
     return reasons
 
 
+def say_left_out(reasons: Reasons, main: bool) -> None:
+    """Tell now, before hours of training, what will be missing in the end."""
+    for (name, budget), reason in reasons.items():
+        if reason and main:
+            print(f"{name} is left out{f' at {budget} parameters' if budget else ''}: {reason}", file=sys.stderr)
+
+
 def _reason(config: Config, variant: str, budget: int | None, total: int) -> str | None:
     """Why the variant can't run, or None. ``total``: optimizer steps of the training."""
     try:
@@ -53,8 +66,18 @@ def _reason(config: Config, variant: str, budget: int | None, total: int) -> str
     except CannotAdapt as error:
         return str(error)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"methods.{variant}: {one_line(error)}") from error
+        raise ConfigError(f"methods.{variant}: {one_line(error)}{_hint(error)}") from error
     return None
+
+
+def _hint(error: Exception) -> str:
+    """For "XConfig.__init__() got an unexpected keyword argument 'y'": the field of XConfig that was meant."""
+    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    config = match and (FloraConfig if match[1] == "FloraConfig" else getattr(peft, match[1], None))
+    if not match or not is_dataclass(config):
+        return ""
+    names = OTHER_NAMES if config is FloraConfig else dict.fromkeys(("rank", "dim"), "r")
+    return did_you_mean(match[2], [field.name for field in fields(config)], names)
 
 
 def _forward(task: Task, examples: Examples, keys: Training) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from flora.files import save_tensors
 from flora_lab.run.fit import load_statistics, statistics
 from flora_lab.tasks import Examples, Task
 
@@ -28,13 +28,13 @@ def save(model: nn.Module, folder: Path) -> int:
             warnings.filterwarnings("ignore", ".*LoRA tensor.* have invalid shape")  # AdaLoRA's that were cut to rank 0
             model.save_pretrained(part)
         if moved := statistics(model):
-            save_file(moved, part / STATISTICS)
+            save_tensors(part / STATISTICS, moved)
     else:
         part.mkdir(parents=True)
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         kept = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}  # ties once
         kept |= {name: tensor for name, tensor in model.state_dict().items() if name not in names}
-        save_file({name: tensor.detach().contiguous() for name, tensor in kept.items()}, part / WEIGHTS)
+        save_tensors(part / WEIGHTS, {name: tensor.detach().contiguous() for name, tensor in kept.items()})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

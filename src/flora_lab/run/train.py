@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from flora.files import replace_file
-from flora_lab.analysis import tables, traces
+from flora_lab.analysis import traces
 from flora_lab.analysis.fields import Row
 from flora_lab.errors import TrialsFailed
-from flora_lab.run.job import Job, learning_rate
-from flora_lab.run.preflight import preflight
-from flora_lab.run.trial import Trial
+from flora_lab.run.folder import Trial, learning_rate
+from flora_lab.run.job import Job
+from flora_lab.run.preflight import preflight, say_left_out
 from flora_lab.settings import Config
 
 
@@ -20,17 +20,16 @@ def train(config: Config) -> list[Row]:
     job = Job(config)
     reasons = preflight(config, list(config.methods), [config.budget])
     job.open()
+    say_left_out(reasons, job.main)
     file = job.base_file()
     runnable = [pair for pair, reason in reasons.items() if not reason]
     trials = [Trial(*pair, config.seed, learning_rate(config, pair[0])) for pair in runnable]
     failures = job.run({trial: job.folder / trial.variant for trial in trials}, file)
     rows = job.rows_of(trials)
     if job.main and rows:
-        curves = job.folder / "curves.png"
-        with replace_file(curves) as path:
+        with replace_file(job.curves) as path:
             traces.figure(rows, config.task.metric, path)
-        lines = [tables.summary(rows), *(f"{name} was left out: {why}" for (name, _), why in reasons.items() if why)]
-        print("\n" + "\n".join(lines) + f"\n\neverything is in {job.folder}, the learning curves in {curves}")
+        print(job.training_text(rows, [f"{name} was left out: {why}" for (name, _), why in reasons.items() if why]))
     if failures:
         raise TrialsFailed({trial.name: reason for trial, reason in failures.items()})
     return rows

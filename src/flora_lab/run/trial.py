@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,30 +22,13 @@ from flora_lab.analysis.measure import Norms, spectra
 from flora_lab.methods import METHODS, AdaptedModel, adapt, head_parameters
 from flora_lab.run.base import base_model, digest
 from flora_lab.run.fit import Fit, fit, steps
+from flora_lab.run.folder import Trial
 from flora_lab.run.machine import machine, peak_memory, reset_peak
 from flora_lab.run.saved import round_trip, save
 from flora_lab.settings import Config
 from flora_lab.tasks import Examples, Task
 
 START_BATCHES = 8
-
-
-@dataclass(frozen=True)
-class Trial:
-    """``variant``: a name in the job's `methods`. ``budget``: None for a method without one."""
-
-    variant: str
-    budget: int | None
-    seed: int
-    learning_rate: float  # rounded to six digits, so that 0.1 · 3 and 0.3 · 1 are equal
-
-    def __post_init__(self):
-        object.__setattr__(self, "learning_rate", float(f"{self.learning_rate:.6g}"))
-
-    @property
-    def name(self) -> str:
-        parts = [self.variant, f"{self.budget}" if self.budget else "", f"s{self.seed}", f"lr{self.learning_rate:g}"]
-        return "-".join(part for part in parts if part)
 
 
 def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool = True) -> Row:

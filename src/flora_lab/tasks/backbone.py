@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.base import HEADS
 from flora_lab.tasks.pretrained import Pretrained, brief, load_weights, make_config
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TIMM = "timm/"
 

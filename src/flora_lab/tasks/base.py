@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 
 HEADS = ("classifier", "score", "linear", "fc", "head")  # usual names of output layers
 
@@ -25,7 +27,7 @@ class Task:
 
     metric: ClassVar[str]  # the number of `metrics` to report and to choose by; higher is better
     targets: ClassVar[str] = "all-weights"  # what to adapt, unless the YAML has `target_modules`
-    reduce: ClassVar[Callable[[Any, Tensor], Any] | None] = None  # logits, labels -> what `metrics` needs of a batch
+    reduce: ClassVar[Callable[[Any, Any], Any] | None] = None  # logits, labels -> what `metrics` needs of a batch
 
     def source_task(self) -> Task | None:
         """The same task on the data that the base model is trained on first; None if the model is pre-trained."""

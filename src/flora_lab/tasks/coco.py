@@ -8,13 +8,13 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.coco_check import box_is_empty, check_fields, mask_is_empty, short
 from flora_lab.tasks.data import split_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -56,6 +56,7 @@ class AnnotatedImage:
 
     def objects(self) -> tuple[Tensor, Tensor, Tensor]:
         """For training: boxes (n, 4) of left, top, right, bottom, cut to the image; classes (n,); masks (n, h, w)."""
+        import torch
         from pycocotools import mask
 
         kept = self.counted
@@ -186,6 +187,7 @@ def need_objects(source: Source, splits: dict[str, list[AnnotatedImage]]) -> Non
 def paste(masks: Any, boxes: Any, image: AnnotatedImage) -> list[dict[str, Any]]:
     """Probabilities (n, 28, 28) in boxes (n, 4) as masks of the whole image, in run lengths."""
     import numpy as np
+    import torch
     from pycocotools import mask
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 

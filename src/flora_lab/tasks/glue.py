@@ -9,16 +9,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path
 from flora_lab.tasks.base import Task
 from flora_lab.tasks.data import Portions, Records, need_columns, need_known, three
 from flora_lab.tasks.glue_data import SUBSETS, Subset, read_hub, read_tsv
 from flora_lab.tasks.pretrained import Pretrained, brief
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 OUTPUTS = ("classifier", "score", "classification_head", "logits_proj")  # transformers' names of output layers
 
@@ -65,6 +65,8 @@ class Glue(Task):
     def check(self, splits: dict[str, Records]) -> None:
         """Pass each split's longest example, and the one with the largest token, through the model: it may have fewer
         positions or a smaller vocabulary than the tokenizer."""
+        import torch
+
         model = self.build().eval()
         for records in splits.values():
             ids = records.dataset["input_ids"][:]

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise, zip_longest
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.base import HEADS, Task
 from flora_lab.tasks.data import Records, check_each, need_columns, need_known, source_of, three
 from flora_lab.tasks.pictures import Pictures, open_image, read
 from flora_lab.tasks.pretrained import Pretrained, redraw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIGITS = "digits"
 OUTPUTS = (*HEADS, "dist_head")  # the second of SwiftFormer's

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks import coco
 from flora_lab.tasks.backbone import load_backbone, map_norms
 from flora_lab.tasks.base import Task
 from flora_lab.tasks.data import Records, check_each, three
-from flora_lab.tasks.mask_rcnn import Detector, MaskRCNN
 from flora_lab.tasks.pictures import Pictures, open_image
 from flora_lab.tasks.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass
@@ -39,6 +38,32 @@ class CocoImages(Pictures):
         super().__post_init__()
         if len(self.mean) != 3:
             raise ValueError(f"task.data.mean={self.mean}: expected three numbers")
+
+
+@dataclass
+class Detector:
+    """Sizes; the defaults are He et al.'s for COCO."""
+
+    channels: int = field(default=256, metadata={"help": "width of the feature pyramid and the mask head", "least": 1})
+    hidden: int = field(default=1024, metadata={"help": "width of the box head", "least": 1})
+    anchors: list[int] = field(
+        default_factory=lambda: [32, 64, 128, 256, 512],
+        metadata={"help": "sides in pixels, one per map of the backbone; one more adds a coarser map"},
+    )
+    size: list[int] = field(
+        default_factory=lambda: [800],
+        metadata={"help": "shorter side of an image in pixels; of several, train draws one, evaluation uses the last"},
+    )
+    longest: int = field(default=1333, metadata={"help": "longer side of an image, at most", "least": 1})
+    proposals: int = field(default=1000, metadata={"help": "boxes per image for the second stage", "least": 1})
+    samples: int = field(default=512, metadata={"help": "boxes per image that train the second stage", "least": 1})
+    detections: int = field(default=100, metadata={"help": "detections per image, at most", "least": 1})
+
+    def __post_init__(self):
+        for name in ("anchors", "size"):
+            given = getattr(self, name)
+            if not given or min(given) < 1:
+                raise ValueError(f"task.detector.{name}={given}: expected one or more numbers from 1")
 
 
 @dataclass
@@ -77,6 +102,8 @@ class InstanceSegmentation(Task):
         return coco.read(Path(self.data.path), self.data.drop_empty)
 
     def build(self) -> nn.Module:
+        from flora_lab.tasks.mask_rcnn import MaskRCNN
+
         classes, keys = len(self.source.categories), self.data
         return MaskRCNN(load_backbone(self.backbone), classes, self.detector, keys.mean, keys.std)
 
@@ -86,10 +113,14 @@ class InstanceSegmentation(Task):
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Tensors padded with 0 to the largest, so that Trainer can move, split and gather them like any batch."""
+        import torch
+
         return {key: _stacked([torch.as_tensor(example[key]) for example in examples]) for key in examples[0]}
 
     def outputs(self, model: nn.Module, examples: Sequence[dict[str, Any]]) -> Tensor:
         """The first stage's logits: the detections do not depend smoothly on the weights."""
+        import torch
+
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         return torch.cat([base.objectness(example["pixel_values"][None]) for example in examples])
 
@@ -127,6 +158,7 @@ class CocoExamples:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
         from torchvision.transforms.v2 import functional as V
 
         picture = V.to_dtype(V.to_image(open_image(self.records, index, "image", 3)), torch.float32, scale=True)

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass
-class Detector:
-    """Sizes; the defaults are He et al.'s for COCO."""
-
-    channels: int = field(default=256, metadata={"help": "width of the feature pyramid and the mask head", "least": 1})
-    hidden: int = field(default=1024, metadata={"help": "width of the box head", "least": 1})
-    anchors: list[int] = field(
-        default_factory=lambda: [32, 64, 128, 256, 512],
-        metadata={"help": "sides in pixels, one per map of the backbone; one more adds a coarser map"},
-    )
-    size: list[int] = field(
-        default_factory=lambda: [800],
-        metadata={"help": "shorter side of an image in pixels; of several, train draws one, evaluation uses the last"},
-    )
-    longest: int = field(default=1333, metadata={"help": "longer side of an image, at most", "least": 1})
-    proposals: int = field(default=1000, metadata={"help": "boxes per image for the second stage", "least": 1})
-    samples: int = field(default=512, metadata={"help": "boxes per image that train the second stage", "least": 1})
-    detections: int = field(default=100, metadata={"help": "detections per image, at most", "least": 1})
-
-    def __post_init__(self):
-        for name in ("anchors", "size"):
-            given = getattr(self, name)
-            if not given or min(given) < 1:
-                raise ValueError(f"task.detector.{name}={given}: expected one or more numbers from 1")
+if TYPE_CHECKING:
+    from flora_lab.tasks.instance_segmentation import Detector
 
 
 class MaskRCNN(nn.Module):

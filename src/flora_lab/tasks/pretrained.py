@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from textwrap import shorten
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path, open_tensors
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Pretrained:
 
         The modules under ``head`` get new weights. Raises ValueError naming the model, or the file.
         """
+        import torch
         import transformers
 
         from flora_lab.tasks import cifar_resnet

@@ -6,11 +6,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.backbone import load_backbone, map_norms
 from flora_lab.tasks.base import Task
@@ -18,6 +14,9 @@ from flora_lab.tasks.data import Records, check_each, need_columns, three
 from flora_lab.tasks.pictures import open_image, read
 from flora_lab.tasks.pretrained import Pretrained
 from flora_lab.tasks.scenes import IGNORED, Scenes, labels_of, read_pairs
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 HEADS = ("decode_head", "auxiliary_head", "segmentation_head", "classifier", "head")
 
@@ -106,6 +105,10 @@ class SemanticSegmentation(Task):
         return max([*largest, 1]) + 1
 
     def build(self) -> nn.Module:
+        from torch import nn
+
+        from flora_lab.tasks.batch_norm import BatchNorm
+
         if self.backbone is None:
             model = self.model.load("AutoModelForSemanticSegmentation", HEADS, num_labels=self.classes)
         elif self.model.name:
@@ -123,6 +126,8 @@ class SemanticSegmentation(Task):
 
     def head(self, model: nn.Module) -> list[str]:
         """The decoder, and the norms that the backbone applies to its maps only."""
+        from torch import nn
+
         names = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
         if not names:
             raise ValueError(f"{type(model).__name__} has no head named {', '.join(HEADS)}")
@@ -136,6 +141,9 @@ class SemanticSegmentation(Task):
         (batch, 3, classes): all that IoU and accuracy need of the confusion matrix; -1 for an image whose logits are
         not finite.
         """
+        import torch
+        import torch.nn.functional as F
+
         logits = logits[0] if isinstance(logits, tuple) else logits
         finite = logits.isfinite().flatten(1).all(1)
         if logits.shape[-2:] != labels.shape[-2:]:
@@ -166,16 +174,6 @@ class SemanticSegmentation(Task):
         }
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Uses its running statistics if a batch has one value per channel: UperNet pools an image to one pixel, and the
-    last batch of an epoch may have one image."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.numel() == x.shape[1]:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
-
-
 @dataclass
 class LabelledScenes:
     """Pictures (channels, height, width) and their labels (height, width)."""
@@ -188,6 +186,8 @@ class LabelledScenes:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+        import torch.nn.functional as F
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as V
 
