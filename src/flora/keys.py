@@ -28,13 +28,13 @@ class Commands(click.Group):
         return sorted({*super().list_commands(ctx), *entry_points(group="flora.commands").names})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        added = entry_points(group="flora.commands", name=cmd_name)
-        return super().get_command(ctx, cmd_name) or next((command.load() for command in added), None)
+        own = super().get_command(ctx, cmd_name)
+        return own or next((command.load() for command in entry_points(group="flora.commands", name=cmd_name)), None)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             hint = did_you_mean(args[0], self.list_commands(ctx)) or f": {', '.join(self.list_commands(ctx))}"
             raise Refused(f"no such command {args[0]!r}{hint}")
         return super().resolve_command(ctx, args)

@@ -205,7 +205,7 @@ def test_one_diverged_run_does_not_stop_the_others(tmp_path):
     keys = [*SHORT, "training.max_steps=5", "comparison.seeds=[0]", "comparison.rates=[1,1e18]"]
     result = flora_compare(*with_methods(tmp_path, "head", "flora"), *keys)
     assert result.exit_code == 0, result.output
-    assert "flora diverged at step" in result.stderr and "head diverged at step" in result.stderr
+    assert "flora diverged at step" in result.stderr.partition("flora, 500 accuracy nan")[0]
     runs = [json.loads(line) for line in lines(tmp_path)]
     assert len(runs) == 4 and sum("merged_difference" in row for row in runs) == 1
 

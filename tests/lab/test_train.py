@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -181,6 +182,22 @@ def test_a_finished_run_waits_for_no_heavy_package(finished):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "nothing to do" in done.stderr
     assert not {"torch", "transformers", "peft", "matplotlib"} & {*ast.literal_eval(done.stdout.splitlines()[-1])}
+
+
+@pytest.mark.parametrize("size", [9_000, 40_000])
+def test_a_full_disk_is_one_line_and_the_next_start_goes_on(size, tmp_path):
+    job = [*with_methods(tmp_path, "head", "lora"), *SHORT]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        result = flora_train(*job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.exit_code == 2, result.output
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: the disk or quota is full (") and last.endswith("and the next start goes on")
+    assert "Traceback" not in result.stderr
+    assert flora_train(*job).exit_code == 0
 
 
 def test_the_data_are_looked_through_once(tmp_path, monkeypatch):

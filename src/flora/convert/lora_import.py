@@ -31,6 +31,7 @@ from flora.layers.kinds import CONV, EMBEDDING, LINEAR, LINEAR_TRANSPOSED, RAW
 from flora.layers.sites import Site
 from flora.models import empty_model
 from flora.tuner.config import FloraConfig
+from flora.tuner.field_types import check_types
 from flora.tuner.peft_compat import get_pattern_key
 
 # fields of LoraConfig that do not change what A and B mean, or that are read here; all others must be off
@@ -110,9 +111,11 @@ def _plain_config(path: Path, with_base: bool) -> LoraConfig:
             "PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     try:
-        return LoraConfig.from_pretrained(str(path.parent))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        config = LoraConfig.from_pretrained(str(path.parent))
+        check_types(config)
+    except Exception as error:  # PEFT's reading of a corrupt file may raise anything
         raise ValueError(f"{path}: {error}") from error
+    return config
 
 
 def _pairs(path: Path, file: safe_open) -> tuple[dict[str, str], list[str]]:

@@ -14,12 +14,29 @@ from peft import PeftConfig
 from flora.files import finish_replacing, replace_file, saved_shapes
 from flora.layers.cost import EXECUTIONS
 from flora.layers.starts import STARTS
+from flora.tuner.field_types import check_types
 from flora.tuner.peft_compat import FLORA, KEY_MAPPING
 from flora.tuner.renaming import rename
 
 FORMAT_VERSION = 1
 INITS = tuple(name for name in STARTS if name != "random")
 BIASES = ("none", "all", "flora_only")
+CHECKED = (
+    "r",
+    "kernel_rank",
+    "budget",
+    "target_modules",
+    "exclude_modules",
+    "target_parameters",
+    "rank_pattern",
+    "scale",
+    "scale_pattern",
+    "init",
+    "init_weights",
+    "dropout",
+    "execution",
+    "bias",
+)
 # what other methods call our fields
 OTHER_NAMES = {
     "rank": "r", "dim": "r", "lora_r": "r", "network_dim": "r", "alpha": "scale", "lora_alpha": "scale",
@@ -128,6 +145,7 @@ class FloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = FLORA
+        check_types(self, without=CHECKED)
         for name in ("target_modules", "exclude_modules", "target_parameters"):
             value = getattr(self, name)
             check_names(name, value, regex=name != "target_parameters")
@@ -191,7 +209,10 @@ class FloraConfig(PeftConfig):
     ) -> FloraConfig:
         """As PEFT's. Raises ValueError if the adapter's file is broken, or is no FLoRA adapter."""
         finish_replacing(Path(pretrained_model_name_or_path, subfolder or ""))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: its adapter_config.json is corrupt: {error}") from error
         # A file that is broken, or of another base model, must be refused before any layer is wrapped. Only here does
         # PEFT tell a tuner the path that it will load.
         download, _, _ = cls._split_kwargs(kwargs)

@@ -5,6 +5,7 @@ for several processes. Added here: an interrupted fit resumes, logs go to a fold
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -43,7 +44,7 @@ def fit(
     bar: bool = True,
 ) -> Fit:
     """Train on data["train"], from the last checkpoint in ``folder`` if an earlier fit there was interrupted."""
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints, progress = Checkpoints(folder / "checkpoints"), Progress(name, task.metric, bar)
     args = arguments(keys, steps(keys, data["train"]), seed, folder / "checkpoints")
     trainer = _Trainer(
         model,
@@ -54,14 +55,17 @@ def fit(
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce,
         # the method's callbacks first: a checkpoint is complete when they have written their part
-        callbacks=[*callbacks, checkpoints, Progress(name, task.metric, bar)],
+        callbacks=[*callbacks, checkpoints, progress],
         optimizers=(optimizer(args) if optimizer else None, None),
     )
     trainer.remove_callback(PrinterCallback)  # the bar says it
     if trainer.is_world_process_zero():
         trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
     trainer.title = name
-    trainer.train(resume_from_checkpoint=checkpoints.last)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoints.last)
+    finally:
+        progress.close()
     trainer.say_if_diverged()
     trainer.remove_callback(TensorBoardCallback)  # later evaluations would start a second log
     return Fit(trainer, checkpoints.seconds(), median(checkpoints.epochs) if checkpoints.epochs else None)
@@ -97,12 +101,22 @@ class _Trainer(Trainer):
                 self.say_if_diverged()
         return loss
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        self.say_if_diverged()
+        if any(math.isnan(value) for value in metrics.values()):  # outputs may overflow where the loss does not
+            self._say(self.state.global_step, "outputs are")
+        return metrics
+
     def say_if_diverged(self) -> None:
-        """Once, with the first step whose loss was not finite."""
-        step = int(self.__dict__.get("_first", 0))
-        if step and not self.diverged and self.is_world_process_zero():
-            tqdm.write(f"{self.title} diverged at step {step}: its loss is not finite", file=sys.stderr)
-        self.diverged = self.diverged or bool(step)
+        if step := int(self.__dict__.get("_first", 0)):
+            self._say(step, "loss is")
+
+    def _say(self, step: int, what: str) -> None:
+        """Once."""
+        if not self.diverged and self.is_world_process_zero():
+            tqdm.write(f"{self.title} diverged at step {step}: its {what} not finite", file=sys.stderr)
+        self.diverged = True
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but DoRA's magnitudes: their decay would shrink the frozen weight, not only its update."""
@@ -216,6 +230,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, name: str, metric: str, shown: bool):
         self.name, self.metric, self.shown = name, metric, shown
+        self.bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
@@ -234,5 +249,7 @@ class Progress(TrainerCallback):
         if f"eval_{self.metric}" in metrics:  # of the validation split; the test split has its own prefix
             self.bar.set_postfix_str(f"{self.metric} {metrics[f'eval_{self.metric}']:.3f}", refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+    def close(self) -> None:
+        """End the bar's line, also after an error."""
+        if self.bar is not None:
+            self.bar.close()

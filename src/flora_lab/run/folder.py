@@ -169,19 +169,25 @@ class Folder:
 
     def compared(self, variants: Sequence[str]) -> list[Row] | None:
         """All rows, if no trial of `flora compare` is missing; else None. What was left out may be able to run now."""
-        keys, rows = self.config.comparison, self.rows()
+        keys = self.config.comparison
         wanted = pairs(self.config, variants or self.config.methods, keys.budgets or [self.config.budget])
         if not self.page.exists() or self._ended_rows(grid(self.config, wanted)) is None:
             return None
+        rows = self.rows()
         return rows if self._ended_rows(others(self.config, wanted, rows)) is not None else None
 
     def _ended_rows(self, trials: Sequence[Trial]) -> list[Row] | None:
         """Their rows, if all of them have ended with the keys of this start."""
         earlier = None if self.config.fresh else self.earlier_keys()
-        if not earlier or len(done := self.rows_of(trials)) < len(trials):
+        if not earlier or self._ends_in_half_a_row() or len(done := self.rows_of(trials)) < len(trials):
             return None
         self.check_keys(earlier, asdict(self.config))
         return done
+
+    def _ends_in_half_a_row(self) -> bool:
+        """Whether a process was killed while it wrote a row."""
+        file = self.folder / RESULTS
+        return file.exists() and not file.read_bytes().endswith(b"\n")
 
 
 def grid(config: Config, pairs: Iterable[Pair]) -> list[Trial]:
