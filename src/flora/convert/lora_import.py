@@ -30,8 +30,8 @@ from flora.layers import kinds
 from flora.layers.kinds import CONV, EMBEDDING, LINEAR, LINEAR_TRANSPOSED, RAW
 from flora.layers.sites import Site
 from flora.models import empty_model
+from flora.tuner.checks import check_types
 from flora.tuner.config import FloraConfig
-from flora.tuner.field_types import check_types
 from flora.tuner.peft_compat import get_pattern_key
 
 # fields of LoraConfig that do not change what A and B mean, or that are read here; all others must be off
@@ -101,8 +101,8 @@ def _plain_config(path: Path, with_base: bool) -> LoraConfig:
     for name, value in content.items():
         if name not in KNOWN and value:
             raise ValueError(f"{path}: {name}={value!r} makes it more than an update of the base model's weights")
-    start = content.get("init_lora_weights", True)
-    start = start.lower() if isinstance(start, str) else start
+    given = content.get("init_lora_weights", True)
+    start = given.lower() if isinstance(given, str) else given
     if start in BASE_STARTS and not with_base:
         raise ValueError(f"{path}: init_lora_weights={start!r} changes the base weights: give BASE to import it")
     if start not in (*PLAIN_STARTS, *BASE_STARTS):
@@ -217,7 +217,7 @@ class _BaseLayers(_Layers):
 
     def raw_parameters(self, module: str) -> list[str]:
         targets = self.config.target_parameters or ()
-        names = [name for name, _ in self.layer(module).named_parameters(recurse=False)] if targets else []
+        names = self.layer(module)._parameters if targets else ()
         return [name for name in names if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
 
     def raw_site(self, module: str, parameter: str, path: str) -> Site:
@@ -228,8 +228,7 @@ class _BaseLayers(_Layers):
 
     def _site(self, module: str, parameter: str) -> Site:
         layer = self.layer(module)
-        kind, _ = kinds.describe(layer, parameter)
-        return Site.of(layer, kind, module, parameter)
+        return Site.of(layer, kinds.describe(layer, parameter)[0], module, parameter)
 
     def _plain(self, site: Site) -> Site:
         if reason := lora_obstacle(site, self.shape(site)):
@@ -273,9 +272,8 @@ def peft_start(weight: Tensor, site: Site, config: LoraConfig, rank: int, alpha:
             from transformers.pytorch_utils import Conv1D
 
             layer = Conv1D(out, inputs)
-        # PEFT takes float32 at most
-        narrow = weight.float() if weight.dtype == torch.float64 else weight
-        layer.weight = nn.Parameter(narrow.clone(), requires_grad=False)
+        narrow = weight.float() if weight.dtype == torch.float64 else weight.clone()  # PEFT takes no more
+        layer.weight = nn.Parameter(narrow, requires_grad=False)
         own = LoraConfig(
             r=rank,
             lora_alpha=alpha,

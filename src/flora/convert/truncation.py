@@ -19,7 +19,7 @@ from flora.convert.report import Rest, TruncatedWeight, TruncationReport
 from flora.layers.kinds import output_mode
 from flora.layers.sites import Site
 from flora.ranks import Ranks, Weight, clip_ranks, usable_ranks
-from flora.tuner.config import check_budget, check_rank, is_number
+from flora.tuner.checks import check_budget, check_rank, is_number
 
 
 @dataclass(frozen=True)

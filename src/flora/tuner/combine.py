@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flora import tucker
-from flora.tuner.config import FloraConfig, check_rank
+from flora.tuner.checks import check_rank
+from flora.tuner.config import FloraConfig
 from flora.tuner.layer import FloraLayer
 from flora.tuner.peft_compat import ModulesToSaveWrapper
 

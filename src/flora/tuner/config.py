@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +12,17 @@ from peft import PeftConfig
 from flora.files import finish_replacing, replace_file, saved_shapes
 from flora.layers.cost import EXECUTIONS
 from flora.layers.starts import STARTS
-from flora.tuner.field_types import check_types
+from flora.tuner.checks import (
+    check_budget,
+    check_choice,
+    check_names,
+    check_patterns,
+    check_rank,
+    check_scale,
+    check_scales,
+    check_types,
+    is_number,
+)
 from flora.tuner.peft_compat import FLORA, KEY_MAPPING
 from flora.tuner.renaming import rename
 
@@ -22,21 +30,9 @@ FORMAT_VERSION = 1
 INITS = tuple(name for name in STARTS if name != "random")
 BIASES = ("none", "all", "flora_only")
 CHECKED = (
-    "r",
-    "kernel_rank",
-    "budget",
-    "target_modules",
-    "exclude_modules",
-    "target_parameters",
-    "rank_pattern",
-    "scale",
-    "scale_pattern",
-    "init",
-    "init_weights",
-    "dropout",
-    "execution",
-    "bias",
-)
+    "r", "kernel_rank", "budget", "target_modules", "exclude_modules", "target_parameters", "rank_pattern", "scale",
+    "scale_pattern", "scales", "init", "init_weights", "dropout", "execution", "bias",
+)  # fmt: skip
 # what other methods call our fields
 OTHER_NAMES = {
     "rank": "r", "dim": "r", "lora_r": "r", "network_dim": "r", "alpha": "scale", "lora_alpha": "scale",
@@ -233,86 +229,3 @@ class FloraConfig(PeftConfig):
                 "`pip install -U flora-peft`"
             )
         return super().check_kwargs(**kwargs)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is an int or a float, and neither a bool nor NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def is_rank(value: Any) -> bool:
-    """Whether it is a whole number from 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-# Each raises ValueError, naming the field, the value given and what is accepted.
-
-
-def check_names(name: str, value: Any, regex: bool) -> None:
-    """A list of names, None, or with ``regex`` a regex."""
-    accepted = f"{name} must be a list of names{' or a regex' if regex else ''}"
-    if regex and isinstance(value, str):
-        check_regex(accepted, value)
-    elif value is not None:
-        if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(one, str) for one in value):
-            raise ValueError(f"{accepted}, got {value!r}")
-
-
-def check_patterns(name: str, patterns: Any, check: Callable[[str, Any], None]) -> None:
-    """A dictionary of regexes to values that pass ``check``."""
-    accepted = f"{name} must have names or regexes as keys"
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{accepted}, got {patterns!r}")
-    for pattern, value in patterns.items():
-        check_regex(accepted, pattern)
-        check(f"{name}[{pattern!r}]", value)
-
-
-def check_regex(accepted: str, value: Any) -> None:
-    """A valid regular expression; ``accepted`` begins the message."""
-    if not isinstance(value, str):
-        raise ValueError(f"{accepted}, got {value!r}")
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{accepted}, got {value!r}: {error}") from error
-
-
-def check_rank(name: str, value: Any, none: bool = False, many: bool = True) -> None:
-    """A rank; with ``many`` also a list of ranks, with ``none`` also None."""
-    if (none and value is None) or is_rank(value):
-        return
-    if many and isinstance(value, Sequence) and not isinstance(value, str) and value and all(map(is_rank, value)):
-        return
-    accepted = "a whole number from 1" + (", or a list of one per mode" if many else "")
-    raise ValueError(f"{name} must be {accepted}, got {value!r}")
-
-
-def check_budget(value: Any) -> None:
-    """A number of parameters, a share of the model, or None."""
-    if value is None or is_rank(value) or (isinstance(value, float) and 0 < value <= 1):
-        return
-    raise ValueError(
-        f"budget must be a number of parameters (a whole number from 1) or a share of the model (a float in (0, 1]), "
-        f"got {value!r}"
-    )
-
-
-def check_scale(name: str, value: Any) -> None:
-    """ "auto" or a finite number other than 0."""
-    if value != "auto" and not (is_number(value) and abs(value) != float("inf") and value != 0):
-        raise ValueError(f"{name} must be 'auto' or a finite number other than 0, got {value!r}")
-
-
-def check_scales(scales: Any) -> None:
-    """A dictionary of names to numbers, or None."""
-    if scales is None:
-        return
-    if not isinstance(scales, dict) or not all(isinstance(key, str) and is_number(s) for key, s in scales.items()):
-        raise ValueError(f"scales must be None or a dictionary of weights' names to numbers, got {scales!r}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """One of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

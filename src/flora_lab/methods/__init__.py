@@ -117,7 +117,7 @@ def adapt(
         CannotAdapt: the method does not support this model, or the budget is too small for it.
         ValueError, TypeError: an unknown method, head or option, or a value that is not accepted.
     """
-    from flora.tuner.config import check_rank
+    from flora.tuner.checks import check_rank
     from flora_lab.methods.common import Request, head_parameters, trainable
 
     if isinstance(method, str):
