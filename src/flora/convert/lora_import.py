@@ -34,7 +34,7 @@ from flora.tuner.checks import check_types
 from flora.tuner.config import FloraConfig
 from flora.tuner.peft_compat import get_pattern_key
 
-# fields of LoraConfig that do not change what A and B mean, or that are read here; all others must be off
+# fields of LoraConfig that are read here, or do not change what A and B mean; all others must be off
 KNOWN = (
     "peft_type", "peft_version", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha",
     "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights",
@@ -126,8 +126,8 @@ def _pairs(path: Path, file: safe_open) -> tuple[dict[str, str], list[str]]:
         for key in keys
         if key.endswith((".lora_A.weight", ".lora_embedding_A"))
     }
-    if missing := [key for pair in pairs.items() for key in pair if key not in keys]:
-        raise ValueError(f"{path}: {missing[0]!r} is missing")
+    if missing := {key for pair in pairs.items() for key in pair} - {*keys}:
+        raise ValueError(f"{path}: {min(missing)!r} is missing")
     others = [key for key in keys if key not in pairs and key not in pairs.values()]
     if not pairs or (strange := [key for key in others if "lora_" in key]):
         raise ValueError(f"{path} is not a plain LoRA: it has {(strange if pairs else keys)[:1]}")
@@ -135,7 +135,7 @@ def _pairs(path: Path, file: safe_open) -> tuple[dict[str, str], list[str]]:
 
 
 def _update(layers: _Layers, key: str, b: Tensor, a: Tensor) -> Update:
-    """The update of PEFT's tensors A and B; ``key`` is A's."""
+    """The update of A and B; ``key`` is A's."""
     stem = key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
     module, *inner = stem.split(".base_layer")
     if any(inner):
