@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 import flora
 from flora import FloraConfig, FloraLayer
+from flora.tuner.names import COMPILERS_READ
 from flora.tuner.peft_compat import SAVES_BIASES
 from processes import START
 from reference import layers
@@ -79,6 +82,59 @@ def test_generation_with_mixed_adapters(make, targets, beams):
         assert torch.equal(mixed[n], alone[0])
     with pytest.raises(ValueError, match="non-existing adapter"):
         model.generate(input_ids=tokens, adapter_names=["absent"] * 3, **options)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["base model", "PeftModel"])
+def test_adapter_names_of_a_compiled_model(whole):
+    torch.compiler.reset()
+    model, x = adapted(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), ["0"], modules_to_save=["1"]), torch.randn(3, 6)
+    model.add_adapter("other", FloraConfig(r=4, target_modules=["0"], init_weights=False, modules_to_save=["1"]))
+    names = ["default", "other", "__base__"]
+    mixes = [{}, {"adapter_names": names}, {"adapter_names": names[::-1]}, {}]
+    with torch.no_grad():
+        expected = [model(x, **mix) for mix in mixes]
+        inner = model.base_model.model
+        if whole:
+            compiled = torch.compile(model, backend="eager")
+        else:
+            inner.compile(backend="eager")
+            compiled = model
+        if whole and not COMPILERS_READ:
+            with pytest.raises(RuntimeError, match="set_stance in a torch.compile region"):
+                compiled(x, adapter_names=names)
+            return
+        for mix, one in zip(mixes, expected, strict=True):
+            torch.testing.assert_close(compiled(x, **mix), one)
+
+
+def test_calls_with_names_in_threads_leave_compilers_as_they_were(monkeypatch):
+    stances = []
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: Stance(stances, stance))
+    model = adapted(nn.Sequential(nn.Linear(6, 6)), ["0"])
+    entered, leave = Barrier(3), Barrier(3)
+
+    def serve(names):
+        with model.base_model._enable_peft_forward_hooks(adapter_names=names):
+            entered.wait()
+            leave.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(serve, ["default"]) for _ in range(2)]
+        entered.wait()
+        leave.wait()
+        assert all(call.result() is None for call in calls)
+    assert stances == ["force_eager", "force_eager", "the first's end"]
+
+
+class Stance:
+    """As torch's: it is taken when it is made."""
+
+    def __init__(self, stances, stance):
+        self.stances, self.first = stances, not stances
+        stances.append(stance)
+
+    def __exit__(self, *error):
+        self.stances.append("the first's end" if self.first else "another's end")
 
 
 def test_transformers_own_adapter_methods(tmp_path):

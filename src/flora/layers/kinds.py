@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flora.layers import beside
+from flora.layers import batches, beside
 from flora.layers.core_space import CoreSpace
 from flora.layers.storage import logical_shape, storage_of
 from flora.layers.weights import parameter_of, shape_of
@@ -42,25 +42,6 @@ def _clear_padding_row(layer: Any, space: CoreSpace) -> None:
     """The padding row never learns, so its update must start at zero."""
     if layer.padding_idx is not None and not space.core.is_meta:
         space.factors[0].data[layer.padding_idx] = 0
-
-
-def _rows(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> int | None:
-    single = x.ndim == 0 or (x.ndim == 1 and x.is_floating_point())
-    return None if single else x.shape[batch_mode(layer)]
-
-
-def _images(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> int | None:
-    return x.shape[0] if x.ndim == len(layer.kernel_size) + 2 else None
-
-
-def _sequences(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> int | None:
-    return x.shape[batch_mode(layer)] if x.ndim == 3 else None
-
-
-def _bags(layer: Any, x: Tensor, offsets: Tensor | None = None, *args: Any, **kwargs: Any) -> int | None:
-    if offsets is None:
-        return x.shape[0] if x.ndim == 2 else None
-    return len(offsets) - layer.include_last_offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +80,7 @@ class Kind:
     after_start: Callable[[nn.Module, CoreSpace], None] = _nothing
     is_matrix: bool = False
     input_name: str = "input"
-    samples: Callable[..., int | None] = _rows
+    samples: Callable[..., int | None] = batches.rows
     private: tuple[str, ...] = ()
     lora_form: str | None = None
     locon_form: str | None = None
@@ -185,7 +166,7 @@ CONV = Kind(
     lora_form="conv",
     locon_form="conv",
     quantized=("optimum.quanto.nn.qconv2d.QConv2d",),
-    samples=_images,
+    samples=batches.images,
 )
 CONV_TRANSPOSED = Kind(
     "ConvTranspose",
@@ -194,7 +175,7 @@ CONV_TRANSPOSED = Kind(
     beside.conv_transposed,
     beside.conv_transposed_fused,
     beside.conv_transposed_plain,
-    samples=_images,
+    samples=batches.images,
 )
 EMBEDDING = Kind(
     "Embedding",
@@ -218,7 +199,7 @@ EMBEDDING_BAG = Kind(
     beside.embedding_bag,
     factorable=_plain_lookup,
     after_start=_clear_padding_row,
-    samples=_bags,
+    samples=batches.bags,
 )
 BILINEAR = Kind("Bilinear", (nn.Bilinear,), ("out", "in", "in"), input_name="input1")
 ATTENTION = Kind(
@@ -228,7 +209,7 @@ ATTENTION = Kind(
     weights=("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"),
     input_name="query",
     private=("_qkv_same_embed_dim",),
-    samples=_sequences,
+    samples=batches.sequences,
 )
 
 KINDS = (LINEAR, LINEAR_TRANSPOSED, CONV, CONV_TRANSPOSED, EMBEDDING, EMBEDDING_BAG, BILINEAR, ATTENTION)
@@ -293,11 +274,6 @@ def possible(execution: str, kind: Kind, layer: nn.Module, weight: str, shape: t
 def only_beside(kind: Kind, layer: nn.Module, weight: str) -> bool:
     """Whether an update must run beside the layer, since the layer does not compute with a plain weight."""
     return kind.quantizes(layer) or storage_of(layer, weight) is not None
-
-
-def batch_mode(layer: nn.Module) -> int:
-    """The mode of the layer's input that counts samples."""
-    return 0 if getattr(layer, "batch_first", True) else 1
 
 
 def output_mode(roles: tuple[str, ...]) -> int:

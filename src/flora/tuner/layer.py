@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
 
@@ -11,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flora.layers.batches import batch_mode
 from flora.layers.core_space import CoreSpace
 from flora.layers.cost import LOW_PRECISION, can_fuse, of_one_type, pooled
-from flora.layers.kinds import RAW, batch_mode
+from flora.layers.kinds import RAW
 from flora.layers.offload import loaded
 from flora.layers.pool import Entry
 from flora.layers.sharded import in_parts, is_distributed, swapped
@@ -22,10 +22,8 @@ from flora.layers.stand_in import Refused, StandIn
 from flora.layers.weights import is_bare, is_plain, run_with_weights
 from flora.tuner.live import Ready, live
 from flora.tuner.merging import MergeableWeight
+from flora.tuner.names import names_for
 from flora.tuner.peft_compat import BaseTunerLayer
-
-# The adapter of each sample, by layer, in the call that is running. A call's own, so that others may run beside it.
-NAMES: ContextVar[dict[nn.Module, Sequence[str]] | None] = ContextVar("NAMES", default=None)
 
 
 class FloraLayer(MergeableWeight):
@@ -49,9 +47,7 @@ class FloraLayer(MergeableWeight):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base layer's. ``adapter_names`` gives every sample of the batch an adapter of its own."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None and not torch.compiler.is_compiling():  # a call with names runs eagerly
-            adapter_names = (NAMES.get() or {}).get(self)
+        adapter_names = kwargs.pop("adapter_names", None) or names_for(self)
         if self.fusable and adapter_names is None and len(args) == 1 and not kwargs:
             result = self._quick(args[0])
             if result is not None:
@@ -79,8 +75,7 @@ class FloraLayer(MergeableWeight):
         return self._fused(active[0], x) if has_it else None
 
     def _seen_from_outside(self, name: str) -> Any:
-        mixed = not torch.compiler.is_compiling() and self in (NAMES.get() or {})
-        if not mixed or name != self.parameter_name or self.is_quantized:
+        if names_for(self) is None or name != self.parameter_name or self.is_quantized:
             return super()._seen_from_outside(name)
         why = f"layer {self.name!r}: its weight is read, not called: `adapter_names` can't give each sample its own"
         return Refused.of(self.base_parameter, why)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from threading import Lock
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from flora.layers.starts import STARTS
 from flora.tuner.combine import check_combination, combined_config, fill, summed
 from flora.tuner.config import FloraConfig
 from flora.tuner.diffusers_compat import refuse_lora_files
-from flora.tuner.layer import NAMES, FloraLayer
+from flora.tuner.layer import FloraLayer
 from flora.tuner.live import detach, one_call
+from flora.tuner.names import call_with_names
 from flora.tuner.peft_compat import (
     PREFIX,
     SAVES_BIASES,
@@ -248,25 +248,8 @@ class FloraModel(BaseTuner):
         inner = {layer.base_layer for layer in self._layers()}  # the layer around them hands the names on
         repeated = [name for name in names for _ in range(beams)]
         taking = [m for m in self.model.modules() if isinstance(m, (FloraLayer, AuxiliaryTrainingWrapper))]
-        _let_take_names(taking)
-        token = NAMES.set({m: list(names) if m in single else repeated for m in taking if m not in inner})
-        try:
-            # compilers don't look at names, which change from call to call
-            with nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager"):
-                yield
-        finally:
-            NAMES.reset(token)
-
-
-_LOCK = Lock()
-
-
-def _let_take_names(modules: Sequence[nn.Module]) -> None:
-    """Let PEFT's wrappers, too, take their adapters' names from ``NAMES``. Once: the hook then stays."""
-    with _LOCK:
-        for module in modules:
-            if not isinstance(module, FloraLayer) and _take_names not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_take_names, with_kwargs=True)
+        with call_with_names({m: list(names) if m in single else repeated for m in taking if m not in inner}):
+            yield
 
 
 def _forget_aliases(model: nn.Module, incompatible: Any) -> None:
@@ -276,8 +259,3 @@ def _forget_aliases(model: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [
         key for key in incompatible.missing_keys if not any(f".{name}.tucker_" in f".{key}" for name in names)
     ]
-
-
-def _take_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    names = (NAMES.get() or {}).get(module)
-    return args, kwargs if names is None else {**kwargs, "adapter_names": names}
