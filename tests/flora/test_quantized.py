@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,20 +94,40 @@ def fp8_linear(block: tuple[int, int] | None) -> Callable[[nn.Linear], nn.Module
     return make
 
 
-def casting(linear: nn.Linear) -> nn.Module:
+def casting(layer: nn.Module) -> nn.Module:
     from diffusers.hooks import apply_layerwise_casting
 
-    apply_layerwise_casting(linear, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=())
-    return linear
+    apply_layerwise_casting(layer, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=())
+    return layer
+
+
+def gptqmodel(name: str, **options) -> Callable[[nn.Linear], nn.Module]:
+    def make(linear: nn.Linear) -> nn.Module:
+        from gptqmodel.nn_modules.qlinear import torch as gptq
+        from gptqmodel.nn_modules.qlinear import torch_awq as awq
+
+        sizes = {"bits": 4, "group_size": 32, "in_features": IN, "out_features": OUT, "bias": True}
+        layer = getattr(awq if name.startswith("Awq") else gptq, name)(sym=False, desc_act=False, **sizes, **options)
+        groups = linear.weight.data.unflatten(1, (-1, 32))
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scales = (high - low) / 15
+        pack = getattr(layer, "pack_original", layer.pack)
+        pack(linear, scales, (-low / scales).round(), g_idx=(torch.arange(IN) // 32).int())
+        layer.post_init()
+        return layer.eval()
+
+    return make
 
 
 @dataclass(frozen=True)
 class Base:
-    """``make`` quantizes a linear layer. ``autocast``: whether the layer itself runs under it."""
+    """``make`` quantizes a linear layer. ``autocast``: whether the layer itself runs under it; ``merges``: whether it
+    can be quantized anew."""
 
     id: str
     make: Callable[[nn.Linear], nn.Module]
     autocast: bool = True
+    merges: bool = True
 
 
 BASES = [
@@ -124,6 +147,11 @@ BASES = [
     Base("transformers-float8-blocks", fp8_linear((48, 32))),
     Base("layerwise_casting", casting),
 ]
+if find_spec("gptqmodel"):  # not among the test dependencies: it compiles its kernels
+    BASES += [
+        Base("gptq", gptqmodel("TorchLinear"), merges=False),
+        Base("awq", gptqmodel("AwqTorchLinear", register_buffers=True), merges=False),
+    ]
 every_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.id)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -274,7 +302,7 @@ def test_activations_start_beside_a_quantized_weight_and_a_gradient_can_not(base
         flora.initialize(get_peft_model(Net(base), config_of("gradient")), [x], loss=lambda model, x: model(x).sum())
 
 
-@every_base
+@pytest.mark.parametrize("base", [base for base in BASES if base.merges], ids=lambda base: base.id)
 @pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
 def test_merging_quantizes_anew_and_unmerging_is_exact(base, safe):
     model, x = get_peft_model(Net(base), config(scale=5.0)).eval(), torch.randn(5, IN)
@@ -298,6 +326,115 @@ def test_merging_quantizes_anew_and_unmerging_is_exact(base, safe):
     assert torch.equal(dense_of(layer.base_layer, "weight"), plain)
     with torch.no_grad():
         assert torch.equal(model(x), before)
+
+
+class Abstract(nn.Module):
+    """The class that gptqmodel's kernels inherit from."""
+
+    __module__, __qualname__ = "gptqmodel.nn_modules.qlinear", "BaseQuantLinear"
+
+
+class Foreign(Abstract):
+    """A kernel that packs its weight in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = IN, OUT, nn.Parameter(torch.randn(OUT))
+        self.register_buffer("qweight", torch.randn(OUT, IN).half())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.qweight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def test_what_can_not_be_quantized_anew_is_refused_before_any_weight_is_merged():
+    base = Base("foreign", lambda linear: Foreign())
+    model = get_peft_model(Net(base), config(target_modules=["first", "layer"]))
+    weight = model.base_model.model.first.base_layer.weight.clone()
+    foreign = model.base_model.model.layer.base_layer
+    torch.testing.assert_close(dense_of(foreign, "weight"), foreign.qweight.float(), rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match=r"layer 'layer': its weight of shape \[64, 128\] is kept as GPTQ or AWQ"):
+        model.merge_adapter()
+    assert torch.equal(model.base_model.model.first.base_layer.weight, weight)
+
+
+def quantized_conv(layer: nn.Module) -> nn.Module:
+    from optimum import quanto
+
+    model = nn.Sequential(layer)
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+    return model[0]
+
+
+def quantized_embedding(name: str) -> Callable[[nn.Embedding], nn.Module]:
+    def make(table: nn.Embedding) -> nn.Module:
+        import bitsandbytes as bnb
+
+        layer = getattr(bnb.nn, name)(table.num_embeddings, table.embedding_dim)
+        layer.load_state_dict(table.state_dict())
+        return layer.to("cpu")
+
+    return make
+
+
+IMAGE, TOKENS = (lambda: torch.randn(2, 4, 9, 8)), (lambda: torch.arange(12).reshape(3, 4))
+OTHERS = {
+    "quanto-Conv2d": (quantized_conv, lambda: nn.Conv2d(4, 8, 3, stride=2), IMAGE),
+    "casting-Conv2d": (casting, lambda: nn.Conv2d(4, 8, 3, groups=2), IMAGE),
+    "casting-depthwise": (casting, lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1), IMAGE),
+    "casting-ConvTranspose2d": (casting, lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), IMAGE),
+    "bitsandbytes-Embedding4bit": (quantized_embedding("EmbeddingNF4"), lambda: nn.Embedding(12, 64), TOKENS),
+    "bitsandbytes-Embedding8bit": (quantized_embedding("Embedding8bit"), lambda: nn.Embedding(12, 64), TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("execution", ["auto", "merged"])
+@torch.no_grad()
+def test_other_layers_are_as_with_the_dense_weight(name, execution, tmp_path):
+    quantize, make, inputs = OTHERS[name]
+    plain, x = make(), inputs()
+    layer = quantize(copy.deepcopy(plain))
+    plain.weight.copy_(dense_of(layer, "weight"))
+    if getattr(plain, "bias", None) is not None:
+        plain.bias.copy_(layer.bias)  # casting rounds it, too
+    torch.manual_seed(1)
+    model = get_peft_model(nn.Sequential(layer), config(target_modules=["0"], execution=execution)).eval()
+    torch.manual_seed(1)
+    dense = get_peft_model(nn.Sequential(plain), config(target_modules=["0"])).eval()
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-3, atol=1e-3)
+    state, before = kept_state(layer, "weight"), model(x)
+    with pytest.warns(UserWarning, match="has quantized 1 weights anew"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), before, rtol=0.2, atol=0.2 * before.abs().max().item())
+    model.unmerge_adapter()
+    assert all(kept_state(layer, "weight")[key] is value for key, value in state.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant:UserWarning")
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+def test_the_example_of_the_documentation_trains(tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, **sizes)).save_pretrained("base")
+    data = [{"input_ids": torch.arange(8) + n, "labels": torch.arange(8) + n} for n in range(16)]
+    page = Path(__file__).parents[2].joinpath("docs/quantized.md").read_text()
+    names = {"name": "base", "steps": 8, "data": data}
+    exec(compile(page.split("```python\n")[1].split("```")[0], "quantized.md", "exec"), names)
+    model = names["model"]
+    assert len(layers(model)) == 14
+    again = names["AutoModelForCausalLM"].from_pretrained("base", quantization_config=names["quantization"])
+    loaded = PeftModel.from_pretrained(again, "my-adapter").eval()
+    batch = data[0]["input_ids"][None]
+    with torch.no_grad():
+        assert torch.equal(loaded(batch).logits, model.eval()(batch).logits)
+        with model.disable_adapter():
+            untrained = model(batch, labels=batch).loss
+        assert model(batch, labels=batch).loss < untrained
 
 
 def linear_of(weight: Tensor) -> nn.Linear:

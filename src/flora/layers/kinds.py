@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flora.layers import batches, beside
+from flora.layers import batches, beside, storage
 from flora.layers.core_space import CoreSpace
 from flora.layers.storage import logical_shape, storage_of
 from flora.layers.weights import parameter_of, shape_of
@@ -110,6 +110,8 @@ class Kind:
         if self.factored is None or not self.factorable(layer):
             return False
         stock: Any = self.type_of(layer)
+        if stock.forward is nn.Module.forward:  # gptqmodel's base class leaves it to each kernel
+            return True
         own_forward = type(layer).forward is not stock.forward or (
             getattr(type(layer), "_conv_forward", None) is not getattr(stock, "_conv_forward", None)
         )
@@ -136,14 +138,7 @@ LINEAR = Kind(
     is_matrix=True,
     lora_form="linear",
     locon_form="linear",
-    quantized=(
-        "bitsandbytes.nn.modules.Linear4bit",
-        "bitsandbytes.nn.modules.Linear8bitLt",
-        "gptqmodel.nn_modules.qlinear.BaseQuantLinear",
-        "hqq.core.quantize.HQQLinear",
-        "optimum.quanto.nn.qlinear.QLinear",
-        "transformers.integrations.finegrained_fp8.FP8Linear",
-    ),
+    quantized=storage.LINEAR,
 )
 LINEAR_TRANSPOSED = Kind(
     "Conv1D",
@@ -165,7 +160,7 @@ CONV = Kind(
     beside.conv_plain,
     lora_form="conv",
     locon_form="conv",
-    quantized=("optimum.quanto.nn.qconv2d.QConv2d",),
+    quantized=storage.CONV,
     samples=batches.images,
 )
 CONV_TRANSPOSED = Kind(
@@ -186,11 +181,7 @@ EMBEDDING = Kind(
     scales_output=lambda layer: hasattr(layer, "embed_scale"),
     after_start=_clear_padding_row,
     lora_form="embedding",
-    quantized=(
-        "bitsandbytes.nn.modules.Embedding4bit",
-        "bitsandbytes.nn.modules.Embedding8bit",
-        "transformers.integrations.finegrained_fp8.FP8Embedding",
-    ),
+    quantized=storage.EMBEDDING,
 )
 EMBEDDING_BAG = Kind(
     "EmbeddingBag",

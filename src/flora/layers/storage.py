@@ -18,6 +18,22 @@ from torch import Tensor, nn
 from flora.layers import packing
 from flora.layers.weights import leaf, owner, parameter_of, shape_of
 
+# classes that compute what a torch class does, with a weight that they quantize; for the rows of ``kinds.KINDS``
+LINEAR = (
+    "bitsandbytes.nn.modules.Linear4bit",
+    "bitsandbytes.nn.modules.Linear8bitLt",
+    "gptqmodel.nn_modules.qlinear.BaseQuantLinear",
+    "hqq.core.quantize.HQQLinear",
+    "optimum.quanto.nn.qlinear.QLinear",
+    "transformers.integrations.finegrained_fp8.FP8Linear",
+)
+CONV = ("optimum.quanto.nn.qconv2d.QConv2d",)
+EMBEDDING = (
+    "bitsandbytes.nn.modules.Embedding4bit",
+    "bitsandbytes.nn.modules.Embedding8bit",
+    "transformers.integrations.finegrained_fp8.FP8Embedding",
+)
+
 Layer = Any  # a module whose class belongs to a library that may be missing
 
 
