@@ -10,12 +10,17 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from cases import CASES
 from flora import FloraConfig
 from reference import first, layers
-from test_contract import CLOSE, Holder, build, config, every_case
+from test_contract import CLOSE, Holder, build, config
 
-# attention reads the weight of its output projection without calling it
-OPTIONS = {"execution_device": torch.device("cpu"), "preload_module_classes": ["MultiheadAttention"]}
+# these read weights of modules in them without calling the modules
+WHOLE = ["MultiheadAttention", "Listed", "Keyed"]
+OPTIONS = {"execution_device": torch.device("cpu"), "preload_module_classes": WHOLE}
+# a list of parameters is a module that no forward calls: accelerate loads it with the module around it
+LISTS = [case for case in CASES if case.id.startswith(("ParameterList", "ParameterDict"))]
+every_case = pytest.mark.parametrize("case", [case for case in CASES if case not in LISTS], ids=lambda case: case.id)
 
 
 def is_away(model: nn.Module) -> bool:
@@ -61,6 +66,19 @@ def test_an_offloaded_model_is_adapted(case):
     for (name, ours), (_, theirs) in pairs:
         if ours.grad is not None:
             torch.testing.assert_close(theirs.grad, ours.grad, msg=name, **CLOSE)
+
+
+@pytest.mark.parametrize("case", LISTS, ids=lambda case: case.id)
+@torch.no_grad()
+def test_weights_that_a_module_around_them_loads_run_and_are_not_merged(case):
+    model, base, args = build(case)
+    expected = first(model(*args))
+    cpu_offload(model, **OPTIONS)
+    torch.testing.assert_close(first(model(*args)), expected, **CLOSE)
+    with pytest.raises(ValueError, match="it or its adapter is on the meta device, without numbers; load both first"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match='scale="auto" needs the numbers of a weight'):
+        get_peft_model(cpu_offload(Holder(base), **OPTIONS), config(case))
 
 
 class Two(nn.Module):
