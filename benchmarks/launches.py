@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Results, Row, interleaved, names_in, parser, prepare, rows_of, table
+from measure import Results, Row, interleaved, kernels, names_in, parser, prepare, rows_of, table
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,16 +124,6 @@ def operations(step: Callable[[], None]) -> float:
     return counter.count / LAYERS
 
 
-def kernels(step: Callable[[], None]) -> float:
-    """GPU kernels and copies of a step, per layer."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()) / LAYERS
-
-
 def measure(name: str, precision: str, args: argparse.Namespace) -> list[Row]:
     """One row per variant."""
     kind = KINDS[name]
@@ -160,7 +150,11 @@ def measure(name: str, precision: str, args: argparse.Namespace) -> list[Row]:
                 if "lora" in times
                 else None,
             },
-            **({"kernels": kernels(steps[method])} if args.device == "cuda" else {}),
+            **(
+                {name: value / LAYERS for name, value in kernels(steps[method]).items()}
+                if args.device == "cuda"
+                else {}
+            ),
         }
         for method, own in times.items()
     ]
@@ -188,15 +182,19 @@ def report(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    flags = parser(__doc__)
+def arguments() -> argparse.Namespace:
+    flags = parser((__doc__ or "").partition("\n")[0])
     flags.set_defaults(methods=list(METHODS), workloads=list(KINDS), threads=1)
     flags.add_argument("--kinds", type=names_in(KINDS), default=list(KINDS), metavar="NAME,…")
     flags.add_argument("--precisions", type=names_in(PRECISIONS), default=list(PRECISIONS), metavar="NAME,…")
     flags.add_argument("--seconds", type=float, default=10, help="per kind and precision")
     flags.add_argument("--rounds", type=int)
     flags.add_argument("--table", type=rows_of, metavar="FILE.json", help="print the tables of a results file, and end")
-    args = flags.parse_args()
+    return flags.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     if args.table is not None:
         print(report(args.table))
         return

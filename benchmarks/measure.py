@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from variants import VARIANTS, adapt_variant, lora_parameters
 from workloads import WORKLOADS, Case, Workload
 
@@ -61,7 +62,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     flags.add_argument("--methods", type=names_in(VARIANTS), default=list(VARIANTS), metavar="NAME,…")
     flags.add_argument("--threads", type=int, default=2)
     flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    flags.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: by autocast")
+    flags.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "bf16-base"],
+        default="fp32",
+        help="bf16: by autocast; bf16-base: a model in bf16 with adapters in float32, without autocast",
+    )
     flags.add_argument(
         "--keep-memory", action="store_true", help="make the C library keep freed memory, as a GPU's allocator does"
     )
@@ -82,6 +88,19 @@ def prepare(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------- models to train
 
 
+def case_of(workload: Workload, args: argparse.Namespace) -> Case:
+    """The workload's case, in the types of ``--precision``."""
+    case = workload.case(args.tiny, args.seed, args.device)
+    if args.precision == "bf16-base":
+        case.model.bfloat16()
+        case.batch = tree_map_only(Tensor, _low, case.batch)
+    return case
+
+
+def _low(tensor: Tensor) -> Tensor:
+    return tensor.detach().bfloat16().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+
+
 def adapted_models(workload: Workload, case: Case, args: argparse.Namespace) -> Iterator[tuple[str, AdaptedModel]]:
     """Each variant's model, all around the same weights. A variant that can't run prints a line with the reason."""
     rank = workload.lora_rank(args.tiny)
@@ -92,6 +111,14 @@ def adapted_models(workload: Workload, case: Case, args: argparse.Namespace) -> 
             adapted = adapt_variant(name, case.model, workload.targets, budget, args.seed)
         except CannotAdapt as reason:
             print(f"{name:16}{'left out':>12}: {reason}")
+            continue
+        try:
+            with autocast(args):
+                output = case.forward(adapted.model)
+            case.backward(output)
+            adapted.model.zero_grad(set_to_none=True)
+        except RuntimeError as error:  # its numbers are of types that do not go together
+            print(f"{name:16}{'left out':>12}: {str(error).splitlines()[0]}")
             continue
         print(f"{name:16}{adapted.parameters:>12,} {ranks(adapted)[:90]}", flush=True)
         yield name, adapted
@@ -105,14 +132,15 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def compile_model(name: str, model: nn.Module) -> Callable[..., Any]:
-    """The compiled model, with a code object of its own; models that share one search through each other's guards."""
+def compile_model(name: str, model: nn.Module, mode: str) -> Callable[..., Any]:
+    """The model compiled in a mode of ``torch.compile``, with a code object of its own: models that share one search
+    through each other's guards."""
 
     def run(**batch: Any) -> Any:
         return model(**batch)
 
     run.__code__ = run.__code__.replace(co_name=name)
-    return torch.compile(run)
+    return torch.compile(run, mode=mode)
 
 
 def training_step(
@@ -191,6 +219,17 @@ def interleaved(
     return {name: [times[name] for times in rounds] for name in actions}
 
 
+def kernels(action: Callable[[], Any]) -> Row:
+    """Number and milliseconds of the GPU's kernels and copies in one run of an action."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        action()
+        torch.cuda.synchronize()
+    own = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"kernels": len(own), "kernel_ms": sum(event.time_range.elapsed_us() for event in own) / 1e3}
+
+
 def quartiles(times: list[float]) -> Row:
     low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return {"rounds": len(times), "median_ms": median, "q1_ms": low, "q3_ms": high}
@@ -206,7 +245,7 @@ class Results:
     """
 
     def __init__(self, command: str, args: argparse.Namespace) -> None:
-        compile = getattr(args, "compile", False)
+        compile = getattr(args, "compile", None) or False
         self.header = {
             "machine": machine(args),
             "versions": versions(),
@@ -219,8 +258,11 @@ class Results:
                 "seed": args.seed,
             },
         }
-        marks = [args.device, *(["bf16"] if args.precision == "bf16" else [])]
-        marks += [*(["compile"] if compile else []), *(["kept"] if args.keep_memory else [])]
+        marks = [args.device, *([args.precision] if args.precision != "fp32" else [])]
+        marks += [
+            *(["compile" if compile == "default" else compile] if compile else []),
+            *(["kept"] if args.keep_memory else []),
+        ]
         marks += ["tiny"] if args.tiny else []
         self.path = args.output or Path(__file__).parent / "results" / f"{'-'.join([command, *marks])}.json"
         self.rows: list[Row] = []

@@ -14,7 +14,7 @@ import gc
 from collections.abc import Iterable
 
 import torch
-from measure import Results, Row, adapted_models, autocast, parser, prepare, ranks, table, training_step
+from measure import Results, Row, adapted_models, autocast, case_of, parser, prepare, ranks, table, training_step
 from torch import Tensor, nn
 from variants import VARIANTS
 from workloads import WORKLOADS, Case, Workload
@@ -61,7 +61,7 @@ def peak_bytes(case: Case, model: nn.Module, args: argparse.Namespace) -> int | 
 
 
 def measure(name: str, workload: Workload, args: argparse.Namespace) -> list[Row]:
-    case = workload.case(args.tiny, args.seed, args.device)
+    case = case_of(workload, args)
     rows = []
     for method, adapted in adapted_models(workload, case, args):
         rows.append(
@@ -97,8 +97,12 @@ def report(rows: list[Row]) -> str:
     return f"{caption}\n\n{table(['method', *names], [[m, *(cell(m, n) for n in names)] for m in methods])}"
 
 
+def arguments() -> argparse.Namespace:
+    return parser((__doc__ or "").partition("\n")[0]).parse_args()
+
+
 def main() -> None:
-    args = parser((__doc__ or "").partition("\n")[0]).parse_args()
+    args = arguments()
     prepare(args)
     results = Results("memory", args)
     for name in args.workloads:

@@ -14,14 +14,18 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 
 from measure import (
     Results,
     Row,
     adapted_models,
+    case_of,
     compile_model,
     inference,
     interleaved,
+    kernels,
     milliseconds,
     names_in,
     parser,
@@ -33,17 +37,20 @@ from measure import (
     training_step,
 )
 from peft import LoraConfig, PeftConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from variants import VARIANTS, Targets, disturb, lora_parameters
 from workloads import GROUPS, WORKLOADS, Case, Workload
 
 from flora import FloraConfig
+from flora.tuner.live import one_call
 from flora_lab.methods import AdaptedModel
 from flora_lab.methods.common import share_weights
 
-MEASURES = ("step", "inference", "wrap", "merge")
+MEASURES = ("step", "inference", "token", "decode", "wrap", "merge")
 INFERENCE_PART = 0.2  # of the steps' seconds
 REPEATS = 5  # of wrapping and merging
+DECODERS = ("block-768", "block-4096")  # "token": one token; "decode": one token within a call of `generate`
 CLOSE_ENOUGH = 1.03  # "auto" may take this much of the faster fixed execution's time
 CONFIGS: dict[str, Callable[[Targets, int, int], PeftConfig]] = {  # what a user gives to get_peft_model
     "lora": lambda targets, rank, budget: LoraConfig(r=rank, **targets),
@@ -57,18 +64,33 @@ CONFIGS: dict[str, Callable[[Targets, int, int], PeftConfig]] = {  # what a user
 def time_methods(name: str, workload: Workload, case: Case, args: argparse.Namespace) -> list[Row]:
     """Rows of the training step and of inference; all models are in memory at once."""
     models = dict(adapted_models(workload, case, args))
-    run = {method: compile_model(method, a.model) if args.compile else a.model for method, a in models.items()}
+    run = {m: compile_model(m, a.model, args.compile) if args.compile else a.model for m, a in models.items()}
     rows: list[Row] = []
     if "step" in args.measure:
         steps = {method: training_step(case, a.model, run[method], args) for method, a in models.items()}
         rows += rows_of_times("step", name, workload, models, interleaved(steps, args, args.seconds))
-    if "inference" in args.measure:
-        for adapted in models.values():
-            adapted.model.eval()
-        forwards = {method: inference(case, run[method], args) for method in models}
-        times = interleaved(forwards, args, args.seconds * INFERENCE_PART)
-        rows += rows_of_times("inference", name, workload, models, times)
+        if args.device == "cuda":
+            for row in rows:
+                row |= kernels(steps[row["method"]])
+    for adapted in models.values():
+        adapted.model.eval()
+    for measure in ("inference", "token", "decode"):
+        if measure not in args.measure or (measure != "inference" and name not in DECODERS):
+            continue
+        own = case if measure == "inference" else one_token(case)
+        forwards = {method: inference(own, run[method], args) for method in models}
+        with one_call() if measure == "decode" else nullcontext():
+            times = interleaved(forwards, args, args.seconds * INFERENCE_PART)
+            own_rows = rows_of_times(measure, name, workload, models, times)
+            if args.device == "cuda":
+                own_rows = [row | kernels(forwards[row["method"]]) for row in own_rows]
+        rows += own_rows
     return rows
+
+
+def one_token(case: Case) -> Case:
+    """The case with one sample of one position."""
+    return replace(case, batch=tree_map_only(Tensor, lambda tensor: tensor.detach()[:1, :1], case.batch), gradient=None)
 
 
 def rows_of_times(
@@ -154,7 +176,7 @@ def time_merging(name: str, workload: Workload, case: Case, args: argparse.Names
 
 def report(rows: list[Row]) -> str:
     """All tables, as Markdown."""
-    parts = [ratios(rows, measure, group) for measure in ("step", "inference") for group in GROUPS]
+    parts = [ratios(rows, measure, group) for measure in MEASURES[:4] for group in GROUPS]
     parts += [autos_choice(rows), wrapping_and_merging(rows)]
     return "\n\n".join(filter(None, parts))
 
@@ -234,7 +256,13 @@ def arguments() -> argparse.Namespace:
     )
     flags.add_argument("--rounds", type=int, help="number of rounds, instead of as many as fit into --seconds")
     flags.add_argument("--seconds", type=float, default=150, help="time for the steps of one workload")
-    flags.add_argument("--compile", action="store_true", help="torch.compile every model")
+    flags.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=["default", "reduce-overhead"],
+        help="torch.compile every model, in this mode",
+    )
     flags.add_argument("--table", type=rows_of, metavar="FILE.json", help="only print the tables of a results file")
     args = flags.parse_args()
     args.methods = in_order(VARIANTS, {"floor", *args.methods})
@@ -249,14 +277,14 @@ def main() -> None:
     prepare(args)
     results = Results("speed", args)
     sections: list[tuple[set[str], Callable[..., list[Row]]]] = [
-        ({"step", "inference"}, time_methods),
+        ({"step", "inference", "token", "decode"}, time_methods),
         ({"wrap"}, time_wrapping),
         ({"merge"}, time_merging),
     ]
     for name in args.workloads:
         workload = WORKLOADS[name]
         print(f"\n{name}")
-        case = workload.case(args.tiny, args.seed, args.device)
+        case = case_of(workload, args)
         rows: list[Row] = []
         for measures, time_section in sections:
             if measures & set(args.measure):

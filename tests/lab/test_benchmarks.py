@@ -84,6 +84,27 @@ def test_parameters_are_equal_as_in_a_comparison(name, monkeypatch):
     assert {"conv-192": "flora-k3", "depthwise": "flora-all", "experts": "flora-merged"}[name] in sizes
 
 
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_the_parts_for_a_gpu_are_commands_that_these_scripts_take(part, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    commands = []
+    monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command) or Namespace(returncode=0))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", str(part), "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as done:
+        import_module("gpu").main()
+    assert done.value.code == 0 and commands
+    outputs: dict[Path, tuple] = {}
+    for _, script, *flags in commands:
+        if script == "-m":
+            assert all(Path(BENCHMARKS.parent, flag).exists() for flag in flags if flag.startswith("tests/"))
+            continue
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        args = import_module(Path(script).stem).arguments()
+        marks = (Path(script).stem, args.precision, getattr(args, "compile", None))
+        assert args.device == "cuda" and args.output.parent == tmp_path
+        assert outputs.setdefault(args.output, marks) == marks  # a file has rows of one setting
+
+
 @pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("results/speed-*.json")), ids=lambda file: file.stem)
 def test_committed_results_can_be_read(file, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -3,7 +3,8 @@
 A model that keeps experts in one stacked parameter (E, out, in) takes out one expert's matrix at a time and multiplies
 by it. The stand-in follows it there: a slice of a core space is a core space of one mode less, and a product with a
 matrix is ``matrix.matrix``. Neither the stack's delta nor its gradient is ever formed. Any other operation gets the
-dense tensor.
+dense tensor. Where launches dominate (``cost.merges_stacks``), W + delta of all matrices is formed at once instead, and
+one gradient for the whole stack.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from flora.layers.batched import product
 from flora.layers.core_space import add_updates
-from flora.layers.cost import of_one_type
+from flora.layers.cost import merges_stacks, of_one_type
 from flora.layers.lazy import PLACE_AND_SHAPE, getters
 from flora.layers.matrix import matrix
 
@@ -30,12 +33,14 @@ class StandIn(Tensor):
     factors: Sequence[Tensor]
     execution: str
     formed: Tensor | None
+    matrices: tuple[Tensor, ...] | None
 
     @staticmethod
     def of(weight: Tensor, core: Tensor, factors: Sequence[Tensor], execution: str) -> StandIn:
         """A stand-in for ``weight`` (I_1, …, I_N) with the update of a scaled core and factors."""
         new = weight.detach().as_subclass(StandIn)
-        new.weight, new.core, new.factors, new.execution, new.formed = weight, core, factors, execution, None
+        new.weight, new.core, new.factors, new.execution = weight, core, factors, execution
+        new.formed = new.matrices = None
         return new
 
     def dense(self) -> Tensor:
@@ -78,23 +83,27 @@ class Refused(Tensor):
             return function(*args, **(kwargs or {}))
 
 
-def _index(w: StandIn, index: Any) -> StandIn | None:
+def _index(w: StandIn, index: Any) -> Tensor | None:
     number = index.item() if isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() else index
     if isinstance(number, bool) or not isinstance(number, int) or w.core.ndim < 2:
         return None
     return _slice(w, number)
 
 
-def _slice(w: StandIn, number: int) -> StandIn:
+def _slice(w: StandIn, number: int) -> Tensor:
+    if w.core.ndim == 3 and w.execution == "auto" and merges_stacks(w.weight.device.type):
+        if w.matrices is None:
+            w.matrices = merged_stack(w.weight, w.core, w.factors).unbind(0)
+        return w.matrices[number]
     core = (w.factors[0][number] @ w.core.flatten(1)).view(w.core.shape[1:])
     return StandIn.of(w.weight[number], core, w.factors[1:], w.execution)
 
 
-def _slices(w: StandIn, dim: int = 0) -> tuple[StandIn, ...] | None:
+def _slices(w: StandIn, dim: int = 0) -> tuple[Tensor, ...] | None:
     return tuple(_slice(w, number) for number in range(len(w.weight))) if dim == 0 and w.core.ndim > 1 else None
 
 
-def _iterate(w: StandIn) -> Iterator[StandIn] | None:
+def _iterate(w: StandIn) -> Iterator[Tensor] | None:
     slices = _slices(w)
     return None if slices is None else iter(slices)
 
@@ -131,3 +140,39 @@ _FOLLOWED: dict[Callable, Callable] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
 }
+
+
+def merged_stack(weight: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``weight + core ×_1 factors[0] …`` of stacked matrices (E, o, i), in the type that the layer computes in."""
+    experts, left, right = factors
+    device = weight.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    low = weight.dtype if weight.dtype == torch.float64 else low
+    with torch.autocast(device, enabled=False):
+        cores = (experts @ core.flatten(1)).view(-1, *core.shape[1:])  # (E, r, s)
+        left, right = left.expand(len(cores), -1, -1), right.expand(len(cores), -1, -1)
+        if core.shape[1] <= core.shape[2]:
+            return _MergedStack.apply(weight, left, torch.bmm(cores, right.mT), low)
+        return _MergedStack.apply(weight, torch.bmm(left, cores), right.mT, low)
+
+
+class _MergedStack(Function):
+    """W' = W + A_e R_e per matrix e, summed in A's type at least in float32 and rounded once; W (E, o, i), A (E, o, q),
+    R (E, q, i). The dense gradient is projected in its own type, with sums in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, left: Tensor, rows: Tensor, low: torch.dtype) -> Tensor:
+        wide = torch.promote_types(left.dtype, torch.float32)
+        ctx.save_for_backward(left, rows)
+        return torch.baddbmm(weight.to(wide), left.to(wide), rows.to(wide)).to(low)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dense,) = gradients
+        left, rows = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a product with a type of its own has no derivative
+            dense = dense.to(left.dtype)
+            return None, torch.bmm(dense, rows.mT), torch.bmm(left.mT, dense), None
+        d_left = product(dense, rows.mT.to(dense.dtype), left.dtype)
+        d_rows = product(left.mT.to(dense.dtype), dense, left.dtype)
+        return None, d_left, d_rows, None
