@@ -25,6 +25,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from cases import CASES, CONV, StandardizedConv2d
+from commands import assert_refused, flora
 from flora import FloraConfig
 from flora.convert.diffusers import export_diffusers
 from flora.convert.locon import export_locon, import_locon, name_of
@@ -449,3 +450,20 @@ def test_verification_finds_its_part_among_several(form, tmp_path):
     if form == "diffusers":
         with pytest.raises(ValueError, match="CLIPTextModel.*load_lora_adapter"):
             verify(str(tmp_path / "text_encoder-base"), tmp_path / "text_encoder", tmp_path / out, form)
+
+
+@pytest.mark.parametrize("form", ["locon", "diffusers"])
+def test_a_pipeline_is_verified_by_its_component_and_the_rest_is_named(form, tmp_path):
+    models = components(xl=False)
+    pipeline(models).save_pretrained(tmp_path / "pipeline")
+    for name, model in models.items():
+        tuned(model, tmp_path / name)
+    out = tmp_path / {"locon": "out.safetensors", "diffusers": "out"}[form]
+    rest = ["--text-encoder", tmp_path / "text_encoder", "--verify"]
+    result = flora("export", form, tmp_path / "unet", out, *rest, tmp_path / "pipeline")
+    assert result.exit_code == 0, result.output
+    assert "verified: outputs differ" in result.stdout
+    assert f"not verified: {tmp_path / 'text_encoder'}" in result.stdout
+    lora = ["import", "lora", tmp_path / "lora", tmp_path / "back", "--verify", tmp_path / "pipeline"]
+    assert_refused(flora(*lora), "is a pipeline", "text_encoder, ")
+    assert not (tmp_path / "back").exists()

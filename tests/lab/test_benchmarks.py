@@ -111,3 +111,18 @@ def test_committed_results_can_be_read(file, monkeypatch):
     from speed import report, rows_of
 
     assert "**Step, 3×3 convolutions**" in report(rows_of(str(file)))
+
+
+def test_every_kind_of_fault_is_tried_and_passed(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "reliability.md"
+    page.write_text("before\n<!-- table -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["reliability.py", "--tries", "3", "--output", str(page)])
+    module = import_module("reliability")
+    module.main()
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == [kind.title for kind in module.KINDS.values()]
+    for title, tried, passed, *_ in rows:
+        assert int(tried) >= 3 and tried == passed, title
