@@ -65,8 +65,7 @@ def import_lora(
     Args:
         lora: a folder, or a name on the hub.
         out: a new folder.
-        base: the model that it adapts: the model itself, its folder, or its name on the hub. Needed for PiSSA and
-            OLoRA, whose update is B A minus its start.
+        base: the model that it adapts, its folder, or its name on the hub. PiSSA and OLoRA need it.
         is_transposed: without ``base``, whether stacked parameters are (experts, in, out).
         progress: show a progress bar.
 
