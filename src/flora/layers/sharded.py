@@ -6,6 +6,7 @@ make it so just before, and undo it just after.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -44,6 +45,21 @@ def has_fsdp(model: nn.Module) -> bool:
         for module in model.modules()
         for cls in type(module).__mro__[:2]
     )
+
+
+def first_alone_loads() -> bool:
+    """Whether transformers loads a model's weights in the first process only, for accelerate to distribute by FSDP."""
+    flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return has_engine() and all(os.environ.get(flag, "").lower() in ("true", "1") for flag in flags)
+
+
+def of_first_process(number: float) -> float:
+    """The first process's number, if it alone has loaded the model."""
+    if not first_alone_loads():
+        return number
+    numbers = [number]
+    torch.distributed.broadcast_object_list(numbers)
+    return numbers[0]
 
 
 def has_master_copy(parameter: Tensor) -> bool:

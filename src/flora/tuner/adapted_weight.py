@@ -15,7 +15,7 @@ from flora.layers.cost import can_fuse
 from flora.layers.kinds import RAW
 from flora.layers.lazy import LazyWeight
 from flora.layers.offload import loaded
-from flora.layers.sharded import gathered, is_distributed, part_like, whole
+from flora.layers.sharded import gathered, is_distributed, of_first_process, part_like, whole
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
 from flora.layers.storage import dtype_of, storage_of, tensor_of
@@ -172,7 +172,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             if scale == "auto":
                 if device.type == "meta":
                     raise ValueError('scale="auto" needs the numbers of a weight, and this one is on the meta device')
-                scale = unified_scale(whole(self.frozen_weight), ranks, output_mode, init)
+                scale = of_first_process(unified_scale(whole(self.frozen_weight), ranks, output_mode, init))
         space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=weight_dtype)
         if scales is not None:
             space.written_down = scales, self.name

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flora.layers.sharded import has_fsdp, has_master_copy, is_distributed
+from flora.layers.sharded import first_alone_loads, has_fsdp, has_master_copy, is_distributed
 from flora.tuner.activations import from_activations
 from flora.tuner.gradient import from_gradient
 from flora.tuner.layer import FloraLayer
@@ -75,6 +75,11 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
     layers = [m for m in model.modules() if isinstance(m, FloraLayer) and adapter in m.tucker_space]
     if not layers:
         raise ValueError(f"the model has no FLoRA adapter {adapter!r}")
+    if first_alone_loads() and not has_fsdp(model):
+        raise ValueError(
+            "only the first process has loaded the model's weights (fsdp_cpu_ram_efficient_loading): initialize after "
+            "FSDP2 has sharded the model, or load it in all processes"
+        )
     for layer in layers:
         space = layer.space(adapter)
         if layer.merged:
