@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Results, Row, interleaved, kernels, names_in, parser, prepare, rows_of, table
+from kernels import kernels
+from measure import Results, Row, interleaved, names_in, parser, prepare, rows_of, table
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

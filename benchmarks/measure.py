@@ -219,17 +219,6 @@ def interleaved(
     return {name: [times[name] for times in rounds] for name in actions}
 
 
-def kernels(action: Callable[[], Any]) -> Row:
-    """Number and milliseconds of the GPU's kernels and copies in one run of an action."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        action()
-        torch.cuda.synchronize()
-    own = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return {"kernels": len(own), "kernel_ms": sum(event.time_range.elapsed_us() for event in own) / 1e3}
-
-
 def quartiles(times: list[float]) -> Row:
     low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return {"rounds": len(times), "median_ms": median, "q1_ms": low, "q3_ms": high}
@@ -259,11 +248,8 @@ class Results:
             },
         }
         marks = [args.device, *([args.precision] if args.precision != "fp32" else [])]
-        marks += [
-            *(["compile" if compile == "default" else compile] if compile else []),
-            *(["kept"] if args.keep_memory else []),
-        ]
-        marks += ["tiny"] if args.tiny else []
+        marks += ["compile" if compile == "default" else compile] if compile else []
+        marks += [name for name, is_set in (("kept", args.keep_memory), ("tiny", args.tiny)) if is_set]
         self.path = args.output or Path(__file__).parent / "results" / f"{'-'.join([command, *marks])}.json"
         self.rows: list[Row] = []
         if self.path.exists():

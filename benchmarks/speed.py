@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 
+from kernels import kernels
 from measure import (
     Results,
     Row,
@@ -25,7 +26,6 @@ from measure import (
     compile_model,
     inference,
     interleaved,
-    kernels,
     milliseconds,
     names_in,
     parser,

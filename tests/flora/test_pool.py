@@ -289,27 +289,3 @@ def test_threads_share_a_model_and_no_pool():
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_generate_keeps_thin_factors_for_one_call(formed):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    base = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=13, bos_token_id=0, eos_token_id=None))
-    config = FloraConfig(r=2, target_modules=["c_attn", "c_fc"], init_weights=False, task_type="CAUSAL_LM")
-    model = get_peft_model(base, config).eval()
-    tokens = torch.arange(6).view(2, 3)
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-
-    def generate():
-        formed.clear()
-        result = model.generate(input_ids=tokens, **options)
-        assert [entry.form for entry in formed] == ["factored"] * 4
-        return result
-
-    def merged():
-        return copy.deepcopy(model).merge_and_unload().generate(input_ids=tokens, **options)
-
-    assert torch.equal(generate(), merged())
-    for parameter in trained(model):
-        parameter.data.mul_(-3)
-    assert torch.equal(generate(), merged())

@@ -30,7 +30,9 @@ def is_offloaded(module: nn.Module) -> bool:
 def loaded(layer: nn.Module, write: bool = False) -> Iterator[None]:
     """Within it, the weights of the layer and of the modules in it are here. With ``write`` they are kept as the block
     leaves them: in the computer's memory, also if they came from a disk."""
-    hooks = [(module, hook) for module in layer.modules() if (hook := offloading_hook(module)) is not None]
+    # in two steps: compilers before torch 2.15 can't follow an assignment in a list
+    found = [(module, offloading_hook(module)) for module in layer.modules()]
+    hooks = [(module, hook) for module, hook in found if hook is not None]
     away = [(module, hook) for module, hook in hooks if any(p.is_meta for p in module.parameters(recurse=False))]
     for module, hook in away:
         hook.pre_forward(module)
