@@ -29,6 +29,8 @@ def lora_obstacle(site: Site, shape: Sequence[int], others: Iterable[Site] = ())
     if site.kind.lora_form is None:
         return f"LoRA has no form for {site.kind.name}"
     if _is_raw(site):
+        if site.contained:
+            return "a parameter of a list or dictionary, which LoRA can't run"
         if len(shape) not in (2, 3):
             return f"a raw parameter of {len(shape)} modes; LoRA takes 2 or 3"
         mixed = any(f"{other.module}.".startswith(f"{site.module}.") and not _is_raw(other) for other in others)

@@ -23,6 +23,7 @@ class Site:
         groups, dilated, padding_mode: a convolution's options.
         beside: whether the update of the weight can also run beside the layer.
         is_transposed: stacked matrices are (…, in, out) and not (…, out, in), as transformers and PEFT call it.
+        contained: whether a raw parameter lies in an nn.ParameterList or nn.ParameterDict.
     """
 
     kind: Kind
@@ -34,6 +35,7 @@ class Site:
     padding_mode: str = "zeros"
     beside: bool = True
     is_transposed: bool = False
+    contained: bool = False
 
     @classmethod
     def of(cls, layer: nn.Module, kind: Kind, module: str, parameter: str, path: str = "") -> Site:
@@ -48,6 +50,7 @@ class Site:
             padding_mode=getattr(layer, "padding_mode", "zeros"),
             beside=kind.can_factor(layer),
             is_transposed=bool(getattr(layer, "is_transposed", False)),
+            contained=isinstance(layer, (nn.ParameterList, nn.ParameterDict)),
         )
 
     @classmethod
