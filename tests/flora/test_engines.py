@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from engines import DATA_STARTS, ENGINES, SCENARIOS, TOKENS, State, adapted, alone, logits, started, work
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from flora import FloraConfig
 from processes import START
 
 
@@ -77,3 +82,23 @@ def test_a_data_start_is_the_same_in_every_process_or_refused(engine, init):
     for mine, other, alike in zip(first, second, want, strict=True):
         assert torch.equal(mine, other)
         torch.testing.assert_close(mine, alike, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
+def test_tensor_parallelism_in_bf16_loses_no_small_update(style):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        base = nn.Sequential(nn.Linear(18, 6)).requires_grad_(False).bfloat16()
+        base[0].weight.fill_(1.0)  # the next bfloat16 is 2⁻⁷ away
+        base[0].bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 1]))  # added once
+        parallelize_module(base, init_device_mesh("cpu", (1,)), {"0": style()})
+        model = get_peft_model(base, FloraConfig(r=2, target_modules=["0"], init_weights=False))
+        space = model.base_model.model[0].space("default")
+        x = torch.tensor([[1.0, -1.0, 0.0] * 6])  # sums to 0, and so does the base layer's output
+        with torch.no_grad():
+            space.core.mul_(2.0**-10 / space.delta().abs().amax())
+            want, result = x @ space.delta().float().mT, model(x.bfloat16()).float()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(result[:, :5], want[:, :5], rtol=0, atol=0.03 * want.abs().max().item())
+    torch.testing.assert_close(result[:, 5:], 1 + want[:, 5:], rtol=0, atol=2**-8)

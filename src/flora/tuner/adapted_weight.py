@@ -247,11 +247,14 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         return self._add_updates(weight, adapters) if adapters else weight
 
     def _add_updates(self, weight: Tensor, adapters: Sequence[str]) -> Tensor:
-        spaces = [self._dropped(adapter) for adapter in adapters]
-        if not is_distributed(weight):
-            return add_updates(weight, spaces)
+        if is_distributed(weight):
+            return weight + self._updates_like(weight, adapters)
+        return add_updates(weight, [self._dropped(adapter) for adapter in adapters])
+
+    def _updates_like(self, weight: Tensor, adapters: Sequence[str]) -> Tensor:
+        """The sum of the updates in the weight's type, distributed as the weight is."""
         zeros = torch.zeros(self.weight_shape, dtype=weight.dtype, device=weight.device)
-        return weight + part_like(add_updates(zeros, spaces), weight)
+        return part_like(add_updates(zeros, [self._dropped(adapter) for adapter in adapters]), weight)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""

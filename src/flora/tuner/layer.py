@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
@@ -157,8 +158,7 @@ class FloraLayer(MergeableWeight):
             inside = [a for a in adapters if self._runs_merged(a)]
             beside = [a for a in adapters if a not in inside]
             if inside and in_parts(self.base_parameter, self.weight_shape):
-                with swapped(self.get_base_layer(), self.parameter_name, partial(self._add_updates, adapters=inside)):
-                    result = self.base_layer(*args, **kwargs, **inner)
+                result = self._in_parts(inside, args, {**kwargs, **inner})
             elif inside:
                 with loaded(self.get_base_layer()):
                     weight = {self.weight_path: self._weight_or_stand_in(inside)}
@@ -168,6 +168,21 @@ class FloraLayer(MergeableWeight):
         for adapter in beside:
             result = self._add_beside(result, adapter, args, kwargs)
         return result
+
+    def _in_parts(self, adapters: list[str], args: tuple, kwargs: dict) -> Any:
+        """The base layer with another weight, swapped between the hooks of the engine that keeps it in parts. If an
+        update can run beside the layer, it is the weight of a second call: W + delta in half precision would round
+        small updates away."""
+        layer, name = self.get_base_layer(), self.parameter_name
+        if not self.factorable or self.base_layer is not layer:
+            with swapped(layer, name, partial(self._add_updates, adapters=adapters)):
+                return self.base_layer(*args, **kwargs)
+        result = self.base_layer(*args, **kwargs)
+        with ExitStack() as stack:
+            stack.enter_context(swapped(layer, name, partial(self._updates_like, adapters=adapters)))
+            if getattr(layer, "bias", None) is not None:
+                stack.enter_context(swapped(layer, "bias", torch.zeros_like))
+            return result + self.base_layer(*args, **kwargs)
 
     def _fused(self, adapter: str, x: Tensor) -> Tensor | None:
         """Base layer and update in one. None if that cannot be: the base layer has hooks, the update's input is dropped
