@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import kernels
+from kernel_counts import kernels
 from measure import Results, Row, interleaved, names_in, parser, prepare, rows_of, table
 from peft import LoraConfig, get_peft_model
 from torch import nn

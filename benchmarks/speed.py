@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 
-from kernels import kernels
+from kernel_counts import kernels
 from measure import (
     Results,
     Row,
