@@ -31,8 +31,8 @@ def initialize(
 
     "activations" needs no labels. It starts from the directions in which the inputs of each layer vary (their centred
     second moments), and leaves half of each rank random. The model only runs forward. Any other ``init``, above all
-    "gradient", starts from the gradient of the loss. A head that has learned nothing has a gradient that says little:
-    so whatever else is trained (a new head, biases) is first trained for some steps, and put back in the end.
+    "gradient", starts from the gradient of the loss, to which an untrained head gives no direction: whatever else is
+    trained (a new head, biases) is first trained for some steps, and put back in the end.
 
     The model runs in training mode, as the first step will: dropout and batch normalization act on what a layer gets.
     Its mode, gradients, running statistics and the state of the random numbers are as before afterwards. Weights are
@@ -57,16 +57,14 @@ def initialize(
         model = model.module  # its own averaging would miss the parameters that are frozen
     with together():
         layers = _layers_to_start(model, adapter, overwrite)
-        batches = list(batches)
-        if not batches:
+        if not (batches := list(batches)):
             raise ValueError("no batches were given; a few are needed for a data start")
     with undisturbed(model), _counted_as_started(layers, adapter):
         seed, process = _common_seed()
         if layers[0].space(adapter).init == "activations":
             starts = from_activations(model, layers, adapter, batches, loss or _run, seed, process)
         else:
-            loss = loss or _loss_of_output
-            starts = from_gradient(model, layers, adapter, batches, loss, seed, warmup_steps, warmup_rate)
+            starts = from_gradient(model, layers, adapter, batches, loss or _its_loss, seed, warmup_steps, warmup_rate)
     for layer, (rows, factors) in zip(layers, starts, strict=True):
         fill(layer, adapter, rows, factors)
 
@@ -122,7 +120,7 @@ def _common_seed() -> tuple[int, int]:
     return seed[0], 0
 
 
-def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
+def _its_loss(model: nn.Module, batch: Any) -> Tensor:
     loss = model(**_keywords(batch)).loss
     if loss is None:
         raise ValueError(f"the model returns no loss: the batch has {sorted(batch)}, and needs labels (or pass loss=)")
