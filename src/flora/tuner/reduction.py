@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flora import tucker
 from flora.layers.kinds import output_mode
+from flora.layers.sharded import has_engine, whole
 from flora.tuner.layer import FloraLayer
 
 Factors = list[Tensor | None]  # None for the output mode
@@ -166,11 +167,6 @@ def fill(layer: FloraLayer, adapter: str, rows: Tensor, factors: Factors) -> Non
             target.copy_(_sharded(source.to(target.dtype), target))
 
 
-def whole(tensor: Any) -> Tensor:
-    """Of a tensor that FSDP2 keeps in shards, all of it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def _sharded(tensor: Tensor, like: Any) -> Tensor:
     """As FSDP2 keeps ``like``."""
     if not hasattr(like, "device_mesh"):
@@ -218,4 +214,4 @@ def most(number: int) -> int:
 
 def distributed() -> bool:
     """Whether there are several processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return has_engine() and dist.get_world_size() > 1
