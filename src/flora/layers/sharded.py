@@ -73,7 +73,7 @@ def is_distributed(weight: Tensor) -> bool:
 
 
 def whole(tensor: Any) -> Tensor:
-    """The tensor itself, of a DTensor all parts together. Every process must call it."""
+    """The tensor, gathered from all processes if it is a DTensor. Every process must call it."""
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""Merging into a quantized weight: it is dequantized, and the sum quantized anew. That rounds, which is said."""
+"""Merging into a quantized weight: dequantize, add, and quantize anew. That rounds, and a warning says by how much."""
 
 from __future__ import annotations
 

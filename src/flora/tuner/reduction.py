@@ -30,7 +30,7 @@ Factors = list[Tensor | None]  # None for the output mode
 Start = tuple[Tensor, Factors]  # rows of the core's output unfolding, and factors
 
 BASIS = 4  # columns of a basis per rank
-SPARE = 32  # and further ones
+SPARE = 32  # extra columns of a basis
 
 
 class Reduction:
@@ -187,7 +187,7 @@ def averaged(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What fails in one process fails in all of them, which would wait for it for ever otherwise."""
+    """An error in one process becomes an error in all. Otherwise the others would wait for ever."""
     error: Exception | None = None
     try:
         yield

@@ -1,4 +1,4 @@
-"""A model that an error leaves as it was."""
+"""Undo a half-finished change of a model after an error."""
 
 from __future__ import annotations
 
