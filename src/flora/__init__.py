@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flora.layers.core_space import CoreSpace
     from flora.tuner.config import FloraConfig
+    from flora.tuner.data_start.initialize import initialize
+    from flora.tuner.data_start.trainer import Initialize
     from flora.tuner.hotswap import hotswap
-    from flora.tuner.initialize import initialize
     from flora.tuner.layer import FloraLayer
     from flora.tuner.model import FloraModel
-    from flora.tuner.planning import plan
-    from flora.tuner.trainer import Initialize
+    from flora.tuner.planning.plan import plan
 
 __version__ = "0.1.0"
 __all__ = ["CoreSpace", "FloraConfig", "FloraLayer", "FloraModel", "Initialize", "hotswap", "initialize", "plan"]
@@ -30,10 +30,10 @@ _HOMES = {
     "FloraConfig": "tuner.config",
     "FloraLayer": "tuner.layer",
     "FloraModel": "tuner.model",
-    "Initialize": "tuner.trainer",
+    "Initialize": "tuner.data_start.trainer",
     "hotswap": "tuner.hotswap",
-    "initialize": "tuner.initialize",
-    "plan": "tuner.planning",
+    "initialize": "tuner.data_start.initialize",
+    "plan": "tuner.planning.plan",
 }
 
 

@@ -39,8 +39,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flora
 from flora import FloraConfig
-from flora.layers.sharded import whole
 from flora.layers.starts import STARTS
+from flora.layers.weights.sharded import whole
 
 State = dict[str, Tensor]
 DATA_STARTS = [name for name, each in STARTS.items() if each.from_data]

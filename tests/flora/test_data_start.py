@@ -15,7 +15,7 @@ from flora import FloraConfig
 from flora.layers.kinds import output_mode
 from flora.layers.starts import STARTS
 from flora.tucker import leading_vectors, project, unfold
-from flora.tuner import activations
+from flora.tuner.data_start import activations
 from reference import first, layers, name_in_base, run
 from test_contract import CLOSE, build
 

@@ -15,10 +15,10 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from flora import FloraConfig
-from flora.layers.convolution import Geometry, convolution
-from flora.layers.cost import EXECUTIONS, merges, wants_dense
-from flora.layers.matrix import matrix
-from flora.layers.stand_in import StandIn
+from flora.layers.execution.convolution import Geometry, convolution
+from flora.layers.execution.cost import EXECUTIONS, merges, wants_dense
+from flora.layers.execution.matrix import matrix
+from flora.layers.execution.stand_in import StandIn
 from reference import layers
 
 GEOMETRIES = {
@@ -58,7 +58,7 @@ def test_matrix(way, ranks, rows):
 @pytest.mark.parametrize("way", ["factored", "merged", "dense"])
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_convolution(way, geometry, layout, monkeypatch):
-    monkeypatch.setattr("flora.layers.convolution._route", lambda *_: way)
+    monkeypatch.setattr("flora.layers.execution.convolution._route", lambda *_: way)
     modes = len(geometry.stride)
     channels, kernel_size = (4, 8), (3, 2, 2)[:modes]
     shape = channels if geometry.transposed else channels[::-1]

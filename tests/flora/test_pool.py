@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import CASES
 from flora import FloraConfig
-from flora.layers import pool
+from flora.layers.execution import pool
 from flora.tuner import live
 from reference import delta, first, forward, layers
 from test_contract import CLOSE, build
@@ -109,7 +109,7 @@ def test_convolutions(form, options, layout, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_padded_ranks(form, monkeypatch):
     choose(monkeypatch, form)
-    monkeypatch.setattr("flora.layers.pool.padded", lambda rank, dtype, device: 8)
+    monkeypatch.setattr("flora.layers.execution.pool.padded", lambda rank, dtype, device: 8)
     model, dense = chain(*(make() for make in LINEAR), r=[3, 2])
     agree(model, dense, model, torch.randn(4, 7, dtype=torch.float64))
     x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flora.layers.cost import CHANNELS, WIDTH, padded, pooled
-from flora.layers.pool import Entry, form
-from flora.layers.stand_in import StandIn
+from flora.layers.execution.cost import CHANNELS, WIDTH, padded, pooled
+from flora.layers.execution.pool import Entry, form
+from flora.layers.execution.stand_in import StandIn
 from flora.tucker import reconstruct
 
 
@@ -107,7 +107,7 @@ def case(request, double):
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("case", LINEAR_CASES, indirect=True)
 def test_factored_is_exact(case, multiple, monkeypatch):
-    monkeypatch.setattr("flora.layers.pool.padded", lambda rank, dtype, device: rank + -rank % multiple)
+    monkeypatch.setattr("flora.layers.execution.pool.padded", lambda rank, dtype, device: rank + -rank % multiple)
     torch.testing.assert_close(together("factored", *case), dense(*case), **EXACT)
 
 
@@ -142,7 +142,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("ranks", [(2, 3, 4), (3, 4, 3)])
 def test_experts_that_merge_at_once_are_exact(ranks, monkeypatch):
-    monkeypatch.setattr("flora.layers.stand_in.merges_stacks", lambda device: True)
+    monkeypatch.setattr("flora.layers.execution.stand_in.merges_stacks", lambda device: True)
     base, input = Experts(), torch.randn(7, 6, requires_grad=True)
     [(core, factors, scale)] = core_spaces([base], [ranks])
     own = [tensor.clone().requires_grad_() for tensor in (core, *factors)]

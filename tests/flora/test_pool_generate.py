@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from flora import FloraConfig
-from flora.layers import pool
+from flora.layers.execution import pool
 
 
 def test_generate_keeps_thin_factors_for_one_call(monkeypatch):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import flora
 from flora import FloraConfig, plan
 from flora.layers.starts import unified_scale
-from flora.layers.storage import dense_of, kept_state
+from flora.layers.weights.storage import dense_of, kept_state
 from reference import delta, layers
 
 OUT, IN = 64, 128

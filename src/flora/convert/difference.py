@@ -18,8 +18,8 @@ from flora.layers import kinds
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
 from flora.tuner.config import FloraConfig
-from flora.tuner.planning import PlannedWeight, make_plan
-from flora.tuner.targets import canonical_module
+from flora.tuner.planning.plan import PlannedWeight, make_plan
+from flora.tuner.planning.targets import canonical_module
 
 
 @dataclass(frozen=True)

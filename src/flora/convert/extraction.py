@@ -22,7 +22,7 @@ from flora.convert.truncation import Candidate, Size, make_report, make_update, 
 from flora.files import local_path, new_folder
 from flora.models import empty_model
 from flora.ranks import Ranks
-from flora.tuner.planning import PlannedWeight, count_base_parameters
+from flora.tuner.planning.plan import PlannedWeight, count_base_parameters
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from flora import tucker
 from flora.convert.adapter import progress_bar
 from flora.convert.merged_model import MergedModel
 from flora.files import save_tensors
-from flora.layers.cost import LOW_PRECISION
+from flora.layers.execution.cost import LOW_PRECISION
 
 
 def shards(model: MergedModel, max_shard_size: int | str) -> tuple[StateDictSplit, str]:

@@ -12,7 +12,7 @@ from flora.convert.adapter import PREFIX, Adapter, Update
 from flora.convert.checkpoint import Checkpoint, MissingWeight, full_key, split_key
 from flora.files import WEIGHTS
 from flora.layers import kinds
-from flora.layers.cost import LOW_PRECISION
+from flora.layers.execution.cost import LOW_PRECISION
 from flora.layers.sites import Site
 
 FLOATS = (torch.float64, torch.float32, *LOW_PRECISION)

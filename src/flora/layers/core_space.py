@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from flora import ranks as rank_rules
 from flora import tucker
-from flora.layers.sharded import is_distributed
-from flora.layers.weights import is_bare
+from flora.layers.weights.parameters import is_bare
+from flora.layers.weights.sharded import is_distributed
 
 
 class CoreSpace(nn.Module):

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flora.layers import batches, beside, storage
+from flora.layers import batches
 from flora.layers.core_space import CoreSpace
-from flora.layers.storage import logical_shape, storage_of
-from flora.layers.weights import parameter_of, shape_of
+from flora.layers.execution import beside
+from flora.layers.weights import storage
+from flora.layers.weights.parameters import parameter_of, shape_of
+from flora.layers.weights.storage import logical_shape, storage_of
 
 MAX_MODES = 6
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from flora.layers.kinds import LINEAR, Kind, kind_named
-from flora.layers.weights import full_name
+from flora.layers.weights.parameters import full_name
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from flora.layers import kinds
 from flora.layers.core_space import CoreSpace, add_updates, drop_ranks
-from flora.layers.cost import can_fuse
+from flora.layers.execution.cost import can_fuse
+from flora.layers.execution.lazy import LazyWeight
 from flora.layers.kinds import RAW
-from flora.layers.lazy import LazyWeight
-from flora.layers.offload import loaded
-from flora.layers.sharded import gathered, is_distributed, of_first_process, part_like, whole
 from flora.layers.sites import Site
 from flora.layers.starts import start, unified_scale
-from flora.layers.storage import dtype_of, storage_of, tensor_of
-from flora.layers.weights import is_bare, leaf, owner
+from flora.layers.weights.offload import loaded
+from flora.layers.weights.parameters import is_bare, leaf, owner
+from flora.layers.weights.sharded import gathered, is_distributed, of_first_process, part_like, whole
+from flora.layers.weights.storage import dtype_of, storage_of, tensor_of
 from flora.tuner import quantized
 from flora.tuner.peft_compat import BaseTunerLayer
 

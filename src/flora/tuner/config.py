@@ -10,7 +10,7 @@ from typing import Any, cast
 from peft import PeftConfig
 
 from flora.files import finish_replacing, replace_file, saved_shapes
-from flora.layers.cost import EXECUTIONS
+from flora.layers.execution.cost import EXECUTIONS
 from flora.layers.starts import STARTS
 from flora.tuner.checks import (
     check_budget,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flora.tuner.config import FloraConfig
 from flora.tuner.layer import FloraLayer
 from flora.tuner.peft_compat import AuxiliaryTrainingWrapper, load_peft_weights
-from flora.tuner.saved import check_modes
+from flora.tuner.planning.saved import check_modes
 
 
 @torch.no_grad()

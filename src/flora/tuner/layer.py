@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from flora.layers.batches import batch_mode
 from flora.layers.core_space import CoreSpace
-from flora.layers.cost import LOW_PRECISION, can_fuse, of_one_type, pooled
+from flora.layers.execution.cost import LOW_PRECISION, can_fuse, of_one_type, pooled
+from flora.layers.execution.pool import Entry
+from flora.layers.execution.stand_in import Refused, StandIn
 from flora.layers.kinds import RAW
-from flora.layers.offload import loaded
-from flora.layers.pool import Entry
-from flora.layers.sharded import in_parts, is_distributed, swapped
 from flora.layers.sites import Site
-from flora.layers.stand_in import Refused, StandIn
-from flora.layers.weights import is_bare, is_plain, run_with_weights
+from flora.layers.weights.offload import loaded
+from flora.layers.weights.parameters import is_bare, is_plain, run_with_weights
+from flora.layers.weights.sharded import in_parts, is_distributed, swapped
 from flora.tuner.live import Ready, live
 from flora.tuner.merging import MergeableWeight
 from flora.tuner.names import names_for

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flora.layers.cost import CHUNK, can_fuse
-from flora.layers.pool import Formed, form
-from flora.layers.sharded import has_engine, has_fsdp
+from flora.layers.execution.cost import CHUNK, can_fuse
+from flora.layers.execution.pool import Formed, form
+from flora.layers.weights.sharded import has_engine, has_fsdp
 
 if TYPE_CHECKING:
     from flora.tuner.layer import FloraLayer

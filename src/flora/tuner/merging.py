@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from flora.layers.core_space import add_updates, is_finite
-from flora.layers.offload import loaded
-from flora.layers.sharded import gathered, has_engine, in_parts, is_distributed, is_flat, overwrite, whole
-from flora.layers.weights import leaf, owner
+from flora.layers.weights.offload import loaded
+from flora.layers.weights.parameters import leaf, owner
+from flora.layers.weights.sharded import gathered, has_engine, in_parts, is_distributed, is_flat, overwrite, whole
 from flora.tuner import quantized
 from flora.tuner.adapted_weight import AdaptedWeight
 from flora.tuner.peft_compat import check_adapters_to_merge

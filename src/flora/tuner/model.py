@@ -29,10 +29,10 @@ from flora.tuner.peft_compat import (
     check_target_module_exists,
     init_empty_weights,
 )
-from flora.tuner.planning import make_plan, plan
+from flora.tuner.planning.plan import make_plan, plan
+from flora.tuner.planning.saved import check_saved
+from flora.tuner.planning.targets import SHORTHANDS, canonical_module
 from flora.tuner.quantized import warn_of_loss
-from flora.tuner.saved import check_saved
-from flora.tuner.targets import SHORTHANDS, canonical_module
 from flora.tuner.undo import unchanged_on_error
 from flora.tuner.wrapping import with_scales_in_use, wrap_module
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flora.layers.offload import is_offloaded
-from flora.layers.storage import dense_before, dense_of, kept_state, pack, put_back, storage_of
+from flora.layers.weights.offload import is_offloaded
+from flora.layers.weights.storage import dense_before, dense_of, kept_state, pack, put_back, storage_of
 
 if TYPE_CHECKING:
     from flora.tuner.adapted_weight import AdaptedWeight

@@ -13,8 +13,8 @@ from flora.tuner.container import FloraContainer, is_container
 from flora.tuner.layer import FloraLayer
 from flora.tuner.live import attach
 from flora.tuner.peft_compat import get_submodules
-from flora.tuner.planning import PlannedWeight
-from flora.tuner.targets import unwrapped
+from flora.tuner.planning.plan import PlannedWeight
+from flora.tuner.planning.targets import unwrapped
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from flora.tuner.config import FloraConfig
-from flora.tuner.targets import find_targets
+from flora.tuner.planning.targets import find_targets
 
 SHOWN = 4  # names in a note
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from flora.layers.sites import Site
 from flora.tuner.config import FloraConfig
-from flora.tuner.planning import Plan, PlannedWeight
+from flora.tuner.planning.plan import Plan, PlannedWeight
 
 
 def check_saved(made: Plan, config: FloraConfig) -> None:

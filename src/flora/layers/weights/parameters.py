@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flora.layers.offload import offloading_hook
+from flora.layers.weights.offload import offloading_hook
 
 
 def owner(layer: nn.Module, weight: str) -> nn.Module:

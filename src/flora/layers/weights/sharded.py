@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora.layers.weights import leaf, owner
+from flora.layers.weights.parameters import leaf, owner
 
 
 def in_parts(weight: Tensor, shape: Sequence[int]) -> bool:

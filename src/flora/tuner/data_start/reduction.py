@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flora import tucker
 from flora.layers.kinds import output_mode
-from flora.layers.sharded import has_engine, whole
+from flora.layers.weights.sharded import has_engine, whole
 from flora.tuner.layer import FloraLayer
 
 Factors = list[Tensor | None]  # None for the output mode

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora.layers import packing
-from flora.layers.weights import leaf, owner, parameter_of, shape_of
+from flora.layers.weights import packing
+from flora.layers.weights.parameters import leaf, owner, parameter_of, shape_of
 
 # classes that compute what a torch class does, with a weight that they quantize; for the rows of ``kinds.KINDS``
 LINEAR = (

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flora.layers.kinds import output_mode
-from flora.layers.sharded import whole
-from flora.layers.weights import run_with_weights
+from flora.layers.weights.parameters import run_with_weights
+from flora.layers.weights.sharded import whole
+from flora.tuner.data_start.reduction import BASIS, SPARE, Reduction, Start, two_passes
 from flora.tuner.layer import FloraLayer
-from flora.tuner.reduction import BASIS, SPARE, Reduction, Start, two_passes
 
 SHARE = 0.5  # of each rank; the rest stays random, for what the inputs do not show
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flora.layers.sharded import first_alone_loads, has_fsdp, has_master_copy, is_distributed
-from flora.tuner.activations import from_activations
-from flora.tuner.gradient import from_gradient
+from flora.layers.weights.sharded import first_alone_loads, has_fsdp, has_master_copy, is_distributed
+from flora.tuner.data_start.activations import from_activations
+from flora.tuner.data_start.gradient import from_gradient
+from flora.tuner.data_start.reduction import distributed, fill, together
 from flora.tuner.layer import FloraLayer
-from flora.tuner.reduction import distributed, fill, together
 
 
 def initialize(

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from flora.layers.cost import LOW_PRECISION, merges
-from flora.layers.thin import add_lifted_, correlate, project
+from flora.layers.execution.cost import LOW_PRECISION, merges
+from flora.layers.execution.thin import add_lifted_, correlate, project
 
 
 def matrix(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from flora.layers.cost import LOW_PRECISION, merges, wants_dense
-from flora.layers.thin import add_lifted_, correlate, project
+from flora.layers.execution.cost import LOW_PRECISION, merges, wants_dense
+from flora.layers.execution.thin import add_lifted_, correlate, project
 
 
 class Geometry(NamedTuple):

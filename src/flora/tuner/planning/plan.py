@@ -14,13 +14,13 @@ from flora import ranks as rank_rules
 from flora.layers import kinds
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
-from flora.layers.storage import logical_shape, storage_of, tensor_of
+from flora.layers.weights.storage import logical_shape, storage_of, tensor_of
 from flora.ranks import Ranks
 from flora.text import sizes, table
 from flora.tuner.config import FloraConfig
-from flora.tuner.left_out import check_names, left_out
 from flora.tuner.peft_compat import TARGET_MODULES, AuxiliaryTrainingWrapper, BaseTunerLayer
-from flora.tuner.targets import Target, find_targets, refuse_clashes
+from flora.tuner.planning.left_out import check_names, left_out
+from flora.tuner.planning.targets import Target, find_targets, refuse_clashes
 
 
 @dataclass(frozen=True)

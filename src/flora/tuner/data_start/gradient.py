@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora.tuner.data_start.reduction import Reduction, Start, averaged, distributed, most, together, two_passes
 from flora.tuner.layer import FloraLayer
-from flora.tuner.reduction import Reduction, Start, averaged, distributed, most, together, two_passes
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

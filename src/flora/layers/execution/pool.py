@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from flora.layers.batched import cast_all, product, rows_backward, split, stack_all, unstack, update_rows
-from flora.layers.cost import padded
+from flora.layers.execution.batched import cast_all, product, rows_backward, split, stack_all, unstack, update_rows
+from flora.layers.execution.cost import padded
 from flora.tucker import reconstruct
 
 Formed = Tensor | tuple[Tensor, Tensor]

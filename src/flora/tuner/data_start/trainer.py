@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
-from flora.tuner.initialize import initialize
+from flora.tuner.data_start.initialize import initialize
 
 
 class Initialize(TrainerCallback):

@@ -13,7 +13,7 @@ from torch import nn
 from flora.layers import kinds
 from flora.tuner.config import FloraConfig
 from flora.tuner.peft_compat import SEQ_CLS_HEAD_NAMES
-from flora.tuner.targets import HEAD_TASKS, SHORTHANDS, Target, every_name
+from flora.tuner.planning.targets import HEAD_TASKS, SHORTHANDS, Target, every_name
 
 
 def left_out(model: nn.Module, config: FloraConfig, targets: list[Target]) -> dict[str, str]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.layers.convolution import Geometry, convolution
-from flora.layers.matrix import matrix
+from flora.layers.execution.convolution import Geometry, convolution
+from flora.layers.execution.matrix import matrix
 
 Factors = Sequence[Tensor]
 Bias = Tensor | None

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flora.layers.batched import product
 from flora.layers.core_space import add_updates
-from flora.layers.cost import merges_stacks, of_one_type
-from flora.layers.lazy import PLACE_AND_SHAPE, getters
-from flora.layers.matrix import matrix
+from flora.layers.execution.batched import product
+from flora.layers.execution.cost import merges_stacks, of_one_type
+from flora.layers.execution.lazy import PLACE_AND_SHAPE, getters
+from flora.layers.execution.matrix import matrix
 
 
 class StandIn(Tensor):

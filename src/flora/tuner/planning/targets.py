@@ -11,7 +11,7 @@ from peft import TaskType
 from torch import nn
 
 from flora.layers import kinds
-from flora.layers.weights import full_name, parameter_of, shape_of
+from flora.layers.weights.parameters import full_name, parameter_of, shape_of
 from flora.tuner.config import FloraConfig
 from flora.tuner.peft_compat import (
     DUMMY_TARGET_MODULES,

@@ -1,0 +1,1 @@
+"""The frozen weight: under which name a layer holds it, in which form, and on which device or process it lives."""
