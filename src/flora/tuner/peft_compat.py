@@ -28,6 +28,7 @@ from peft.utils.peft_types import PeftType
 from peft.utils.save_and_load import load_peft_weights
 
 from flora.files import replace_adapters
+from flora.tuner.card import fill_card
 from flora.tuner.undo import unchanged_on_error
 
 PREFIX = "tucker_"
@@ -137,31 +138,10 @@ def _save_whole() -> None:
             if card.is_file():  # PEFT updates it
                 shutil.copy(card, folder)
             save(self, str(folder), *args, **kwargs)
-            _name_the_import(Path(folder, model_card))
+            adapters = [name for name in selected if self.peft_config[name].peft_type == FLORA]
+            fill_card(Path(folder, model_card), self, adapters, fresh=not card.is_file())
 
     PeftModel.save_pretrained = save_pretrained
-
-
-_HOW_TO_LOAD = """## How to load it
-
-This is a FLoRA adapter, for `pip install flora-peft`. Import `flora` before PEFT or one of its `AutoPeftModel` classes
-loads it:
-
-```python
-import flora
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "this adapter")
-```
-
-"""
-
-
-def _name_the_import(path: Path) -> None:
-    """Say in a model card that PEFT needs flora for this adapter. The card is PEFT's own, or a user's."""
-    if path.is_file() and "import flora" not in (text := path.read_text(encoding="utf-8")):
-        front, mark, body = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
-        path.write_text(f"{front}{mark}{_HOW_TO_LOAD}{body}", encoding="utf-8")
 
 
 def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> None:
