@@ -151,6 +151,11 @@ def test_the_table_and_the_differences_are_printed(finished):
     assert "loaded from disk against trained" in result.output and "merged against loaded" in result.output
 
 
+def test_an_adapter_s_card_names_its_data(finished):
+    card = (finished[0] / "run" / "flora" / "trained" / "README.md").read_text()
+    assert "name: image_classification" in card and "path: digits" in card and "import flora" in card
+
+
 def test_adapters_come_back_from_disk_as_they_were_trained(finished):
     rows = {row["method"]: row for row in rows_of(finished[0])}
     for name in ("lora", "flora"):

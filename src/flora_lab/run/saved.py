@@ -19,13 +19,19 @@ WEIGHTS, STATISTICS = "model.safetensors", "statistics.safetensors"
 COMPARED = 8  # examples whose outputs are compared
 
 
-def save(model: nn.Module, folder: Path) -> int:
-    """Save the trained weights and nothing else, completely or not at all. Returns their size in bytes."""
+def save(model: nn.Module, folder: Path, about: str = "") -> int:
+    """Save the trained weights and nothing else, completely or not at all. Returns their size in bytes.
+
+    ``about``: what an adapter's model card says of the training, in Markdown.
+    """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     if isinstance(model, peft.PeftModel):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*LoRA tensor.* have invalid shape")  # AdaLoRA's that were cut to rank 0
+            if about:
+                part.mkdir(parents=True)
+                Path(part, "README.md").write_text(about)
             model.save_pretrained(part)
         if moved := statistics(model):
             save_tensors(part / STATISTICS, moved)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import peft
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -87,7 +88,10 @@ def set_up(config: Config, variant: str, budget: int | None, model: nn.Module, t
 
 def _saved(config: Config, trial: Trial, file: Path | None, model: nn.Module, folder: Path, examples: Examples) -> Row:
     """Save the trained model; its size on disk, and how exactly an adapter comes back unless it diverged."""
-    size = {"bytes": save(model, folder)}
+    keys = yaml.safe_dump(asdict(config.task), sort_keys=False)
+    size = {
+        "bytes": save(model, folder, f"## Training\n\n`flora train` trained it on this task:\n\n```yaml\n{keys}```\n")
+    }
     diverged = not all(parameter.isfinite().all() for parameter in model.parameters())
     if diverged or not isinstance(model, peft.PeftModel):
         return size
