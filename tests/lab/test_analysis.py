@@ -180,10 +180,18 @@ def test_spectra_of_updates_and_cores():
     model.base_model.model[0].tucker_space["default"].factor_0.data.normal_()
     found = spectra(model)
     (delta,) = deltas(model).values()
-    values = torch.linalg.svdvals(delta)[: measure.POINTS]
+    values = torch.linalg.svdvals(delta)[:6]
     assert found["delta"] == pytest.approx((values / values[0]).tolist(), abs=1e-6)
     assert found["core"] == pytest.approx([1.0] * measure.POINTS)  # the start is orthogonal
-    assert spectra(peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["conv"])))["delta"] == [0.0] * 32
+    assert spectra(peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["conv"])))["delta"] == [0.0]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.randoms(use_true_random=False))
+def test_a_mean_spectrum_falls_as_each_of_its_spectra_does(ranks, draw):
+    spectra = [0.9 ** torch.arange(rank, dtype=torch.float64) for rank in ranks]
+    padded = [torch.cat([one, one.new_zeros(draw.randint(0, 5))]) for one in spectra]
+    expected = [0.9**n for n in range(min(measure.POINTS, sorted(ranks)[len(ranks) // 2]))]
+    assert measure._mean_spectrum(padded).tolist() == pytest.approx(expected)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40).map(lambda v: torch.tensor(sorted(v, reverse=True))))

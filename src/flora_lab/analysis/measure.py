@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,25 +186,32 @@ def _mean(numbers: Sequence[float]) -> float:
 
 @torch.no_grad()
 def spectra(model: nn.Module, base: Weights | None = None) -> dict[str, list[float]]:
-    """Singular values relative to the largest, ``POINTS`` each, as means over weights and modes.
+    """Singular values relative to the largest, at most ``POINTS``, as means over weights and modes.
 
     "delta": the leading singular values of each update's unfoldings along its two longest modes (for a matrix, its
-    singular values), padded with zeros. "core": those of the unfoldings of FLoRA's cores; since ranks differ, point i
-    of n is the value at i / (n - 1) of the way from the first to the last. A key without values is left out.
+    singular values), see ``_mean_spectrum``. "core": those of the unfoldings of FLoRA's cores; since ranks differ,
+    point i of n is the value at i / (n - 1) of the way from the first to the last. A key without values is left out.
     """
-    curves: dict[str, list[Tensor]] = {"delta": [], "core": []}
+    updated, cores = [], []
     for _, delta, _ in updates(model, base):
         longest = sorted(range(delta.ndim), key=lambda n: -delta.shape[n])[: 1 if delta.ndim == 2 else 2]
-        for mode in longest:
-            values = _singular_values(unfold(delta, mode))[:POINTS]
-            curves["delta"].append(torch.cat([values, values.new_zeros(POINTS - len(values))]))
+        updated += [_singular_values(unfold(delta, mode)).cpu() for mode in longest]
     for space in model.modules():
         if isinstance(space, CoreSpace):
-            for mode, rank in enumerate(space.ranks):
-                if rank > 1:
-                    values = _singular_values(unfold(_wide(space.core), mode))
-                    curves["core"].append(_quantiles(values))
-    return {name: torch.stack([one.cpu() for one in some]).mean(0).tolist() for name, some in curves.items() if some}
+            unfoldings = [unfold(_wide(space.core), mode) for mode, rank in enumerate(space.ranks) if rank > 1]
+            cores += [_quantiles(_singular_values(matrix)).cpu() for matrix in unfoldings]
+    means = {"delta": updated and _mean_spectrum(updated), "core": cores and torch.stack(cores).mean(0)}
+    return {name: mean.tolist() for name, mean in means.items() if len(mean)}
+
+
+def _mean_spectrum(spectra: Sequence[Tensor]) -> Tensor:
+    """The first R values, as the mean over the spectra of rank R or more, where R is the median rank, or ``POINTS``.
+
+    A mean over all of them would fall off a cliff where the lower ranks end, which is in no spectrum.
+    """
+    ranks = [max(1, int((~(values <= TOLERANCE)).sum())) for values in spectra]  # values that are NaN count
+    rank = min(POINTS, statistics.median_high(ranks))
+    return torch.stack([values[:rank] for values, own in zip(spectra, ranks, strict=True) if own >= rank]).mean(0)
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
