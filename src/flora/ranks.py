@@ -20,16 +20,22 @@ class Weight:
         shape: (I_1, …, I_N).
         roles: one per mode: "out", "in", "kernel" or "other".
         fixed: the weight's ranks, if a budget does not decide them.
+        cores: how many weights of this shape share the factors, each with a core of its own.
     """
 
     shape: tuple[int, ...]
     roles: tuple[str, ...]
     fixed: Ranks | None = None
+    cores: int = 1
+
+    def count(self, ranks: Sequence[int]) -> int:
+        """Trainable parameters at these ranks."""
+        return parameter_count(self.shape, ranks, self.cores)
 
 
-def parameter_count(shape: Sequence[int], ranks: Sequence[int]) -> int:
+def parameter_count(shape: Sequence[int], ranks: Sequence[int], cores: int = 1) -> int:
     """Trainable parameters of one core space: r_1 · … · r_N for the core and I_n · r_n per factor (section 4.1)."""
-    return prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
+    return cores * prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
 
 
 def fits(ranks: Sequence[int], shape: Sequence[int]) -> bool:
@@ -99,7 +105,7 @@ def solve_budget(weights: Sequence[Weight], budget: int, kernel_rank: int | None
         return weight.fixed or usable_ranks(uniform_ranks(weight, r, kernel_rank))
 
     def total(ranks: Sequence[Ranks]) -> int:
-        return sum(parameter_count(w.shape, own) for w, own in zip(weights, ranks, strict=True))
+        return sum(w.count(own) for w, own in zip(weights, ranks, strict=True))
 
     least = [w.fixed or uniform_ranks(w, 1, 1 if kernel_rank is None else kernel_rank) for w in weights]
     if total(least) > budget:
@@ -117,8 +123,7 @@ def solve_budget(weights: Sequence[Weight], budget: int, kernel_rank: int | None
     spare = budget - total(ranks)
 
     def cost_of_next(i: int) -> int:
-        shape = weights[i].shape
-        return parameter_count(shape, at(weights[i], r + 1)) - parameter_count(shape, ranks[i])
+        return weights[i].count(at(weights[i], r + 1)) - weights[i].count(ranks[i])
 
     for i in sorted(range(len(weights)), key=cost_of_next):
         cost = cost_of_next(i)
@@ -150,8 +155,9 @@ def _raise_single_modes(
                 chosen = weight.roles[mode] == "kernel" and kernel_rank is not None
                 if chosen or ranks[i][mode] == size or (ranks[i][mode] >= others and not surplus):
                     continue
-                if size + others <= spare:
+                cost = size + weight.cores * others
+                if cost <= spare:
                     ranks[i] = tuple(rank + (n == mode) for n, rank in enumerate(ranks[i]))
-                    spare -= size + others
+                    spare -= cost
                     progress = True
     return ranks, spare

@@ -232,6 +232,7 @@ def write_adapter(
         scales[update.site.name] = update.scale
         weights[update.site.name] = update.site.to_dict()
     config.ranks, config.scales, config.weights = ranks, scales, weights
+    config.stack = None  # every update has factors of its own
     config.save_pretrained(str(folder))
     save_tensors(folder / WEIGHTS, tensors)
 

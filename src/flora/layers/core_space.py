@@ -38,6 +38,7 @@ class CoreSpace(nn.Module):
     started = False  # whether a data start has filled it
     written_down: tuple[dict[str, float], str] | None = None
     aside: Tensor | None = None  # the scale, of a space that was moved to the meta device
+    stack: Stack | None = None  # those that share its factors
 
     def __init__(
         self,
@@ -66,7 +67,12 @@ class CoreSpace(nn.Module):
     def factors(self) -> tuple[Tensor, ...]:
         """``factors[n]`` of shape (I_n, r_n), one per mode."""
         # not get_parameter: FSDP1 puts plain views of its flat parameter in their place
-        return tuple(getattr(self, f"factor_{n}") for n in range(len(self.shape)))
+        return tuple(getattr(self, name) for name in self.factor_names)
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """The names of the factors' parameters, one per mode."""
+        return tuple(f"factor_{n}" for n in range(len(self.shape)))
 
     @property
     def weight(self) -> Tensor:
@@ -124,7 +130,12 @@ class CoreSpace(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self._waits_for_fsdp() and self.aside is not None:
             state_dict[f"{prefix}scale"] = self.aside
+        if self.stack is not None:
+            errors = args[-1]  # by torch's protocol, which has no names for them here
+            errors += self.stack.disagreements(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.stack is not None:
+            self.stack.tie()
         self.write_down()
 
     def _waits_for_fsdp(self) -> bool:
@@ -139,10 +150,53 @@ class CoreSpace(nn.Module):
         if device.type == "meta" and not scale.is_meta:
             self.aside = scale
         self._buffers["scale"] = torch.ones((), device=device, dtype=dtype) if empty else scale.to(device, dtype)
+        if self.stack is not None:
+            self.stack.tie()
         return self
 
     def extra_repr(self) -> str:
         return f"shape={list(self.shape)}, ranks={list(self.ranks)}"
+
+
+class Stack:
+    """One core space for same-shaped weights of several layers, a tensor of one mode more: (L, I_1, …, I_N).
+
+    Its core (L, r_1, …, r_N) keeps the mode of layers whole, and one factor (I_n, r_n) per other mode serves them all.
+    So every weight has a ``CoreSpace`` with a slice of the core, and with the first one's factors: the same parameters.
+
+    Args:
+        spaces: of one shape, with the same ranks; the first one first in the model.
+    """
+
+    def __init__(self, spaces: Sequence[CoreSpace]) -> None:
+        self.spaces = tuple(spaces)
+        for space in self.spaces:
+            space.stack = self
+        self.tie()
+
+    def tie(self) -> None:
+        """Share the factors, also after a move or a load that gave every module parameters of its own."""
+        first, *others = self.spaces
+        for other in others:
+            other._parameters.update({name: first._parameters[name] for name in first.factor_names})
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the factors are shared. Engines that shard modules one by one take them apart."""
+        first, *others = (space._parameters for space in self.spaces)
+        return all(other[name] is first[name] for other in others for name in self.spaces[0].factor_names)
+
+    def disagreements(self, space: CoreSpace, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """The factors in ``state_dict`` that differ from those that were loaded for the first space."""
+        first = self.spaces[0]
+        names = [name for name in first.factor_names if space is not first and f"{prefix}{name}" in state_dict]
+        pairs = [(name, first.get_parameter(name), state_dict[f"{prefix}{name}"]) for name in names]
+        return [
+            f"{prefix}{name} differs from the factor of the first layer in its stack"
+            for name, own, loaded in pairs
+            if not (own.is_meta or loaded.is_meta or own.shape != loaded.shape)
+            and not torch.equal(own, loaded.to(own.device, own.dtype))
+        ]
 
 
 def _widest(device: torch.device) -> torch.dtype:

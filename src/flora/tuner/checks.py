@@ -87,10 +87,10 @@ def check_scales(scales: Any) -> None:
         raise ValueError(f"scales must be None or a dictionary of weights' names to numbers, got {scales!r}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
     """One of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_types(config: Any, without: Collection[str] = ()) -> None:

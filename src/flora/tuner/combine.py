@@ -111,6 +111,7 @@ def combined_config(configs: Sequence[FloraConfig], sums: dict[str, Sum]) -> Flo
         target_modules={weight.target for weight in rows if not weight.raw},
         target_parameters={weight.target for weight in rows if weight.raw} or None,
         modules_to_save=list(dict.fromkeys(saved)) or None,
+        stack=None,
         ranks={name: list(total.core.shape) for name, total in sums.items()},
         scales={name: total.scale.item() for name, total in sums.items()},
     )

@@ -27,6 +27,7 @@ from flora.tuner.peft_compat import FLORA, KEY_MAPPING
 from flora.tuner.renaming import rename
 
 FORMAT_VERSION = 1
+STACKS = (None, "layers")
 INITS = tuple(name for name in STARTS if name != "random")
 BIASES = ("none", "all", "flora_only")
 CHECKED = (
@@ -108,6 +109,13 @@ class FloraConfig(PeftConfig):
         metadata={"help": "'factored' (thin products), 'merged' (W + delta), or 'auto': the cheaper for each input."},
     )
     bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'flora_only'."})
+    stack: str | None = field(
+        default=None,
+        metadata={
+            "help": "'layers': weights of one shape whose names differ in the layer's number alone share factors; each "
+            "has a core of its own. For small budgets."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Layers to train fully and save, such as a new head."}
     )
@@ -163,6 +171,9 @@ class FloraConfig(PeftConfig):
         check_choice("init", self.init, INITS)
         check_choice("execution", self.execution, EXECUTIONS)
         check_choice("bias", self.bias, BIASES)
+        check_choice("stack", self.stack, STACKS)
+        if self.stack is not None and STARTS[self.init].from_data:
+            raise ValueError(f"init={self.init!r} starts each layer by itself, but stack={self.stack!r} shares factors")
         if not isinstance(self.init_weights, bool):
             raise ValueError(
                 f"init_weights must be true or false, got {self.init_weights!r}; the start is chosen by init"

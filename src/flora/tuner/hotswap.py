@@ -31,6 +31,8 @@ def hotswap(model: nn.Module, path: str | os.PathLike, adapter: str = "default")
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"layer {name!r}: unmerge before swapping adapter {adapter!r}")
+    if any(layer.space(adapter).stack for layer in layers.values()) and config.stack is None:
+        raise ValueError(f"adapter {adapter!r} shares factors between layers, and {path} does not")
     check_modes([(layer.site, layer.weight_shape) for layer in layers.values()], config.weights or {})
     saved = {_plain(key): tensor for key, tensor in load_peft_weights(str(path), device="cpu").items()}
     targets = _targets(model, layers, adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flora.layers.core_space import CoreSpace, Stack
 from flora.layers.starts import STARTS
 from flora.tuner.combine import check_combination, combined_config, fill, summed
 from flora.tuner.config import FloraConfig
@@ -52,6 +54,7 @@ class FloraModel(BaseTuner):
         config names these afterwards."""
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._stack(adapter_name)
         if not self._load_state_dict_post_hooks:
             self.register_load_state_dict_post_hook(_forget_aliases)
         config = self.peft_config[adapter_name]
@@ -62,6 +65,18 @@ class FloraModel(BaseTuner):
                 config.plan = replace(make_plan(self.model, config, keys=keys), scales=config.plan.scales)
                 config.target_modules = "|".join(map(re.escape, keys))
                 config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+    def _stack(self, adapter_name: str) -> None:
+        """Let the adapter's core spaces share factors as planned."""
+        layers = (layer for layer in self._layers() if adapter_name in layer.tucker_space)
+        spaces = {layer.name: layer.space(adapter_name) for layer in layers}
+        stacks: dict[str, list[CoreSpace]] = defaultdict(list)
+        for row in self.peft_config[adapter_name].plan.rows:
+            if row.name in spaces:  # a state_dict may name fewer layers than the config
+                stacks[row.factors_of or row.name].append(spaces[row.name])
+        for own in stacks.values():
+            if len(own) > 1:
+                Stack(own)
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
@@ -176,6 +191,16 @@ class FloraModel(BaseTuner):
                     stacklevel=2,
                 )
 
+    def _check_stacks(self) -> None:
+        """Raise ValueError if an engine has given layers factors of their own."""
+        for layer in self._layers():
+            stacks = (layer.space(adapter).stack for adapter in layer.tucker_space)
+            if not all(stack is None or stack.is_tied for stack in stacks):
+                raise ValueError(
+                    f"layer {layer.name!r}: something took apart the factors that stack='layers' shares, as FSDP does; "
+                    "train with DDP or ZeRO, or without stack"
+                )
+
     def _layers(self) -> Iterator[FloraLayer]:
         return (module for module in self.model.modules() if isinstance(module, FloraLayer))
 
@@ -231,6 +256,7 @@ class FloraModel(BaseTuner):
         """Hand ``adapter_names=`` of a forward or generate call to every layer, as PEFT's LoRA does."""
         names = kwargs.pop("adapter_names", None)
         if self.training and not self._start_checked:
+            self._check_stacks()
             self._warn_of_missing_start()
         if names is None:
             with one_call():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
 
 from torch import nn
 
@@ -21,6 +19,7 @@ from flora.tuner.config import FloraConfig
 from flora.tuner.peft_compat import TARGET_MODULES, AuxiliaryTrainingWrapper, BaseTunerLayer
 from flora.tuner.planning.left_out import check_names, left_out
 from flora.tuner.planning.targets import Target, find_targets, refuse_clashes
+from flora.tuner.planning.values import fixed_ranks, ranks_of, scales_of, stacks_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class PlannedWeight:
         execution: "auto", "factored" or "merged", as the layer allows.
         shared: whether other modules hold this weight too.
         aliases: further names of the layer.
+        factors_of: the name of the weight that has the factors, if this one shares those of its stack.
     """
 
     site: Site
@@ -48,6 +48,7 @@ class PlannedWeight:
     execution: str
     shared: bool = False
     aliases: tuple[str, ...] = ()
+    factors_of: str = ""
 
     @property
     def name(self) -> str:
@@ -66,8 +67,8 @@ class PlannedWeight:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters of the core space."""
-        return rank_rules.parameter_count(self.shape, self.ranks)
+        """Trainable parameters of the core space, without those that it shares with an earlier weight."""
+        return prod(self.ranks) if self.factors_of else rank_rules.parameter_count(self.shape, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,11 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
     refuse_clashes(model, targets)
     sites, shapes = _sites(targets)
     base_parameters = count_base_parameters(model)
-    scales = _scales(config, targets, sites)
-    ranks = _ranks(config, targets, sites, shapes, base_parameters)
+    scales = scales_of(config, targets, sites)
+    weights = fixed_ranks(config, targets, sites, shapes)
+    stacks = stacks_of(config, targets, sites, weights)
+    ranks = ranks_of(config, sites, weights, stacks, base_parameters)
+    owners = {sites[n].name: sites[own[0]].name for own in stacks for n in own[1:] if ranks[n] == ranks[own[0]]}
     rows = [
         PlannedWeight(
             site=site,
@@ -153,6 +157,7 @@ def make_plan(model: nn.Module, config: FloraConfig, keys: Iterable[str] | None 
             execution=kinds.possible(config.execution, site.kind, target.layer, target.parameter, shape),
             shared=target.shared,
             aliases=target.aliases,
+            factors_of=owners.get(site.name, ""),
         )
         for target, site, shape, own_ranks, scale in zip(targets, sites, shapes, ranks, scales, strict=True)
     ]
@@ -202,72 +207,3 @@ def count_base_parameters(model: nn.Module) -> int:
         if storage_of(module, "weight") is not None:  # several numbers may share a byte
             sizes[id(tensor_of(module, "weight"))] = prod(logical_shape(module, "weight"))
     return sum(sizes.values())
-
-
-def _ranks(
-    config: FloraConfig, targets: list[Target], sites: list[Site], shapes: list[tuple[int, ...]], base_parameters: int
-) -> list[Ranks]:
-    """Ranks of every target: those of the file that is being loaded, else those that the config lists, else those that
-    its patterns, ``r`` or budget come to."""
-    fixed = _fixed_ranks(config, targets, sites, shapes)
-    for given in (_file_ranks(config, sites), _listed_ranks(config, sites)):
-        if given and all(rank_rules.fits(ranks, shape) for ranks, shape in zip(given, shapes, strict=True)):
-            return given
-    if config.budget is None or not targets:
-        return [weight.fixed for weight in fixed if weight.fixed]
-    budget = config.budget if isinstance(config.budget, int) else int(config.budget * base_parameters)
-    return rank_rules.solve_budget(fixed, budget, config.kernel_rank)
-
-
-def _file_ranks(config: FloraConfig, sites: list[Site]) -> list[Ranks] | None:
-    keys = [f"{site.stem}.tucker_space.core" for site in sites]
-    shapes = config.saved_shapes
-    return [shapes[key] for key in keys] if shapes and all(key in shapes for key in keys) else None
-
-
-def _listed_ranks(config: FloraConfig, sites: list[Site]) -> list[Ranks] | None:
-    names = [site.name for site in sites]
-    return [tuple(config.ranks[name]) for name in names] if config.ranks and set(config.ranks) == set(names) else None
-
-
-def _scales(config: FloraConfig, targets: list[Target], sites: list[Site]) -> list[float | str]:
-    """Scale of every target: the one that the config lists, else the one that its patterns or ``scale`` come to."""
-    patterns = _from_pattern("scale_pattern", config.scale_pattern, targets)
-    names = [site.name for site in sites]
-    if config.scales and set(config.scales) == set(names):
-        return [config.scales[name] for name in names]
-    return [config.scale if scale is None else scale for scale in patterns]
-
-
-def _fixed_ranks(
-    config: FloraConfig, targets: list[Target], sites: list[Site], shapes: list[tuple[int, ...]]
-) -> list[rank_rules.Weight]:
-    """The weights with the ranks that patterns or ``r`` fix; None for those that the budget decides."""
-    weights = []
-    patterns = _from_pattern("rank_pattern", config.rank_pattern, targets)
-    for target, site, shape, pattern in zip(targets, sites, shapes, patterns, strict=True):
-        weight = rank_rules.Weight(shape, site.kind.roles_of(shape))
-        r = config.r if pattern is None else pattern
-        try:
-            fixed = None if r is None else rank_rules.clip_ranks(weight, r, config.kernel_rank)
-        except ValueError as error:
-            raise ValueError(f"layer {target.name!r}: {error}") from None
-        weights.append(rank_rules.Weight(weight.shape, weight.roles, fixed))
-    return weights
-
-
-def _from_pattern(field_name: str, patterns: dict[str, Any] | None, targets: list[Target]) -> list:
-    """The pattern's value for every weight, None if no pattern matches. By PEFT's rule a pattern is a name, the end of
-    one, or a regex for either, of a weight or of its layer. A pattern that matches nothing is an error."""
-    patterns = patterns or {}
-    values, unused = [], set(patterns)
-    for target in targets:
-        own = None
-        for pattern, value in patterns.items():
-            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (target.name, target.module)):
-                unused.discard(pattern)
-                own = value if own is None else own
-        values.append(own)
-    if unused and targets:
-        raise ValueError(f"{field_name}: {sorted(unused)} match none of the {len(targets)} adapted weights")
-    return values
