@@ -116,6 +116,26 @@ def unmerge(method: str, tries: int) -> Iterator[bool]:
         yield all(map(torch.equal, base_weights(model), before))
 
 
+def trained(method: str, tries: int) -> Iterator[bool]:
+    """A base weight that is trained while adapters are merged keeps what it has learned, or unmerging is refused."""
+    for number in range(tries):
+        model = adapted(method, seed=number)
+        before = base_weights(model)
+        model.merge_adapter()
+        weights = [p for n, p in model.named_parameters() if "lora_" not in n and "tucker_" not in n]
+        changed = weights[number % len(weights)]
+        with torch.no_grad():
+            changed += 0.1
+        merged = base_weights(model)
+        try:
+            model.unmerge_adapter()
+        except ValueError:
+            yield all(map(torch.equal, base_weights(model), merged))
+        else:
+            want = [w + 0.1 * (n == number % len(weights)) for n, w in enumerate(before)]
+            yield all(torch.allclose(mine, one, atol=1e-5) for mine, one in zip(base_weights(model), want, strict=True))
+
+
 def not_finite(method: str, tries: int) -> Iterator[bool]:
     """An adapter with a number that is not finite is not merged, and no base weight changes."""
     for number in range(tries):
@@ -247,6 +267,7 @@ class Kind:
 KINDS = {
     "threads": Kind("concurrent calls from four threads", threads, 400),
     "unmerge": Kind("merged, changed, unmerged: to the bit", unmerge, 100),
+    "trained": Kind("base weight trained while merged: kept or refused", trained, 100),
     "finite": Kind("not merged if not finite", not_finite, 100),
     "kill": Kind("`kill -9` in `save_pretrained`", kill, 100),
     "headers": Kind("changed bytes in the safetensors header", headers, 500),

@@ -8,6 +8,7 @@ import pickle
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from cases import CASES, Case, Listed
 from flora import FloraConfig, FloraLayer
 from flora.tuner.config import INITS
+from flora.tuner.merging import _copy
 from reference import delta, first, forward, layers
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -133,6 +135,40 @@ def test_unmerging_gives_the_weight_back_to_the_bit_whatever_came_between(case):
     assert all(len({space.scale.item() for space in layer.tucker_space.values()}) == 1 for layer in layers(model))
     with model.disable_adapter():
         assert unchanged()
+
+
+@every_case
+def test_a_weight_that_changed_while_merged_is_not_lost(case):
+    model, *_ = build(case, torch.bfloat16)
+    model.merge_adapter()
+    copied, loaded = copy.deepcopy(model), copy.deepcopy(model)
+    loaded.load_state_dict(model.state_dict())
+    for other in (copied, loaded):  # other tensors with the same numbers
+        other.unmerge_adapter()
+    copy.deepcopy(model).double().unmerge_adapter()
+
+    last = layers(model)[-1]
+    entry = last.base_parameter.data.view(-1)[-1:]
+    entry += entry.abs() + 1
+    merged = [layer.base_parameter.clone() for layer in layers(model)]
+    if getattr(last.get_base_layer(), "max_norm", None):
+        return  # such a table changes its own rows whenever it is called
+    for change in (model.unmerge_adapter, model.disable_adapter_layers, lambda: model.set_adapter("default")):
+        with pytest.raises(ValueError, match="has changed while adapters were merged"):
+            change()
+        for layer, weight in zip(layers(model), merged, strict=True):
+            assert layer.merged and torch.equal(layer.base_parameter, weight)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_and_unload()
+    assert torch.equal(last.base_parameter, merged[-1])
+
+
+@pytest.mark.parametrize("free, place", [(5, "cuda:0"), (4, "cpu")])
+def test_merging_keeps_the_weight_on_an_accelerator_while_half_of_it_is_free(monkeypatch, free, place):
+    memory = SimpleNamespace(mem_get_info=lambda device: (free, 10))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: memory)
+    weight = SimpleNamespace(device=torch.device("cuda:0"), data=SimpleNamespace(to=lambda device, copy: device))
+    assert str(_copy(weight)) == place
 
 
 @every_case

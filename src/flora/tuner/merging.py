@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.layers.core_space import add_updates, is_finite
+from flora.layers.weights.fingerprint import Fingerprint, fingerprint
 from flora.layers.weights.offload import loaded
 from flora.layers.weights.parameters import leaf, owner
 from flora.layers.weights.sharded import gathered, has_engine, in_parts, is_distributed, is_flat, overwrite, whole
@@ -21,15 +22,19 @@ from flora.tuner.peft_compat import check_adapters_to_merge
 class MergeableWeight(AdaptedWeight):
     """An adapted weight that its updates can be merged into, also while an engine keeps it in parts."""
 
+    # of the merged weight, unless it is quantized, or a table that renormalizes itself whenever it is called
+    _written: Fingerprint | None = None
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True) -> None:
         """Add the updates of the given (else the active) adapters to the weight.
 
         The sum is formed in float32 at least and rounded once. Raises ValueError, and leaves the weight as it was, if
         an update is not finite; with ``safe_merge`` also if the merged weight is not.
 
-        The weight as it was stays in the computer's memory, never an accelerator's, for ``unmerge`` to put back: it
-        takes as many bytes as the weight. Without ``keep``, as in ``merge_and_unload``, it does not. A quantized weight
-        is dequantized, and the sum quantized anew; what it was stays where it is.
+        The weight as it was is kept for ``unmerge`` to put back: as many bytes as the weight has, on its own device
+        while half of an accelerator's memory is free, and else in the computer's memory. Without ``keep``, as in
+        ``merge_and_unload``, it is not. A quantized weight is dequantized, and the sum quantized anew; what it was
+        stays where it is.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
@@ -38,6 +43,8 @@ class MergeableWeight(AdaptedWeight):
             with self._gathered(names):
                 return quantized.merge(self, names, safe_merge, keep)
         merged_before = bool(self._kept)
+        if merged_before and keep:
+            self.check_unchanged()
         alone = not self.shared or merged_before  # else other holders must not see the merged weight
         with self._gathered(names, write=True):
             weight = self.base_parameter
@@ -48,6 +55,8 @@ class MergeableWeight(AdaptedWeight):
                 overwrite(weight, merged)
             else:
                 self._replace_parameter(nn.Parameter(merged, requires_grad=weight.requires_grad))
+            renormalizes = getattr(self.get_base_layer(), "max_norm", None) is not None
+            self._written = fingerprint(self.base_parameter) if keep and not renormalizes else None
         self._kept += kept
         self.merged_adapters.extend(names)
 
@@ -85,9 +94,31 @@ class MergeableWeight(AdaptedWeight):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put back the weight as it was before the first merge, to the bit: whatever has become of the adapters."""
+        """Put back the weight as it was before the first merge, to the bit: whatever has become of the adapters.
+
+        Raises ValueError if the weight itself has changed since it was merged: the change would be lost.
+        """
+        self.check_unchanged()
+        self.put_back()
+
+    @torch.no_grad()
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the weight is not what the last merge has written."""
+        if self._written is None:
+            return
+        with self._gathered([]):
+            if not self._written.fits(self.base_parameter):
+                raise ValueError(
+                    f"layer {self.name!r}: its weight of shape {list(self.weight_shape)} has changed while adapters "
+                    "were merged into it (trained, or loaded?), and unmerging would undo the change; unmerge first "
+                    "next time, or keep both by model.merge_and_unload()"
+                )
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """As ``unmerge``, without its check."""
         if not self.merged_adapters:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
             return
         kept = self._kept[0]
         if isinstance(kept, dict):
@@ -98,7 +129,7 @@ class MergeableWeight(AdaptedWeight):
             with self._gathered([], write=True):
                 overwrite(self.base_parameter, kept)
         self._kept.clear()
-        self.merged_adapters = []
+        self._written, self.merged_adapters = None, []
 
     @contextmanager
     def _gathered(self, adapters: Sequence[str], write: bool = False) -> Iterator[None]:
@@ -152,7 +183,19 @@ class MergeableWeight(AdaptedWeight):
 
 
 def _copy(weight: Tensor) -> Tensor:
-    """The weight's numbers as they are, on the CPU unless they are distributed."""
+    """The weight's numbers as they are; from an accelerator that is half full, on the CPU unless distributed."""
     if is_distributed(weight):
         return weight.data.clone()
-    return weight.data.to("cpu", copy=has_engine())  # without an engine, merging gives the weight a new memory
+    # without an engine, merging gives the weight a new memory
+    return weight.data.to(weight.device if _half_free(weight.device) else "cpu", copy=has_engine())
+
+
+def _half_free(device: torch.device) -> bool:
+    """Whether half of an accelerator's memory is free; always of the computer's own."""
+    if device.type == "cpu":
+        return True
+    memory = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if memory is None:
+        return False
+    free, total = memory(device)
+    return 2 * free >= total

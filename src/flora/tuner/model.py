@@ -209,15 +209,33 @@ class FloraModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's. Raises ValueError before any layer is merged if one cannot be."""
         self._check_merge_allowed()
+        self.check_unchanged()
         self._check_finite(adapter_names, safe_merge)
         for layer in self._layers():  # not in PEFT's way, whose loading of offloaded weights drops some again
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         warn_of_loss(list(self._layers()))
 
     def unmerge_adapter(self) -> None:
-        """As PEFT's. The weights are as before to the bit."""
+        """As PEFT's. The weights are as before to the bit. Raises ValueError, and changes nothing, if one of them has
+        changed while it was merged."""
+        self.check_unchanged()
         for layer in self._layers():
-            layer.unmerge()
+            layer.put_back()
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the weight of a layer has changed while adapters were merged into it."""
+        for layer in self._layers():
+            layer.check_unchanged()
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's, which unmerges."""
+        self.check_unchanged()
+        super().disable_adapter_layers()
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, which unmerges."""
+        self.check_unchanged()
+        super().set_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(
         self,
