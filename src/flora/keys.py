@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
@@ -22,7 +22,26 @@ class Refused(click.ClickException):
 
 
 class Commands(click.Group):
-    """The commands below, and those that installed packages add by entry point."""
+    """The commands below, and those that installed packages add by entry point.
+
+    Args:
+        sections: of the help: a heading, and the names of its commands. Others come last.
+    """
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections or {}
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        present = self.list_commands(ctx)
+        named = {name for names in self.sections.values() for name in names}
+        others = [name for name in present if name not in named]
+        for heading, names in (*self.sections.items(), ("Further commands" if named else "Commands", others)):
+            rows = [(name, command) for name in names if name in present and (command := self.get_command(ctx, name))]
+            if rows:
+                with formatter.section(heading):
+                    limit = formatter.width - 6 - max(len(name) for name, _ in rows)
+                    formatter.write_dl([(name, command.get_short_help_str(limit)) for name, command in rows])
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *entry_points(group="flora.commands").names})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 
 from flora.files import local_path, read_json
 
+TIMM = "timm/"
+
 
 def empty_model(name: str) -> nn.Module:
     """The model on the meta device: its structure, as the class that its config names. No weights are read.
 
     Args:
-        name: a folder, or a name on the hub (models of diffusers: a folder). See ``flora.files.local_path``.
+        name: a folder, a name on the hub (models of diffusers: a folder), or "timm/NAME", for which the hub is not
+            asked if timm is installed. See ``flora.files.local_path``.
 
     Raises:
         ValueError: if transformers or diffusers cannot build it.
@@ -56,10 +60,34 @@ def _is_diffusers(name: str) -> bool:
 def _transformers(name: str, weights: bool) -> nn.Module:
     import transformers
 
+    if not weights and (architecture := timm_architecture(name)):
+        return _on_meta(transformers.AutoConfig.for_model("timm_wrapper", architecture=architecture))
+    name = hub_name(name)
     config = transformers.AutoConfig.from_pretrained(name)
     if not weights:
         return _on_meta(config)
     return (_class_of(config) or transformers.AutoModel).from_pretrained(name, dtype=torch.float32)
+
+
+def timm_architecture(name: str) -> str | None:
+    """timm's name of the model "timm/NAME", without the tag of its weights. None for another model, or without timm."""
+    if not name.startswith(TIMM) or find_spec("timm") is None:
+        return None
+    import timm
+
+    known: Any = timm.models.get_pretrained_cfg(name.removeprefix(TIMM))
+    return None if known is None else known.architecture
+
+
+def hub_name(name: str) -> str:
+    """The name on the hub: of timm/resnet18, say, the one with timm's default weights, timm/resnet18.a1_in1k. Any other
+    name is returned as it is."""
+    if "." in name or timm_architecture(name) is None:
+        return name
+    import timm
+
+    known: Any = timm.models.get_pretrained_cfg(name.removeprefix(TIMM))
+    return known.hf_hub_id or name
 
 
 def _class_of(config: Any) -> Any:

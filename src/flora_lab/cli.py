@@ -66,7 +66,7 @@ def alone() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
-@click.command(cls=KeyedCommand, keys=job_keys)
+@click.command(cls=KeyedCommand, keys=job_keys, short_help="Train the variants of a job, a YAML file.")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
 def train(config: str, overrides: tuple[str, ...]) -> None:
@@ -94,7 +94,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
         run(job)
 
 
-@click.command(cls=KeyedCommand, keys=job_keys)
+@click.command(cls=KeyedCommand, keys=job_keys, short_help="Compare them at equal budgets, over seeds.")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
 @click.option("--methods", metavar="A,B", help="Some of the job's variants [all].")
@@ -132,7 +132,7 @@ def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys
         run(job, some)
 
 
-@click.command()
+@click.command(short_help="Make one report of several comparisons.")
 @click.argument("folders", nargs=-1, required=True)
 @click.option("--out", default=".", show_default=True, help="Folder for report.html, its figures and tables.")
 def analyse(folders: tuple[str, ...], out: str) -> None:

@@ -1,12 +1,17 @@
 """The library's command line: its help, its overrides and `flora plan`. Conversions: test_cli_convert.py."""
 
 import json
+import re
 
+import click
 import pytest
+from click.shell_completion import ShellComplete
 from transformers import LlamaConfig
 
 from commands import assert_refused, flora
-from flora.cli import as_overrides
+from flora.cli import SECTIONS, main
+from flora.keys import Commands, as_overrides
+from flora.models import hub_name
 
 
 def test_overrides_are_written_in_three_ways():
@@ -19,6 +24,39 @@ def test_overrides_are_written_in_three_ways():
 def test_help(arguments):
     result = flora(*arguments)
     assert result.exit_code == 0 and not result.stderr
+
+
+def test_help_lists_every_command_once_in_its_section():
+    text = flora("--help").output
+    sections = dict(re.findall(r"^(\S.*):\n((?:  .*\n)+)", text, re.MULTILINE))
+    listed = [line.split()[0] for heading in SECTIONS for line in sections[heading].splitlines()]
+    assert sorted(listed) == main.list_commands(click.Context(main)) and "Further commands" not in sections
+    assert "..." not in "".join(sections[heading] for heading in SECTIONS)
+
+
+def test_commands_outside_every_section_are_listed_too():
+    group = Commands(sections={"First": ["a"]}, commands=[click.Command("a"), click.Command("b")])
+    text = group.get_help(click.Context(group))
+    assert re.search(r"First:\n  a\n\nFurther commands:\n.*  b\n", text, re.DOTALL)
+
+
+def test_the_tab_key_completes_commands_and_options():
+    def complete(*words):
+        *before, last = words
+        return {
+            item.value for item in ShellComplete(main, {}, "flora", "_FLORA_COMPLETE").get_completions(before, last)
+        }
+
+    assert complete("ex") == {"export", "extract"}
+    assert complete("export", "lo") == {"lora", "locon"}
+    assert complete("merge", "--max") == {"--max-shard-size"}
+
+
+def test_a_model_of_timm_is_planned_without_the_hub():
+    result = flora("plan", "timm/resnet10t", "budget=0.01")
+    assert result.exit_code == 0, result.output
+    assert "timm_model.layer1.0.conv1" in result.output and "Conv2d" in result.output
+    assert hub_name("timm/resnet18") == "timm/resnet18.a1_in1k" and hub_name("timm/no-such") == "timm/no-such"
 
 
 def test_help_lists_every_key():
@@ -95,12 +133,12 @@ def test_a_hostile_config_is_one_line(content, llama, tmp_path):
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
 def test_a_pattern_that_never_ends_is_one_line(key, llama, monkeypatch):
-    monkeypatch.setattr("flora.cli.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("flora.cli.planning.PATTERN_SECONDS", 0.5)
     assert_refused(flora("plan", llama, f"{key}=(.?){{1,60}}(.?.?){{1,60}}Z"), "takes too long: give simpler ones")
 
 
 def test_a_model_that_never_ends_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("flora.cli.BUILD_SECONDS", 2)
+    monkeypatch.setattr("flora.cli.planning.BUILD_SECONDS", 2)
     LlamaConfig(
         num_hidden_layers=10**9, hidden_size=8, num_attention_heads=2, architectures=["LlamaModel"]
     ).save_pretrained(tmp_path)

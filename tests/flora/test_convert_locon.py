@@ -467,3 +467,23 @@ def test_a_pipeline_is_verified_by_its_component_and_the_rest_is_named(form, tmp
     lora = ["import", "lora", tmp_path / "lora", tmp_path / "back", "--verify", tmp_path / "pipeline"]
     assert_refused(flora(*lora), "is a pipeline", "text_encoder, ")
     assert not (tmp_path / "back").exists()
+
+
+def test_the_export_says_which_loader_reads_it_and_that_one_does(tmp_path):
+    model = unet()
+    expected = tuned(model, tmp_path / "flora", ["conv_in"])
+    for prefix, layers in ((None, 0), ("lycoris", 1)):
+        file = tmp_path / f"{prefix}.safetensors"
+        line = export_locon(tmp_path / "flora", file, prefix=prefix)
+        named = (
+            "LyCORIS alone needs --prefix lycoris" if prefix is None else "for LyCORIS (create_lycoris_from_weights)"
+        )
+        assert named in line and "2 weights" not in line
+        merged = copy.deepcopy(model)
+        network, _ = create_lycoris_from_weights(1.0, str(file), merged)
+        assert len(network.loras) == layers
+    network.merge_to()
+    torch.testing.assert_close(outputs(merged), expected, **CLOSE)
+    folded = export_locon(tmp_path / "flora", tmp_path / "folded.safetensors", folded=True)
+    assert "also kohya's scripts" in folded and "need --folded" not in folded
+    assert "told the prefix net" in export_locon(tmp_path / "flora", tmp_path / "n.safetensors", prefix="net")

@@ -44,7 +44,7 @@ def export_diffusers(
         progress: show a progress bar.
 
     Returns:
-        a line that describes the LoRA.
+        a line that describes the LoRA, and one that says how diffusers loads it.
 
     Raises:
         ValueError: listing the layers without a LoRA form, or tensors for which the file has no place. Nothing is
@@ -66,7 +66,8 @@ def export_diffusers(
         save_tensors(folder / FILE, tensors, {METADATA: json.dumps(arguments)})
     ranks = ", ".join(f"{name} of rank {arguments[f'{name}.r']}" for name in sources)
     count = sum(tensor.numel() for tensor in tensors.values())
-    return f"{out}: LoRA, {ranks}, {len(tensors) // 2} weights, {count:,} parameters"
+    reader = f"for diffusers: pipeline.load_lora_weights({str(out)!r})"
+    return f"{out}: LoRA, {ranks}, {len(tensors) // 2} weights, {count:,} parameters\n{reader}"
 
 
 def _component_lora(source: Adapter, component: str, progress: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

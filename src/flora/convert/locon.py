@@ -29,6 +29,7 @@ from flora import tucker
 from flora.convert.adapter import Adapter, Update, finite, progress_bar, summary, write_adapter
 from flora.convert.diffusers import component_of, down_up, name_in, sources_of
 from flora.convert.products import beside_obstacle, cut_ranks, from_product, product, refuse
+from flora.convert.readers import LOCON_PREFIX, readers_of_locon
 from flora.convert.sgm import sgm_names
 from flora.files import new_file, new_folder, open_tensors, save_tensors, user_path
 from flora.layers import kinds
@@ -37,7 +38,6 @@ from flora.models import empty_model
 from flora.tuner.config import FloraConfig
 
 UP, MID, DOWN, ALPHA = "lora_up.weight", "lora_mid.weight", "lora_down.weight", "alpha"
-PREFIX = re.compile(r"(lora_unet|lora_te\d?|lycoris)_")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -81,7 +81,7 @@ def export_locon(
         progress: show a progress bar.
 
     Returns:
-        a line that describes the LoCon.
+        a line that describes the LoCon, and one that says which programs read it.
 
     Raises:
         ValueError: listing the layers without a LoCon form, or tensors for which the file has no place. Nothing is
@@ -95,7 +95,8 @@ def export_locon(
         tensors = _file_tensors(sources, folded, progress)
         save_tensors(path, tensors)
     weights = sum(key.endswith(UP) for key in tensors)
-    return f"{out}: LoCon, {weights} weights, {sum(map(Tensor.numel, tensors.values())) - weights:,} parameters"
+    line = f"{out}: LoCon, {weights} weights, {sum(map(Tensor.numel, tensors.values())) - weights:,} parameters"
+    return f"{line}\n{readers_of_locon(list(sources), any(key.endswith(MID) for key in tensors))}"
 
 
 def _sources(
@@ -211,7 +212,7 @@ def import_locon(
 
 
 def _only_prefix(path: Path, names: Iterable[str]) -> str:
-    matches = {name: PREFIX.match(name) for name in names}
+    matches = {name: LOCON_PREFIX.match(name) for name in names}
     if strange := [name for name, match in matches.items() if not match]:
         raise ValueError(
             f"{path}: {strange[0]!r} does not begin with lora_unet_, lora_te_, lora_te1_, lora_te2_ or lycoris_; for a "

@@ -11,6 +11,7 @@ from torch import Tensor
 from flora.convert.adapter import PREFIX, Adapter, progress_bar
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.products import Product, beside_obstacle, pad_rank, product, refuse
+from flora.convert.readers import readers_of_lora
 from flora.files import WEIGHTS, new_folder, save_tensors
 from flora.layers.sites import Site
 from flora.tuner.config import FloraConfig
@@ -78,7 +79,7 @@ def export_lora(
         progress: show a progress bar.
 
     Returns:
-        a line that describes the LoRA.
+        a line that describes the LoRA, and one that says which programs read it.
 
     Raises:
         ValueError: listing the layers without a LoRA form. Nothing is written then.
@@ -97,7 +98,8 @@ def export_lora(
         config.save_pretrained(str(folder))
     count = sum(tensor.numel() for tensor in tensors.values())
     saved = f"; saved whole: {', '.join(_modules(obstacles))}" if obstacles else ""
-    return f"{out}: LoRA of rank {config.r}, {len(products)} weights, {count:,} parameters{saved}"
+    line = f"{out}: LoRA of rank {config.r}, {len(products)} weights, {count:,} parameters{saved}"
+    return f"{line}\n{readers_of_lora(products, config.r)}"
 
 
 def _modules(sites: Iterable[Site]) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flora.files import WEIGHTS, from_hub, local_path, open_tensors, read_json
+from flora.models import hub_name
 
 # names of the weights, without the suffix, of transformers, diffusers, and older transformers
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -74,7 +75,7 @@ class TensorFiles:
         path = local_path(source)
         if path is not None and path.is_file():
             return cls._read(str(source), None, [path], {})
-        folder = path or _model_from_hub(str(source), revision)
+        folder = path or _model_from_hub(hub_name(str(source)), revision)
         paths, index = _weight_files(folder)
         return cls._read(str(source), folder, paths, index)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig
+from torch import nn
 
 from flora.files import finish_replacing, replace_file, saved_shapes
 from flora.layers.execution.cost import EXECUTIONS
@@ -188,6 +189,28 @@ class FloraConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    @classmethod
+    def like(cls, other: PeftConfig, model: nn.Module | None = None, **changes: Any) -> FloraConfig:
+        """The FLoRA of the targets and size of another PEFT method's config: ``like(LoraConfig(...), model)``.
+
+        Targets, exclusions, layers trained whole, biases, dropout and task carry over. A LoRA's alpha does not: the
+        scale stays "auto", which suits LoRA's learning rates.
+
+        Args:
+            other: of a method that adapts layers: LoRA (DoRA, rsLoRA, PiSSA …), LoHa, LoKr, OFT and others.
+            model: the base model, which stays as it is. With it the budget is the number of trainable parameters that
+                ``other`` has on this model, layer by layer where ``rank_pattern`` tells layers apart. Without it the
+                ranks are the same, at which FLoRA has slightly more parameters than LoRA on linear layers, and fewer on
+                convolutions.
+            changes: fields that replace those found, such as ``init="gradient"``.
+
+        Raises:
+            ValueError: if the method adapts no layers (prompt tuning), or has no rank and there is no model.
+        """
+        from flora.tuner.like import config_like
+
+        return config_like(other, model, changes)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. After a model has been adapted, it has the adapted weights, their scales and a budget's ranks."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @dataclass
 class Pretrained:
     name: str | None = field(
-        default=None, metadata={"help": "a transformers model: a folder, or a name on the hub", "path": True}
+        default=None, metadata={"help": "a transformers model: a folder, a name on the hub, or timm/NAME", "path": True}
     )
     config: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "instead of a name: model_type and the fields of its config"}
@@ -54,7 +54,9 @@ class Pretrained:
 
     def source(self) -> str:
         """The folder, or the name on the hub. Raises ValueError if it is a folder that does not exist."""
-        return str(local_path(self.name) or self.name)
+        from flora.models import hub_name  # which needs torch
+
+        return str(local_path(self.name) or hub_name(str(self.name)))
 
     def check(self) -> None:
         """Raise ValueError if the keys do not name exactly one model."""

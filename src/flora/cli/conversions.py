@@ -1,105 +1,25 @@
-"""The `flora` command: each subcommand is one call. A mistake prints one line that names it, with exit code 2.
-
-Other packages add commands through the entry point group `flora.commands`. Nothing heavy is imported before a command
-runs, so that help and typos answer at once.
-"""
+"""`flora export`, `import`, `merge`, `extract` and `compress`: each calls a function of ``flora.convert``."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
 import click
 
-from flora import __version__
-from flora.keys import (
-    Commands,
-    KeyedCommand,
-    Refused,
-    as_overrides,
-    described_keys,
-    flags,
-    parse_override,
-    set_nested,
-    time_limit,
-)
-from flora.text import did_you_mean
+from flora.cli.planning import SLOW_PATTERN
+from flora.keys import Refused, time_limit
 
-# far above what any model takes: only a hostile config or regex reaches them
-BUILD_SECONDS, PATTERN_SECONDS, VERIFY_SECONDS = 300.0, 60.0, 3600.0
-SLOW_PATTERN = "matching target_modules, exclude_modules and the other patterns takes too long: give simpler ones"
+VERIFY_SECONDS = 3600.0  # far above what any model takes
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="flora")
-def main() -> None:
-    """Fine-tune frozen models with low-rank core adapters, for weights of any number of dimensions."""
-
-
-# ----------------------------------------------------------------------------------------------------------------- plan
-
-
-def plan_keys() -> Iterator[tuple[str, str]]:
-    """The fields of FloraConfig that have a help text."""
-    from flora import FloraConfig
-
-    return described_keys(FloraConfig)
-
-
-@main.command(cls=KeyedCommand, keys=plan_keys)
-@click.argument("model")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-def plan(model: str, overrides: tuple[str, ...]) -> None:
-    """List the weights that an adapter would train.
-
-    The table has their shapes, ranks and numbers of parameters. MODEL is a transformers or diffusers model: a folder
-    with its config.json, or a name on the hub. No weights are loaded. Keys are the fields of FloraConfig: `flora plan
-    MODEL budget=0.005`.
-    """
-    pairs = [parse_override(override) for override in as_overrides(overrides, plan_flags)]
-
-    from flora.models import empty_model, quiet
-
-    quiet()
-    import flora
-    from flora.tuner.config import OTHER_NAMES
-
-    keys: dict[str, Any] = {"target_modules": "all-weights"}
-    known = [field.name for field in dataclasses.fields(flora.FloraConfig)]
-    for key, value in pairs:
-        if (name := key.partition(".")[0]) not in known:
-            hint = did_you_mean(name, known, OTHER_NAMES)
-            raise Refused(f"{key}: no field of FloraConfig; `flora plan --help` lists them{hint}")
-        set_nested(keys, key, value)
-    try:
-        config = flora.FloraConfig(**keys)
-        with time_limit(BUILD_SECONDS, f"{model}: building this model takes too long"):
-            base = empty_model(model)
-        with time_limit(PATTERN_SECONDS, SLOW_PATTERN):
-            made = flora.plan(base, config)
-    except (TypeError, ValueError) as error:
-        raise Refused(" ".join(str(error).split())) from error
-    click.echo(str(made))
-
-
-def plan_flags() -> Iterator[str]:
-    """The fields of FloraConfig that are true or false."""
-    from flora import FloraConfig
-
-    return flags(FloraConfig)
-
-
-# ---------------------------------------------------------------------------------------------------------- conversions
-
-
-@main.group()
+@click.group()
 def export() -> None:
     """Export an adapter for programs without flora."""
 
 
-@main.group("import")
+@click.group("import")
 def import_() -> None:
     """Import an adapter of another program, exactly."""
 
@@ -244,7 +164,7 @@ def import_official(checkpoint: str, out: str, verify: str | None, **options: An
     convert("import_official", verify, sides, options, checkpoint=checkpoint, out=out, **options)
 
 
-@main.command()
+@click.command()
 @click.argument("base")
 @paths("adapter", "out", "Load MODEL with the adapter, and OUT, and compare the outputs.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="The largest size of one file.")
@@ -257,7 +177,7 @@ def merge(base: str, adapter: str, out: str, verify: str | None, **options: Any)
     convert("merge", verify, (adapter, out, "merged"), base=base, adapter=adapter, out=out, **options)
 
 
-@main.command()
+@click.command()
 @click.argument("base")
 @paths("tuned", "out", "Load MODEL with the result, and TUNED, and compare the outputs.")
 @options(*SIZE)
@@ -271,7 +191,7 @@ def extract(base: str, tuned: str, out: str, verify: str | None, budget: str | N
     convert("extract", verify, (out, tuned, "merged"), base=base, tuned=tuned, out=out, **options)
 
 
-@main.command()
+@click.command()
 @paths("adapter", "out")
 @options(*SIZE)
 def compress(adapter: str, out: str, verify: str | None, budget: str | None, **options: Any) -> None:
@@ -291,9 +211,3 @@ def parse_budget(budget: str | None) -> int | float | None:
         return float(budget) if "." in budget or "e" in budget else int(budget.replace(",", ""))
     except ValueError:
         raise Refused(f"--budget {budget}: a whole number of parameters, or a share such as 0.005") from None
-
-
-if __name__ == "__main__":
-    from flora.cli import main as command  # added commands import this module by its name
-
-    command()
