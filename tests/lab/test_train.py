@@ -62,6 +62,10 @@ def tiny(path, folder):
     if path.stem == "cifar-efficientnet":
         keys = [key for key in tiny_images(folder) if not key.startswith(("task.model.config", "budget"))]
         return [*keys, "task.data.size=32"]
+    if path.stem == "ade20k-internvit":
+        vit = ", ".join(f"{key}: {value}" for key, value in {"model_type": "internvl_vision", **VIT}.items())
+        keys = [key for key in test_task_semantic.tiny_data(folder) if not key.startswith("task.backbone.config")]
+        return [*keys, f"task.backbone.config={{{vit}}}", "budget=1500"]
     if task["name"] == "glue":
         return test_task_glue.tiny_keys(folder, task["subset"])
     return {
@@ -71,6 +75,8 @@ def tiny(path, folder):
     }[task["name"]](folder)
 
 
+VIT = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 24,
+       "patch_size": 4}  # fmt: skip
 SHORT = ["pretraining.max_steps=2", "training.max_steps=2"]
 
 

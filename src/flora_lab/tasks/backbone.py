@@ -14,17 +14,19 @@ TIMM = "timm/"
 
 
 def load_backbone(keys: Pretrained) -> nn.Module:
-    """transformers' AutoBackbone of a classifier, or timm's if the name is "timm/NAME".
+    """transformers' AutoBackbone of a classifier, or timm's if the name is "timm/NAME". A vision transformer that has
+    none, also that of a vision-language model, becomes a pyramid.
 
     It returns the maps of four stages (all, if there are fewer), evenly spaced and fine to coarse, unless the config
     has out_features or out_indices. Raises ValueError naming the model, or the file of its weights.
     """
     from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoConfig, TimmBackboneConfig
 
-    from flora_lab.tasks import cifar_resnet
+    from flora_lab.tasks import cifar_resnet, vit_pyramid
 
     keys.check()
     cifar_resnet.register()
+    vit_pyramid.register()
     try:
         if keys.name and keys.name.startswith(TIMM):
             config = TimmBackboneConfig(backbone=keys.name.removeprefix(TIMM), out_indices=[-4, -3, -2, -1])
@@ -33,11 +35,13 @@ def load_backbone(keys: Pretrained) -> nn.Module:
             source = keys.source()
             config = AutoConfig.from_pretrained(source)
             if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
-                raise ValueError(f"transformers has no backbone for model_type {config.model_type}")
+                return vit_pyramid.from_source(source, config)
             config.out_indices = stages(config)
             # AutoBackbone.from_pretrained would ask the hub even for a folder
             return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(source, config=config)
         config = make_config(keys.config)
+        if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
+            return vit_pyramid.over(config, keys.weights)
         if not {"out_features", "out_indices"} & keys.config.keys():
             config.out_indices = stages(config)
         model = AutoBackbone.from_config(config)
@@ -58,6 +62,10 @@ def stages(config: Any) -> list[int]:
     return list(range(last % step + step, last + 1, step))
 
 
-def map_norms(model: nn.Module) -> list[str]:
-    """Names of the norms that a transformers backbone applies to its maps only. Classifiers lack their weights."""
-    return [name for name, _ in model.named_modules() if name.split(".")[-2:-1] == ["hidden_states_norms"]]
+def map_layers(model: nn.Module) -> list[str]:
+    """Names of what a backbone applies to its maps only: norms, or a pyramid's convolutions. Classifiers lack their
+    weights."""
+    from flora_lab.tasks.vit_pyramid import VitPyramid
+
+    norms = [name for name, _ in model.named_modules() if name.split(".")[-2:-1] == ["hidden_states_norms"]]
+    return norms + [f"{name}.neck" for name, module in model.named_modules() if isinstance(module, VitPyramid)]

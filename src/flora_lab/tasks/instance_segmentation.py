@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks import coco
-from flora_lab.tasks.backbone import load_backbone, map_norms
+from flora_lab.tasks.backbone import load_backbone, map_layers
 from flora_lab.tasks.base import Task
 from flora_lab.tasks.data import Records, check_each, three
 from flora_lab.tasks.pictures import Pictures, open_image
@@ -109,7 +109,7 @@ class InstanceSegmentation(Task):
 
     def head(self, model: nn.Module) -> list[str]:
         """All except the backbone; of that, the norms that it applies to its maps only."""
-        return ["fpn", "rpn", "roi_heads", *map_norms(model)]
+        return ["fpn", "rpn", "roi_heads", *map_layers(model)]
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Tensors padded with 0 to the largest, so that Trainer can move, split and gather them like any batch."""

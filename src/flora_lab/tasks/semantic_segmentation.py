@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks.backbone import load_backbone, map_norms
+from flora_lab.tasks.backbone import load_backbone, map_layers
 from flora_lab.tasks.base import Task
 from flora_lab.tasks.data import Records, check_each, need_columns, three
 from flora_lab.tasks.pictures import open_image, read
@@ -108,6 +108,7 @@ class SemanticSegmentation(Task):
         from torch import nn
 
         from flora_lab.tasks.batch_norm import BatchNorm
+        from flora_lab.tasks.vit_pyramid import VitPyramid
 
         if self.backbone is None:
             model = self.model.load("AutoModelForSemanticSegmentation", HEADS, num_labels=self.classes)
@@ -116,22 +117,24 @@ class SemanticSegmentation(Task):
         else:
             backbone = load_backbone(self.backbone)
             decoder = Pretrained(config={"model_type": "upernet", **self.model.config}, weights=self.model.weights)
-            keys = {"num_labels": self.classes, "backbone_config": backbone.config}
+            # the decoder makes a backbone of its own, which is not used
+            small = backbone.config.shallow() if isinstance(backbone, VitPyramid) else backbone.config
+            keys = {"num_labels": self.classes, "backbone_config": small}
             model = decoder.load("AutoModelForSemanticSegmentation", HEADS, **keys)
-            model.backbone = backbone
+            model.backbone, model.config.backbone_config = backbone, backbone.config
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = BatchNorm
         return model
 
     def head(self, model: nn.Module) -> list[str]:
-        """The decoder, and the norms that the backbone applies to its maps only."""
+        """The decoder, and what the backbone applies to its maps only."""
         from torch import nn
 
         names = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
         if not names:
             raise ValueError(f"{type(model).__name__} has no head named {', '.join(HEADS)}")
-        return names + map_norms(model)
+        return names + map_layers(model)
 
     @staticmethod
     def reduce(logits: Any, labels: Tensor) -> Tensor:
