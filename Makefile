@@ -2,12 +2,13 @@
 # make test       set everything up and run every test
 # make test-fast  the library's contracts alone: no browser, no Ray, no jobs
 # make lint       style, format and types
+# make results    every table and figure of docs/results.md, from the committed rows
 # Another Python than python3: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint install
+.PHONY: demo test test-fast lint results install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -24,6 +25,9 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+results: install
+	$(BIN)/flora analyse docs/results/*.jsonl --out docs/results --into docs/results.md
 
 install: .venv/.installed
 

@@ -135,12 +135,13 @@ def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys
 @click.command(short_help="Make one report of several comparisons.")
 @click.argument("folders", nargs=-1, required=True)
 @click.option("--out", default=".", show_default=True, help="Folder for report.html, its figures and tables.")
-def analyse(folders: tuple[str, ...], out: str) -> None:
+@click.option("--into", metavar="FILE", help="Markdown file: replace each job's table, below its line <!-- JOB -->.")
+def analyse(folders: tuple[str, ...], out: str, into: str | None) -> None:
     """Make one report of the comparisons in FOLDERS: tables and figures, on a page that needs no network."""
     with job_errors():
         from flora_lab.analysis import analyse as run
 
         try:
-            click.echo(str(run(folders, out)))
+            click.echo(str(run(folders, out, into)))
         except ValueError as error:  # a line that is not a valid row
             raise Refused(str(error)) from error

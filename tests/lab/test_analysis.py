@@ -27,12 +27,12 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import flora_lab
 from flora import FloraConfig
-from flora_lab.analysis import analyse, fields, measure, plots, tables, traces
+from flora_lab.analysis import analyse, fields, figures, measure, tables
 from flora_lab.analysis.drawing import apart
 from flora_lab.analysis.measure import Norms, amplification, deltas, spectra
 from flora_lab.analysis.results import chosen, left_out, summarise
 from flora_lab.analysis.rows import read
-from flora_lab.analysis.style import COLOURS, label, styles
+from flora_lab.analysis.style import PALETTE, label, styles
 from flora_lab.methods import METHODS, adapt
 
 # ------------------------------------------------------------------------------------------------------- measured
@@ -249,8 +249,7 @@ def comparison(jobs=("cifar-shift", "cola", "camvid"), budgets=(10_000, 30_000, 
         for budget in budgets if METHODS[variant.split("-")[0]].size else [None]:
             size = {"full": 414_912, "head": 0, "bitfit": 2032}.get(variant, budget)
             level = 0.6 + 0.02 * n + 0.01 * budgets.index(budget or budgets[0])
-            rows += grid(variant, budget, seeds=seeds, level=level, job=job, **more)
-            rows = [row | ({"adapter_parameters": size} if row["variant"] == variant else {}) for row in rows]
+            rows += grid(variant, budget, seeds=seeds, level=level, job=job, adapter_parameters=size, **more)
     for job, scale in itertools.product(jobs, (0.04, 0.4, 4)):
         rows += grid(f"flora-{scale:g}", budgets[0], seeds=seeds, level=0.8, job=job)
     return rows
@@ -425,6 +424,32 @@ def test_a_comparison_as_a_table():
     assert len({len(line) for line in table.markdown().splitlines()}) == 1
 
 
+FIVE = (0.5, 0.6, 0.7, 0.55, 0.65)
+
+
+def level(variant, *values, budget=1000):
+    return [row(variant, budget=budget, seed=seed, value=value) for seed, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "bold"),
+    [
+        (level("lora", *FIVE) + level("flora", *[x + 0.1 + x / 99 for x in FIVE]), ["FLoRA"]),
+        (level("lora", *FIVE) + level("flora", 0.8, 0.6, 0.7, 0.5, 0.61), ["LoRA", "FLoRA"]),
+        (level("lora", *FIVE) + level("flora", *FIVE), ["LoRA", "FLoRA"]),
+        (level("lora", *FIVE) + level("flora", *[x + 0.1 for x in FIVE]), ["FLoRA"]),
+        (level("lora", *FIVE[:4]) + level("flora", *[x + 0.1 + x / 99 for x in FIVE[:4]]), []),  # four seeds
+        (level("lora", *FIVE[:4]) + level("flora", *[x + 0.05 for x in FIVE]), ["FLoRA"]),
+        (level("lora", *FIVE[:4], math.nan) + level("flora", *[x / 2 for x in FIVE]), ["FLoRA"]),
+        (level("lora", *[math.nan] * 5), []),
+        (level("full", *[x + 1 for x in FIVE], budget=None) + level("lora", *FIVE, budget=7), ["LoRA"]),
+    ],
+)
+def test_bold_is_what_the_test_does_not_tell_from_the_best(rows, bold):
+    table = tables.comparison(summarise(rows))
+    assert [table.lines[line][0] for line, _ in sorted(table.bold)] == bold and "In bold the best" in table.note
+
+
 def test_variants_stand_after_their_method_by_their_numbers():
     names = ["flora-4", "flora-13", "flora", "flora-0.4", "lora", "flora-core", "other"]
     expected = ["lora", "flora", "flora-core", "flora-0.4", "flora-4", "flora-13", "other"]
@@ -468,7 +493,27 @@ def test_labels_come_from_the_method_and_its_options():
     cases = [("flora", {}), ("flora", {"init": "core"}), ("flora", {"scale": 0.4}), ("lora", {"r": 8}), ("x-y", {})]
     expected = ["FLoRA", "FLoRA, core start", "FLoRA, scale=0.4", "LoRA, r=8", "x-y"]
     assert [label(*case) for case in cases] == expected
-    assert set(METHODS) <= set(COLOURS) and len(set(COLOURS.values())) == len(COLOURS)
+    assert set(METHODS) <= set(PALETTE) and len(set(PALETTE.values())) == len(PALETTE)
+
+
+def lab(colour):
+    """CIE L*a*b* of a colour "#rrggbb" (sRGB, D65)."""
+    shares = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in shares]
+    rows = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+    xyz = [
+        sum(map(math.prod, zip(row, linear, strict=True))) / white
+        for row, white in zip(rows, (0.9505, 1, 1.089), strict=True)
+    ]
+    x, y, z = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in xyz)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+def test_methods_that_are_drawn_together_can_be_told_apart():
+    together = ["full", "head", "bitfit", "houlsby", "pfeiffer", "lora", "dora", "adalora", "loha", "lokr", "locon"]
+    together += ["flora", "flora-activations", "flora-gradient"]
+    for one, other in itertools.combinations(together, 2):
+        assert math.dist(lab(PALETTE[one][0]), lab(PALETTE[other][0])) > 20, (one, other)
 
 
 def test_a_name_that_the_user_gave_shows_only_where_labels_would_be_equal():
@@ -497,7 +542,7 @@ def test_the_reference_is_plain_flora_whatever_its_name():
 
 
 def names(rows) -> list[str]:
-    return [picture.name for picture in plots.pictures(summarise(rows))]
+    return [picture.name for picture in figures.pictures(summarise(rows))]
 
 
 def test_a_figure_is_made_of_what_was_recorded():
@@ -511,13 +556,13 @@ def test_a_figure_is_made_of_what_was_recorded():
     assert names(grid(curve=[], norms=[[1, 0.5, 0.0], [2, 1.0, 3.0]])) == ["norms"]
     assert names(grid(curve=[], spectra={"delta": [1.0, 0.1, 0.0]})) == ["spectra"]
     three = [r for job in "abc" for method in ("lora", "flora") for r in grid(method, job=job, curve=[])]
-    assert names(three) == ["methods"] * 3 + ["gains"] == names(three + grid("flora", job="d", curve=[]))
+    assert names(three) == ["methods"] * 3 + ["gains", "gain-dots"] == names(three + grid("flora", job="d", curve=[]))
     assert names([row(value=math.nan), row("flora", value=math.nan)]) == []
 
 
 def test_figures_go_into_a_page_together():
     rows = grid() + grid("flora") + grid("full", None)
-    drawn = [picture.svg() for picture in plots.pictures(summarise(rows))]
+    drawn = [picture.svg() for picture in figures.pictures(summarise(rows))]
     ids = [name for svg in drawn for name in re.findall(r'\bid="([^"]+)"', svg)]
     assert len(ids) == len(set(ids)) > 10
     for svg in drawn:
@@ -538,7 +583,7 @@ def test_labels_stay_apart(heights, gap):
 
 def test_what_train_leaves(tmp_path):
     rows = [row("full", None, more=1) | {"loaded_difference": 0.0, "merged_difference": 1e-6}, row(notes=["rank 2"])]
-    traces.figure(rows, "accuracy", tmp_path / "curves.png")
+    figures.trained(rows, "accuracy", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     lines = tables.summary(rows).splitlines()
     assert lines[0].split(" | ")[1:] == ["test accuracy", "trainable: adapter + head", "seconds", "on disk |"]
@@ -557,10 +602,39 @@ def test_everything_is_written(tmp_path):
     assert "| FLoRA" in (page.parent / "table.md").read_text()
 
 
+def test_tables_are_replaced_in_a_page(tmp_path):
+    file = write(tmp_path / "results.jsonl", *grid(), *grid("flora"))
+    page = tmp_path / "page.md"
+    page.write_text("# One\n\n<!-- task -->\n| old |\n| --- |\n\nText | with a bar.\n")
+    for _ in range(2):
+        analyse([file], tmp_path / "out", page)
+        table = tables.comparison(summarise(read([file]))).markdown()
+        assert page.read_text() == f"# One\n\n<!-- task -->\n{table}\n\nText | with a bar.\n"
+    page.write_text("# One\n")
+    with pytest.raises(ValueError, match="page.md: there is no line '<!-- task -->' to put the table of task below"):
+        analyse([file], tmp_path / "out", page)
+
+
+def test_older_spectra_end_where_they_fall_into_zeros_and_steps_of_few_seeds_are_left_out():
+    assert figures._unpadded([1.0, 0.5, 0.2, 0.01, 1e-4, 1e-17]) == [1.0, 0.5, 0.2]
+    assert figures._unpadded([1.0, 0.05, 0.04]) == [1.0, 0.05, 0.04] and figures._unpadded([]) == []
+    rows = [row(seed=seed, norms=[[1, 0.1, 1], [2, 0.3 + seed, 1]][seed > 1 :]) for seed in range(4)]
+    (line,) = figures._means(summarise(rows), lambda row: [(step, size) for step, size, _ in row["norms"]]).values()
+    assert line == [(2, pytest.approx(1.8))]
+
+
+def test_ticks_are_at_what_was_tried():
+    rows = [r for b in (1000, 1024, 30_000, 337_920) for r in grid("flora", b, curve=[])]
+    rows += [r for s in (0.04, 0.4, 13) for r in grid(f"flora-{s}", 1000, curve=[])]
+    found = {picture.name: picture.chart.axes[0].get_xticklabels() for picture in figures.pictures(summarise(rows))}
+    assert [tick.get_text() for tick in found["budgets"]] == ["1k", "30k", "338k"]
+    assert [tick.get_text() for tick in found["scales"]] == ["0.04", "0.4", "13"]
+
+
 def test_the_walls_inside():
     folder = Path(flora_lab.__file__).parent / "analysis"
     walls = {"measure": "matplotlib"} | dict.fromkeys(
-        ("fields", "rows", "results", "style", "tables", "drawing", "plots", "traces", "page"), "torch"
+        ("fields", "rows", "results", "style", "tables", "drawing", "figures", "page"), "torch"
     )
     for name, forbidden in walls.items():
         nodes = list(ast.walk(ast.parse((folder / f"{name}.py").read_text())))

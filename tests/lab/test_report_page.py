@@ -75,7 +75,7 @@ def test_it_fits_the_screen_and_fetches_nothing(browser, request):
     figures = browser.execute_script(
         "return [...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().toJSON())"
     )
-    assert len(figures) == 3 * 6 + 1
+    assert len(figures) == 3 * 6 + 2
     assert all(box["width"] > 300 and box["height"] > 150 and box["right"] <= width for box in figures)
     # tables scroll in their boxes, and no text leaves its figure
     boxes = browser.execute_script("return [...document.querySelectorAll('.box')].map(e => e.offsetWidth)")

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from flora.files import replace_file
-from flora_lab.analysis import page, plots, tables
+from flora_lab.analysis import figures, page, tables
 from flora_lab.analysis.results import Result, by_job, summarise
 from flora_lab.analysis.rows import read
 
 
-def analyse(paths: Sequence[str | Path], out: str | Path) -> Path:
+def analyse(paths: Sequence[str | Path], out: str | Path, into: str | Path | None = None) -> Path:
     """Write report.html, table.md and every figure as PNG into the folder ``out``. Returns the page's path.
 
-    ``paths``: results.jsonl files, or folders that have some. Raises ValueError, naming file and line, for a line that
-    is not a valid row.
+    ``paths``: results.jsonl files, or folders that have some. ``into``: a Markdown file in which each job's table is
+    replaced, below the line "<!-- JOB -->"; then there is no table.md. Raises ValueError, naming file and line, for a
+    line that is not a valid row, and for a job without its line in ``into``.
     """
     rows, out = read(Path(path).expanduser() for path in paths), Path(out).expanduser()
     results = summarise(rows)
-    pictures = plots.pictures(results)
+    if into:
+        _replace_tables(Path(into).expanduser(), by_job(results))
+    pictures = figures.pictures(results)
     for picture in pictures:
         with replace_file(out / picture.file) as file:
             picture.png(file)
-    with replace_file(out / "table.md") as file:
-        sections = (f"## {job}\n\n{text(of)}\n" for job, of in by_job(results).items())
-        file.write_text("\n".join(sections), encoding="utf-8")
+    if not into:
+        with replace_file(out / "table.md") as file:
+            sections = (f"## {job}\n\n{text(of)}\n" for job, of in by_job(results).items())
+            file.write_text("\n".join(sections), encoding="utf-8")
     report = out / "report.html"
     page.write(rows, report, pictures)
     return report
@@ -35,3 +40,14 @@ def text(results: Sequence[Result]) -> str:
     """The table of one job, and what its marks mean."""
     table = tables.comparison(results)
     return "\n\n".join(filter(None, [table.markdown(), table.note]))
+
+
+def _replace_tables(file: Path, jobs: dict[str, list[Result]]) -> None:
+    content = file.read_text(encoding="utf-8")
+    for job, results in jobs.items():
+        mark, table = f"<!-- {job} -->\n", tables.comparison(results).markdown()
+        if mark not in content:
+            raise ValueError(f"{file}: there is no line {mark.strip()!r} to put the table of {job} below")
+        content = re.sub(rf"{re.escape(mark)}(\|.*\n)*", lambda _, new=f"{mark}{table}\n": new, content)
+    with replace_file(file) as new:
+        new.write_text(content, encoding="utf-8")

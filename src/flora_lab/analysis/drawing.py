@@ -7,18 +7,20 @@ import itertools
 import math
 import re
 import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.analysis.style import OURS, Style
+from flora_lab.analysis.style import GRID, INK, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from flora_lab.analysis.results import Result
+
 WIDTH = 4.6  # inches: on a phone a figure's text is then about as large as the page's
-INK, GRID = "#1b1f24", "#8a8f96"  # the page replaces the ink by its own text colour
 LINE = 0.17  # inches from a line of text to the next
 LEGEND = {"ncols": 2, "frameon": False, "fontsize": 9, "labelcolor": INK}
 
@@ -39,7 +41,11 @@ class Picture:
         return re.sub(r"[^\w.-]+", "-", f"{self.job or 'all'}-{self.name}") + ".png"
 
     def png(self, path: Path) -> None:
-        self.chart.savefig(path, dpi=180, format="png", facecolor="white")
+        """In 128 colours, which is a third of the file."""
+        from PIL import Image
+
+        self.chart.savefig(buffer := io.BytesIO(), dpi=180, format="png", facecolor="white")
+        Image.open(buffer).convert("RGB").quantize(128).save(path, "PNG", optimize=True)
 
     def svg(self) -> str:
         """For the page: text stays text, in the page's font and colour; no id occurs in another figure too."""
@@ -63,7 +69,7 @@ def _plain(text: str) -> str:
     return re.sub(r'[<>&"]', " ", text)
 
 
-def canvas(panels: int = 1, width: float = WIDTH, height: float = 3.6, polar: bool = False) -> Any:
+def canvas(panels: int = 1, width: float = WIDTH, height: float = 3.6, polar: bool = False, grid: str = "y") -> Any:
     """A figure and its axes, one above the other."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -74,36 +80,31 @@ def canvas(panels: int = 1, width: float = WIDTH, height: float = 3.6, polar: bo
         every = chart.subplots(panels, squeeze=False, subplot_kw={"projection": "polar"} if polar else None)[:, 0]
     for axes in every:
         axes.patch.set_alpha(0)
-        axes.grid(axis="both" if polar else "y", color=GRID, alpha=0.3, linewidth=0.8)
+        axes.grid(axis="both" if polar else grid, color=GRID, alpha=0.3, linewidth=0.8)
         axes.set_axisbelow(True)
         if not polar:
             axes.spines[["top", "right"]].set_visible(False)
     return chart, *every
 
 
-def size(style: Style, size: float) -> float:
-    return size * (1.25 if style.ours else 1.0)
-
-
-def pen(style: Style) -> dict[str, Any]:
-    """matplotlib's keywords for a variant's line: FLoRA's is thick and in front, those of its variants are dashed."""
+def pen(style: Style, size: float = 4) -> dict[str, Any]:
+    """matplotlib's keywords for a variant's line and markers: FLoRA's are large and in front."""
     return {
         "color": style.colour,
         "marker": style.marker,
-        "markersize": size(style, 4),
+        "markersize": size * (1.25 if style.ours else 1.0),
         "linewidth": 2.4 if style.ours else 1.3,
-        "linestyle": "--" if style.method == OURS and not style.plain else "-",
+        "linestyle": style.dashes,
         "zorder": 4 if style.ours else 3,
     }
 
 
-def draw(
-    axes: Axes, lines: Curves, names: dict[Style, str] | None = None, log: bool = False, floor: float = 0.0
-) -> None:
-    """One line per variant, named at its end. On a logarithmic axis, values up to ``floor`` are left out."""
+def draw(axes: Axes, lines: Curves, names: dict[Style, str] | None = None, log: bool = False) -> None:
+    """One line per variant, named at its end. A logarithmic axis shows four decades at most, and nothing up to 0."""
+    top = max((y for points in lines.values() for _, y in points), default=0.0)
     ends = {}
     for style, points in lines.items():
-        kept = [(x, y) for x, y in points if y > floor or not log]
+        kept = [(x, y) for x, y in points if y > 1e-4 * top or not log]
         if kept:
             marker = {} if len(kept) < 3 else {"marker": ""}
             axes.plot(*zip(*kept, strict=True), **pen(style) | marker)
@@ -116,6 +117,44 @@ def draw(
         low, high = axes.get_ylim()
         axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if high / low < 15 else NullFormatter())
     name_ends(axes, ends, names)
+
+
+def mean_bars(
+    axes: Axes,
+    lines: dict[Style, list[tuple[float, Result]]],
+    levels: list[tuple[Style, Result]],
+    ticks: Iterable[float],
+    times: int,
+) -> None:
+    """Results (x, result) as lines of means with bars of standard deviations, on a logarithmic axis; levels, which have
+    no x, as horizontal lines. Means are multiplied by ``times``."""
+    axes.set_xscale("log")
+    ends = {}
+    for style, of in lines.items():
+        places, means = [x for x, _ in of], [times * result.mean for _, result in of]
+        spread = [times * (result.std or 0) for _, result in of]
+        axes.errorbar(places, means, yerr=spread, **pen(style), elinewidth=0.8, capsize=2)
+        ends[style] = places[-1], means[-1]
+    ticks_at(axes, ticks)
+    for style, result in levels:
+        axes.axhline(times * result.mean, color=style.colour, linestyle=style.dashes, linewidth=1.2)
+        ends[style] = axes.get_xlim()[1], times * result.mean
+    name_ends(axes, ends)
+
+
+def dots(axes: Axes, lines: Sequence[Style | str]) -> None:
+    """Name what was drawn at the heights 0, 1, … from the top: variants beside the axis, titles (text) in it."""
+    axes.figure.set_figheight(0.75 + 0.215 * len(lines) + 0.2)
+    kept = [(place, style) for place, style in enumerate(lines) if not isinstance(style, str)]
+    axes.set_yticks([place for place, _ in kept], [style.label for _, style in kept])
+    for tick, (_, style) in zip(axes.get_yticklabels(), kept, strict=True):
+        tick.set_fontweight("bold" if style.ours else "normal")
+    for place, title in enumerate(lines):
+        if isinstance(title, str):
+            name = {"va": "center", "color": INK, "fontsize": 9, "fontstyle": "italic"}
+            axes.text(0.01, place, title, transform=axes.get_yaxis_transform(), **name)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(lines) - 0.3, -0.7)
 
 
 def name_ends(axes: Axes, ends: dict[Style, tuple[float, float]], names: dict[Style, str] | None = None) -> None:
@@ -154,15 +193,19 @@ def apart(heights: list[float], gap: float, low: float = 0.0, high: float = 1.0)
     return placed
 
 
-def plain_ticks(axes: Axes) -> None:
-    """1k, 30k, 2M on a logarithmic axis, few enough not to overlap."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+def ticks_at(axes: Axes, values: Iterable[float]) -> None:
+    """Ticks of a logarithmic axis at the values that were tried, without those too near another: 0.04, 20k, 2M."""
+    from matplotlib.ticker import EngFormatter, NullLocator
 
-    low, high = axes.get_xlim()
-    decades = math.log10(high / low)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = map(math.log10, axes.get_xlim())
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or math.log10(value / kept[-1]) > 0.14 * (high - low):
+            kept.append(value)
+    large = EngFormatter(sep="")
+    texts = [large(float(f"{value:.3g}")) if value >= 1000 else f"{value:g}" for value in kept]
+    axes.set_xticks(kept, texts)
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def folded(text: str) -> str:

@@ -10,7 +10,7 @@ import jinja2
 from flora.files import replace_file
 from flora_lab.analysis.drawing import Picture
 from flora_lab.analysis.fields import Row
-from flora_lab.analysis.plots import pictures
+from flora_lab.analysis.figures import pictures
 from flora_lab.analysis.results import by_job, summarise
 from flora_lab.analysis.tables import Table, comparison, costs, remarks
 

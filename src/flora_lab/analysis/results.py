@@ -12,6 +12,7 @@ from flora_lab.analysis.fields import Row
 from flora_lab.analysis.style import OURS, Style, styles
 
 SIGNIFICANT = 0.05
+LEVEL_SEEDS = 5  # the test tells next to nothing apart with fewer
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,41 @@ def _tested(result: Result, job: Sequence[Result]) -> Result:
     same = [other for other in ours if other.budget == budget] or (ours if result.budget is None else [])
     if not same or result.variant == same[0].variant:
         return result
-    reference = same[0]
-    seeds = sorted(result.values.keys() & reference.values.keys())
-    if len(seeds) < 2:
-        return result
-    mine, theirs = ([one.values[seed] for seed in seeds] for one in (result, reference))
+    test = paired(result, same[0])
+    return replace(result, p=test[0], gain=test[1]) if test else result
+
+
+def paired(one: Result, other: Result, seeds: int = 2) -> tuple[float, float] | None:
+    """p of the paired t-test over common seeds, and the mean difference, one minus other.
+
+    None with fewer common ``seeds``, or if all differences are equal.
+    """
+    common = sorted(one.values.keys() & other.values.keys())
+    if len(common) < seeds:
+        return None
+    mine, theirs = ([result.values[seed] for seed in common] for result in (one, other))
     differences = [a - b for a, b in zip(mine, theirs, strict=True)]
     spread = max(differences) - min(differences)
     if not spread > 1e-12 * max(map(abs, (*mine, *theirs))):  # or NaN
-        return result
+        return None
     from scipy.stats import ttest_rel
 
-    return replace(result, p=float(ttest_rel(mine, theirs).pvalue), gain=statistics.fmean(differences))
+    return float(ttest_rel(mine, theirs).pvalue), statistics.fmean(differences)
+
+
+def leading(results: Sequence[Result]) -> list[Result]:
+    """Of results at one budget, the best and all that are level with it: the paired t-test over `LEVEL_SEEDS` or more
+    does not tell them apart. Empty if the best has fewer seeds."""
+    converged = [result for result in results if math.isfinite(result.mean)]
+    best = max(converged, key=lambda result: result.mean, default=None)
+    if best is None or len(best.rows) < LEVEL_SEEDS:
+        return []
+
+    def level(result: Result) -> bool:
+        test = paired(result, best, LEVEL_SEEDS)
+        return result.mean == best.mean or (test is not None and test[0] >= SIGNIFICANT)
+
+    return [result for result in converged if level(result)]
 
 
 # ---------------------------------------------------------------------------------------------------------- selecting

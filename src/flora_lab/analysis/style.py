@@ -1,8 +1,8 @@
 """How a variant is named and drawn, the same in every table and figure. No matplotlib.
 
 A label is made of the method and the options of a variant; the name that the user gave the variant is shown only
-where two variants would have one label. Colours are dark enough for text on white (the page brightens them on dark),
-and markers differ where colours are close.
+where two variants would have one label. `PALETTE` has every colour: dark enough for text on white (the page brightens
+them on dark); methods that are often drawn together differ in colour, the others at least in marker and dashes.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from flora_lab.methods import METHODS
 
 OURS = "flora"
 STARTS = ("core", "factor", "activations", "gradient", "official")  # values of FLoRA's option `init`
-COLOURS = {  # colour and marker of a method, or of a method and its start
-    "full": ("#737373", "s"),
-    "head": ("#7f7f7f", "v"),
-    "bitfit": ("#8d6e63", "<"),
-    "houlsby": ("#a14bb5", "h"),
-    "pfeiffer": ("#b9528f", "H"),
-    "lora": ("#0072b2", "o"),
-    "dora": ("#2f86bf", "D"),
-    "rslora": ("#2a6f97", "v"),
-    "loraplus": ("#1a6fae", "s"),
-    "pissa": ("#3a7ca5", "^"),
-    "olora": ("#4a78c2", "<"),
-    "orthogonal": ("#3f7896", ">"),
-    "eva": ("#4a6bb8", "P"),
-    "lora_ga": ("#6a60c8", "X"),
-    "adalora": ("#5b6bd6", "p"),
-    "loha": ("#00875f", "^"),
-    "lokr": ("#5f7f1c", "P"),
-    "hira": ("#2e7d4f", "D"),
-    "gralora": ("#3f7d6b", "p"),
-    "miss": ("#6b7a12", "h"),
-    "oft": ("#7a6f2b", "H"),
-    "locon": ("#946e00", "X"),
-    "flora": ("#d55e00", "o"),
-    "flora-core": ("#c0392b", "d"),
-    "flora-factor": ("#b5673a", "8"),
-    "flora-activations": ("#b8457a", "p"),
-    "flora-gradient": ("#d04a5b", ">"),
-    "flora-official": ("#a8574f", "*"),
+INK, GRID = "#1b1f24", "#8a8f96"  # the page replaces the ink by its own text colour
+PALETTE = {  # colour, marker and dashes of a method, or of a method and its start
+    "full": (INK, "s", "--"),
+    "head": (GRID, "v", "--"),
+    "bitfit": ("#8d6e63", "<", "-"),
+    "houlsby": ("#c04fd0", "h", "-"),
+    "pfeiffer": ("#8e4a8c", "H", "-."),
+    "lora": ("#0072b2", "o", "-"),
+    "dora": ("#7b61e0", "D", "--"),
+    "adalora": ("#1a9bb5", "p", "-."),
+    "rslora": ("#0072b2", "v", ":"),
+    "loraplus": ("#0072b2", "s", "-."),
+    "pissa": ("#3a7ca5", "^", "--"),
+    "olora": ("#3a7ca5", "<", ":"),
+    "orthogonal": ("#3a7ca5", ">", "-."),
+    "eva": ("#7b61e0", "P", "-."),
+    "lora_ga": ("#7b61e0", "X", ":"),
+    "loha": ("#00875f", "^", "-"),
+    "lokr": ("#7a9a1a", "P", "-."),
+    "hira": ("#00875f", "D", ":"),
+    "gralora": ("#00875f", "p", "--"),
+    "miss": ("#7a9a1a", "h", ":"),
+    "oft": ("#7a9a1a", "H", "--"),
+    "locon": ("#a67c00", "X", "--"),
+    "flora": ("#d55e00", "o", "-"),
+    "flora-core": ("#c2323c", "d", ":"),
+    "flora-factor": ("#b5673a", "8", ":"),
+    "flora-activations": ("#d6439a", "p", "--"),
+    "flora-gradient": ("#ee4455", ">", "-."),
+    "flora-official": ("#a8574f", "*", "--"),
 }
-OTHERS = [("#7a6a9b", "d"), ("#4f8f8f", ">"), ("#9b7a5a", "*"), ("#5f7fae", "8"), ("#8a8a3a", "<")]
+OTHERS = [("#7a6a9b", "d"), ("#4f8f8f", ">"), ("#9b7a5a", "*"), ("#5f7fae", "8"), ("#8a8a3a", "<")]  # dash-dotted
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Style:
     label: str
     colour: str
     marker: str
+    dashes: str
     plain: bool
     order: tuple[int, float, str]
 
@@ -103,10 +105,10 @@ def label(method: str, options: Mapping[str, Any]) -> str:
 
 def _style(variant: str, method: str, options: Mapping[str, Any], text: str, plain: bool) -> Style:
     key = f"{method}-{options['init']}" if options.keys() == {"init"} else method if plain else None
-    colour, marker = COLOURS.get(key) or OTHERS[zlib.crc32(text.encode()) % len(OTHERS)]
+    pen = PALETTE.get(key) or (*OTHERS[zlib.crc32(text.encode()) % len(OTHERS)], "-.")
     place = list(METHODS).index(method) if method in METHODS else len(METHODS)
     number = next((float(value) for value in options.values() if isinstance(value, int | float)), -1.0)
-    return Style(variant, method, text, colour, marker, plain, (place, number, text))
+    return Style(variant, method, text, *pen, plain, (place, number, text))
 
 
 FLORA = _style(OURS, OURS, {}, label(OURS, {}), plain=True)

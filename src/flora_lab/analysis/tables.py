@@ -6,9 +6,20 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 from flora_lab.analysis.fields import Row
-from flora_lab.analysis.results import SIGNIFICANT, Result, finite, left_out, main_budget, ordered, plain, score
+from flora_lab.analysis.results import (
+    LEVEL_SEEDS,
+    SIGNIFICANT,
+    Result,
+    leading,
+    left_out,
+    main_budget,
+    ordered,
+    plain,
+    score,
+)
 from flora_lab.analysis.style import styles
 
 NONE = "–"
@@ -95,8 +106,9 @@ def comparison(results: Sequence[Result]) -> Table:
     if not results:
         return Table("", ["method"], [])  # no variant could run
     times, results = factor(results), ordered(results)
-    best = {r.budget: max((o.mean for o in results if o.budget == r.budget), key=finite) for r in results}
-    bold = {(n, 2) for n, r in enumerate(results) if r.budget is not None and r.mean == best[r.budget]}
+    groups = [list(of) for budget, of in groupby(results, key=lambda r: r.budget) if budget is not None]
+    best = [result for group in groups for result in leading(group)]
+    bold = {(n, 2) for n, result in enumerate(results) if result in best}
     lines = [
         [
             result.label,
@@ -118,7 +130,10 @@ def comparison(results: Sequence[Result]) -> Table:
 
 def _note(results: Sequence[Result]) -> str:
     """How to read a comparison: only the marks that it has."""
-    notes = ["Mean ± standard deviation over seeds; in bold the best at its budget."]
+    notes = [
+        "Mean ± standard deviation over seeds. In bold the best at its budget and all that are level with it: a paired "
+        f"t-test over {LEVEL_SEEDS} seeds or more does not tell them apart (p ≥ {SIGNIFICANT:g}). Fewer seeds: no bold."
+    ]
     if any(result.p is not None for result in results):
         main = main_budget(result.budget for result in results)
         several = len({result.budget for result in results} - {None}) > 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flora.files import replace_file
-from flora_lab.analysis import traces
+from flora_lab.analysis import figures
 from flora_lab.analysis.fields import Row
 from flora_lab.errors import TrialsFailed
 from flora_lab.run.folder import Trial, learning_rate
@@ -28,7 +28,7 @@ def train(config: Config) -> list[Row]:
     rows = job.rows_of(trials)
     if job.main and rows:
         with replace_file(job.curves) as path:
-            traces.figure(rows, config.task.metric, path)
+            figures.trained(rows, config.task.metric, path)
         print(job.training_text(rows, [f"{name} was left out: {why}" for (name, _), why in reasons.items() if why]))
     if failures:
         raise TrialsFailed({trial.name: reason for trial, reason in failures.items()})
