@@ -17,6 +17,7 @@ import pytest
 import test_task_glue
 import test_task_instance
 import test_task_semantic
+import test_task_text_to_image
 import torch
 import yaml
 from click.testing import CliRunner
@@ -68,6 +69,8 @@ def tiny(path, folder):
         return [*keys, f"task.backbone.config={{{vit}}}", "budget=1500"]
     if task["name"] == "glue":
         return test_task_glue.tiny_keys(folder, task["subset"])
+    if task["name"] == "text_to_image":
+        return test_task_text_to_image.tiny_keys(folder, path.stem)
     return {
         "image_classification": tiny_images,
         "semantic_segmentation": test_task_semantic.tiny_data,

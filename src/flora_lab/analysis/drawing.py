@@ -34,6 +34,7 @@ class Picture:
     title: str
     caption: str
     chart: Figure
+    colours: int | None = 128  # of its PNG, which makes it a third of the size; None: all
 
     @property
     def file(self) -> str:
@@ -41,11 +42,11 @@ class Picture:
         return re.sub(r"[^\w.-]+", "-", f"{self.job or 'all'}-{self.name}") + ".png"
 
     def png(self, path: Path) -> None:
-        """In 128 colours, which is a third of the file."""
         from PIL import Image
 
         self.chart.savefig(buffer := io.BytesIO(), dpi=180, format="png", facecolor="white")
-        Image.open(buffer).convert("RGB").quantize(128).save(path, "PNG", optimize=True)
+        drawn = Image.open(buffer).convert("RGB")
+        (drawn.quantize(self.colours) if self.colours else drawn).save(path, "PNG", optimize=True)
 
     def svg(self) -> str:
         """For the page: text stays text, in the page's font and colour; no id occurs in another figure too."""

@@ -6,6 +6,7 @@ the words that the code uses for them (`ON_DISK`); only this module knows the na
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +77,19 @@ def _list(each: Callable[[Any], bool], length: int | None = None) -> Callable[[A
     return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(each, value))
 
 
+def _jpeg(value: Any) -> bool:
+    try:
+        return _text(value) and base64.b64decode(value, validate=True).startswith(b"\xff\xd8")
+    except ValueError:
+        return False
+
+
+def _samples(value: Any) -> bool:
+    if not isinstance(value, dict) or not _list(_text)(value.get("prompts")):
+        return False
+    return all(_list(_jpeg, len(value["prompts"]))(value.get(name)) for name in ("images", "base"))
+
+
 ACCEPTED: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "a string": (("job", "metric", "variant", "method", "settings", "left_out", "machine"), _text),
     "a whole number": (("seed", "adapter_parameters", "head_parameters"), _whole),
@@ -90,4 +104,5 @@ ACCEPTED: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
         ("spectra",),
         lambda value: isinstance(value, dict) and all(map(_list(_number), value.values())),
     ),
+    "prompts with as many images and base, JPEGs in base64": (("samples",), _samples),
 }

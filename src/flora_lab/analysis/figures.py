@@ -25,6 +25,7 @@ from flora_lab.analysis.drawing import (
     pen,
 )
 from flora_lab.analysis.fields import Row
+from flora_lab.analysis.grid import grid
 from flora_lab.analysis.results import Result, at_main_budget, by_job, ordered
 from flora_lab.analysis.style import FLORA, GRID, INK, OURS, Style, styles
 from flora_lab.analysis.tables import factor, metric_name
@@ -40,7 +41,8 @@ def pictures(results: Sequence[Result]) -> list[Picture]:
     made: list[Picture | None] = []
     for of in by_job(results).values():
         variants = [result for result in of if result not in swept]
-        made += [methods(variants), budgets(variants), scales(of), curves(variants), norms(variants), spectra(variants)]
+        made += [methods(variants), budgets(variants), scales(of), grid(variants)]
+        made += [curves(variants), norms(variants), spectra(variants)]
     others = [result for result in results if result not in swept]
     return [picture for picture in (*made, radar(others), gains(others)) if picture]
 

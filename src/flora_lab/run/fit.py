@@ -54,8 +54,8 @@ def fit(
         data_collator=task.collate,
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce,
-        # the method's callbacks first: a checkpoint is complete when they have written their part
-        callbacks=[*callbacks, checkpoints, progress],
+        # the method's and the task's callbacks first: a checkpoint is complete when they have written their part
+        callbacks=[*callbacks, *task.callbacks(folder), checkpoints, progress],
         optimizers=(optimizer(args) if optimizer else None, None),
     )
     trainer.remove_callback(PrinterCallback)  # the bar says it

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         row |= _saved(config, trial, file, outcome.model.cpu(), folder / "trained", data["test"])
         if norms:
             row["spectra"] = spectra(outcome.model, norms.base)
+        row |= _judged(config, trial, file, outcome, data, folder, row)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return row
 
@@ -82,7 +84,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
 def set_up(config: Config, variant: str, budget: int | None, model: nn.Module, total: int) -> AdaptedModel:
     """The model with a variant's adapter. ``total``: optimizer steps of the training. Raises as `adapt` does."""
     method, options = config.method_of(variant), dict(config.methods[variant].options)
-    targets = config.target_modules or config.task.targets
+    targets = config.target_modules or config.task.targets_of(model)
     return adapt(method, model, config.task.head(model), budget or 0, options, target_modules=targets, steps=total)
 
 
@@ -96,6 +98,18 @@ def _saved(config: Config, trial: Trial, file: Path | None, model: nn.Module, fo
     if diverged or not isinstance(model, peft.PeftModel):
         return size
     return size | round_trip(config.task, model, base_model(config.task, file, trial.seed), folder, examples)
+
+
+def _judged(
+    config: Config, trial: Trial, file: Path | None, outcome: Fit, data: dict[str, Examples], folder: Path, row: Row
+) -> Row:
+    """What the task adds to the row (`Task.judge`), with the row's own numbers and notes before it."""
+    accelerator = outcome.trainer.accelerator
+    base = partial(base_model, config.task, file, trial.seed)
+    with accelerator.autocast():
+        added = config.task.judge(outcome.model.to(accelerator.device), base, data, folder)
+    merged = {"test": row["test"] | added.pop("test", {}), "notes": [*row["notes"], *added.pop("notes", [])]}
+    return merged | added
 
 
 def _batches(task: Task, examples: Examples, size: int, seed: int) -> Iterable[dict]:

@@ -8,12 +8,14 @@ from flora_lab.tasks.glue import Glue
 from flora_lab.tasks.image_classification import ImageClassification
 from flora_lab.tasks.instance_segmentation import InstanceSegmentation
 from flora_lab.tasks.semantic_segmentation import SemanticSegmentation
+from flora_lab.tasks.text_to_image import TextToImage
 
 TASKS: dict[str, type[Task]] = {
     "image_classification": ImageClassification,
     "glue": Glue,
     "semantic_segmentation": SemanticSegmentation,
     "instance_segmentation": InstanceSegmentation,
+    "text_to_image": TextToImage,
 }
 
 __all__ = ["TASKS", "Examples", "Task"]

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
+    from transformers import TrainerCallback
 
 
 HEADS = ("classifier", "score", "linear", "fc", "head")  # usual names of output layers
@@ -54,6 +57,10 @@ class Task:
         """Names of the modules that every method trains: the new output layer."""
         return [name for name in HEADS if hasattr(model, name)]
 
+    def targets_of(self, model: nn.Module) -> str | list[str]:
+        """What to adapt in this model, unless the YAML has `target_modules`."""
+        return self.targets
+
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         from transformers import default_data_collator
 
@@ -68,3 +75,20 @@ class Task:
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Metrics of a transformers ``EvalPrediction``."""
         raise NotImplementedError
+
+    def callbacks(self, folder: Path) -> list[TrainerCallback]:
+        """What the task adds to a training. ``folder``: the trial's, for what they leave."""
+        return []
+
+    def judge(
+        self, model: nn.Module, base: Callable[[], nn.Module], splits: dict[str, Any], folder: Path
+    ) -> dict[str, Any]:
+        """What the task adds to a trial's row when it is trained and saved: further numbers of "test", "notes", and
+        keys of its own.
+
+        Args:
+            model: the trained one.
+            base: makes the model as it was before the training.
+            folder: the trial's, for files; its "trained" has the trained weights.
+        """
+        return {}

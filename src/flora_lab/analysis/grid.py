@@ -1,0 +1,60 @@
+"""A figure of generated pictures: prompts across, methods down. No torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from flora_lab.analysis.drawing import Picture, canvas
+from flora_lab.analysis.results import Result, at_main_budget
+from flora_lab.analysis.style import INK
+
+ACROSS = 8  # pictures at most
+SIDE = 0.78  # inches
+
+
+def grid(results: Sequence[Result]) -> Picture | None:
+    """What each variant, and the base model, makes of the same prompts and seeds: the first seed's trials at the main
+    budget."""
+    kept, at = at_main_budget(results)
+    kept = [result for result in kept if result.rows[0].get("samples")]
+    if not kept:
+        return None
+    samples = kept[0].rows[0]["samples"]
+    lines = [("base model", samples["base"])]
+    lines += [(result.label, result.rows[0]["samples"]["images"]) for result in kept]
+    columns = _columns(samples["prompts"])
+    chart, axes = canvas(width=1.5 + SIDE * len(columns), height=0.5 + SIDE * len(lines))
+    for row, (label, images) in enumerate(lines):
+        for place, column in enumerate(columns):
+            if column < len(images):
+                axes.imshow(_decoded(images[column]), extent=(place, place + 0.96, row + 0.96, row), origin="upper")
+        bold = "bold" if row and kept[row - 1].style.ours else "normal"
+        name = "\n".join(textwrap.wrap(label, 20))
+        axes.text(-0.1, row + 0.48, name, ha="right", va="center", color=INK, fontweight=bold)
+    for place, column in enumerate(columns):
+        prompt, before = samples["prompts"][column], samples["prompts"][columns[place - 1]] if place else None
+        if prompt != before:
+            axes.text(place, -0.12, textwrap.shorten(prompt, 40), ha="left", va="bottom", color=INK, fontsize=9)
+    axes.set(xlim=(0, len(columns)), ylim=(len(lines), 0), aspect="equal")
+    axes.set_axis_off()
+    caption = f"The same prompts and starting noise for all; {at}, at the best learning rate of the first seed."
+    return Picture(results[0].job, "pictures", "Pictures", caption, chart, colours=None)
+
+
+def _columns(prompts: Sequence[str]) -> list[int]:
+    """Which pictures are shown: of each prompt about as many, at most `ACROSS` in all."""
+    places: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        places.setdefault(prompt, []).append(place)
+    each = max(1, ACROSS // len(places))
+    return [place for some in places.values() for place in some[:each]][: max(ACROSS, len(places))]
+
+
+def _decoded(image: str) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(image)))

@@ -1,0 +1,153 @@
+"""How pictures are judged and shown: similarities, Fréchet distances, the grid of the report."""
+
+import base64
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+import tiny_pipelines as pipelines
+import torch
+from PIL import Image
+from test_task_text_to_image import of_classes
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, Dinov2Config, Dinov2Model
+
+from flora_lab.analysis import fields, plots
+from flora_lab.analysis.results import summarise
+from flora_lab.tasks.diffusion.quality import MEAN, STD, Quality, _features, _frechet
+from flora_lab.tasks.diffusion.samples import Samples, judge_samples
+from flora_lab.tasks.pretrained import Pretrained
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    """A CLIP and a DINO of no size, in folders."""
+    folder = tmp_path_factory.mktemp("judges")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 2, "projection_dim": 8}
+    config = CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    shapes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    CLIPModel(config).save_pretrained(folder / "clip")
+    CLIPProcessor(CLIPImageProcessor(**shapes), pipelines.tokenizer()).save_pretrained(folder / "clip")
+    Dinov2Model(Dinov2Config(**{k: v for k, v in sizes.items() if k != "intermediate_size"}, image_size=8,
+                             patch_size=4)).save_pretrained(folder / "dino")  # fmt: skip
+    CLIPImageProcessor(**shapes).save_pretrained(folder / "dino")
+    return folder
+
+
+def test_similarities_are_mean_cosines(tmp_path, judges):
+    job = of_classes(tmp_path)
+    examples = job.splits(0)["test"]
+    quality = Quality(clip=str(judges / "clip"), dino=str(judges / "dino"))
+    made = torch.rand(3, 3, 8, 8)
+    prompts = ["a cat", "a photo of dog", "a"]
+    numbers = quality.of_prompts(made, prompts, examples)
+    model, processor = quality._judges["clip"]
+    inputs = processor(text=prompts, images=list(made), return_tensors="pt", padding=True, do_rescale=False)
+    cosines = model(**inputs).logits_per_image.diag() / model.logit_scale.exp()
+    assert numbers["CLIP-T"] == pytest.approx(cosines.mean().item(), abs=1e-5)
+    assert set(numbers) == {"CLIP-T", "CLIP-I", "DINO"} and all(-1 <= value <= 1 for value in numbers.values())
+    assert quality.drift(made, made)["drift DINO"] == pytest.approx(0, abs=1e-5)
+    lost = quality.of_prompts(made * math.nan, prompts, examples)
+    assert set(lost) == set(numbers) and all(map(math.isnan, lost.values()))
+
+
+def test_a_judge_that_is_not_there_is_named_before_training(tmp_path):
+    job = of_classes(tmp_path, quality=Quality(dino=str(tmp_path / "absent")))
+    with pytest.raises(ValueError, match="task.quality.dino=.*absent: "):
+        job.check(job.splits(0))
+
+
+CLASSIFIER = {"model_type": "cifar_resnet", "depth": 8, "widths": [4, 4, 6], "num_labels": 3}
+
+
+def test_the_frechet_distance_is_that_of_two_normal_distributions():
+    pytest.importorskip("torchmetrics")
+    from scipy.linalg import sqrtm
+
+    model = Pretrained(config=CLASSIFIER).load("AutoModelForImageClassification", ()).eval()
+    real, made = torch.rand(2, 40, 3, 8, 8).unbind()
+    features = _features(model)
+    a, b = (features(x).detach().double().numpy() for x in (real, made))
+    assert a.shape == (40, 6)
+    between = np.trace(np.cov(a.T) + np.cov(b.T) - 2 * sqrtm(np.cov(a.T) @ np.cov(b.T)).real)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + between
+    assert _frechet(features, real, made) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_pictures_of_the_data_are_counted_by_what_a_classifier_sees(tmp_path):
+    pytest.importorskip("torchmetrics")
+    quality = Quality(classifier=Pretrained(config=CLASSIFIER), images=6)
+    job = of_classes(tmp_path, quality=quality)
+    examples, model = job.splits(0)["test"], job.build()
+    numbers = quality.of_data(model, examples, Samples(steps=1))
+    captions = [examples.caption(n % len(examples)) for n in range(6)]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    made = model.sample(captions, range(6), Samples(steps=1))
+    seen = quality._classifier((made - mean) / std).logits.argmax(-1).tolist()
+    hits = [job.classes[label] == caption for label, caption in zip(seen, captions, strict=True)]
+    assert numbers["recognised"] == pytest.approx(np.mean(hits))
+    assert numbers["FD"] > 0
+    torch.nn.init.constant_(model.unet.conv_out.bias, math.nan)
+    assert all(map(math.isnan, quality.of_data(model, examples, Samples(steps=1)).values()))
+
+
+def test_a_model_that_has_learned_nothing_does_not_drift(tmp_path):
+    keys = Samples(prompts=["cat"], drift_prompts=["dog", "eel"], each=2, steps=2)
+    job = of_classes(tmp_path, samples=keys)
+    model = job.build()
+    row = judge_samples(model, model, job.splits(0)["test"], job, tmp_path / "samples")
+    assert row["test"] == {"drift": 0} and row["samples"]["images"] == row["samples"]["base"]
+    assert (
+        row["samples"]["prompts"] == ["cat", "cat", "dog", "dog", "eel", "eel"]
+        and row["samples"]["seeds"] == [0, 1] * 3
+    )
+    names = sorted(path.name for path in (tmp_path / "samples" / "final").iterdir())
+    assert names[:3] == ["00-cat-0.png", "01-cat-1.png", "02-dog-0.png"]
+    made = np.asarray(Image.open(tmp_path / "samples" / "final" / names[0]))
+    wanted = model.sample(["cat"], [0], keys)[0].permute(1, 2, 0) * 255
+    assert np.abs(made - wanted.numpy()).max() <= 0.51
+    torch.nn.init.constant_(model.unet.conv_out.bias, math.nan)
+    lost = judge_samples(model, job.build(), job.splits(0)["test"], job, tmp_path / "samples")
+    assert math.isnan(lost["test"]["drift"])
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def jpeg(value):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(file, "JPEG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def row(variant, value, **samples):
+    numbers = {"explained": 0.5}
+    shown = {"prompts": ["a cat", "a cat", "a dog"], "images": [jpeg(value)] * 3, "base": [jpeg(0)] * 3, **samples}
+    return {
+        "job": "j", "metric": "explained", "variant": variant, "method": variant, "budget": 100, "seed": 0,
+        "learning_rate": 0.1, "validation": numbers, "test": numbers, "adapter_parameters": 100, "head_parameters": 0,
+        "samples": shown,
+    }  # fmt: skip
+
+
+def test_the_report_has_a_grid_of_prompts_and_methods():
+    rows = [row("lora", 100), row("flora", 200)]
+    (picture,) = [one for one in plots.pictures(summarise(rows)) if one.name == "pictures"]
+    (axes,) = picture.chart.axes
+    assert len(axes.images) == 9  # the base model and two methods, three pictures each
+    reds = [np.asarray(image.get_array())[0, 0, 0] for image in axes.images]
+    assert np.abs(np.array(reds) - np.repeat([0, 100, 200], 3)).max() < 8
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["base model", "LoRA", "FLoRA", "a cat", "a dog"]
+    assert picture.svg().count("<image") == 9
+    del rows[0]["samples"], rows[1]["samples"]
+    assert "pictures" not in [one.name for one in plots.pictures(summarise(rows))]
+
+
+@pytest.mark.parametrize("value", [3, {"prompts": ["a"]}, {"prompts": ["a"], "images": ["?"], "base": [jpeg(0)]},
+                                   {"prompts": ["a"], "images": [jpeg(0)] * 2, "base": [jpeg(0)]}])  # fmt: skip
+def test_samples_that_are_none_are_named(value):
+    with pytest.raises(ValueError, match=re.escape("f, line 1: samples=")):
+        fields.check(row("lora", 0) | {"samples": value}, "f, line 1")
