@@ -31,7 +31,8 @@ def grid(results: Sequence[Result]) -> Picture | None:
     for row, (label, images) in enumerate(lines):
         for place, column in enumerate(columns):
             if column < len(images):
-                axes.imshow(_decoded(images[column]), extent=(place, place + 0.96, row + 0.96, row), origin="upper")
+                extent = (place, place + 0.96, row + 0.96, row)
+                axes.imshow(_decoded(images[column]), extent=extent, origin="upper", interpolation="none")
         bold = "bold" if row and kept[row - 1].style.ours else "normal"
         name = "\n".join(textwrap.wrap(label, 20))
         axes.text(-0.1, row + 0.48, name, ha="right", va="center", color=INK, fontweight=bold)
@@ -41,6 +42,7 @@ def grid(results: Sequence[Result]) -> Picture | None:
             axes.text(place, -0.12, textwrap.shorten(prompt, 40), ha="left", va="bottom", color=INK, fontsize=9)
     axes.set(xlim=(0, len(columns)), ylim=(len(lines), 0), aspect="equal")
     axes.set_axis_off()
+    chart.suppressComposite = True  # in SVG each picture keeps its own pixels
     caption = f"The same prompts and starting noise for all; {at}, at the best learning rate of the first seed."
     return Picture(results[0].job, "pictures", "Pictures", caption, chart, colours=None)
 

@@ -17,35 +17,46 @@ def export(trained: Path, parts: Sequence[str], out: Path) -> list[str]:
     """Write an adapter, FLoRA's or PEFT's LoRA, in every form that it has: OUT/PART for PEFT, one adapter per part of
     the pipeline; OUT/diffusers for ``pipeline.load_lora_weights``; OUT/comfyui.safetensors for ComfyUI.
 
-    Returns notes: which form there is not, and why. Methods of other kinds have none.
+    Returns notes: which file there is not, and why. Other kinds of adapters have no files.
     """
-    from flora.convert import export_diffusers, export_locon, import_lora
-
     kind = read_json(trained / CONFIG).get("peft_type") if (trained / CONFIG).is_file() else None
     if kind not in ("FLORA", "LORA"):
         return []
     shutil.rmtree(out, ignore_errors=True)
-    notes = []
-    with new_folder(out) as folder, tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         if kind == "LORA":
+            from flora.convert import import_lora
+
             try:
                 import_lora(trained, Path(temporary, "flora"))
             except ValueError as error:  # DoRA, or a start that has changed the base
-                return [f"no file for diffusers or ComfyUI: {' '.join(str(error).split())}"]
+                return [f"no file for diffusers or ComfyUI: {_line(error)}"]
             trained = Path(temporary, "flora")
-        adapters = {part: folder / part for part in parts if _split(trained, part, folder / part)}
-        main, *encoders = adapters
-        others = {name: adapters[name] for name in encoders if name in ("text_encoder", "text_encoder_2")}
-        for write, place, keys in (
-            (export_diffusers, folder / DIFFUSERS, {"component": main}),
-            (export_locon, folder / COMFYUI, {}),
-        ):
-            try:
-                write(adapters[main], place, **keys, **others)
-            except ValueError as error:
-                reason = " ".join(str(error).split()).replace(str(folder), str(out))
-                notes.append(f"no file {place.name}: {reason}")
+        with new_folder(out) as folder:
+            adapters = {part: folder / part for part in parts if _split(trained, part, folder / part)}
+            return [note.replace(str(folder), str(out)) for note in _export(adapters, folder)]
+
+
+def _export(adapters: dict[str, Path], folder: Path) -> list[str]:
+    """Write the files of a pipeline's adapters, by part. The notes."""
+    from flora.convert import export_diffusers, export_locon
+
+    (main, adapter), *encoders = adapters.items()
+    others = {name: other for name, other in encoders if name in ("text_encoder", "text_encoder_2")}
+    notes = []
+    for place, write in (
+        (DIFFUSERS, lambda out: export_diffusers(adapter, out, component=main, **others)),
+        (COMFYUI, lambda out: export_locon(adapter, out, **others)),
+    ):
+        try:
+            write(folder / place)
+        except ValueError as error:
+            notes.append(f"no file {place}: {_line(error)}")
     return notes
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _split(adapter: Path, part: str, out: Path) -> bool:
@@ -53,13 +64,13 @@ def _split(adapter: Path, part: str, out: Path) -> bool:
     from flora.convert.adapter import Adapter, write_adapter
 
     source, below = Adapter.open(adapter), f"{part}."
-    updates = (update for update in source.updates() if update.site.module.startswith(below))
     own = [
-        replace(update, site=replace(update.site, module=update.site.module.removeprefix(below))) for update in updates
+        replace(update, site=replace(update.site, module=update.site.module.removeprefix(below)))
+        for update in source.updates()
+        if update.site.module.startswith(below)
     ]
     if own:
         out.mkdir()
-        config = replace(source.config)
-        config.target_modules = [update.site.module for update in own]
-        write_adapter(out, config, own)
+        names = [update.site.module for update in own]
+        write_adapter(out, replace(source.config, target_modules=names), own)
     return bool(own)
