@@ -13,7 +13,7 @@ from PIL import Image
 from test_task_text_to_image import of_classes
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, Dinov2Config, Dinov2Model
 
-from flora_lab.analysis import fields, plots
+from flora_lab.analysis import fields, figures
 from flora_lab.analysis.results import summarise
 from flora_lab.tasks.diffusion.quality import MEAN, STD, Quality, _features, _frechet
 from flora_lab.tasks.diffusion.samples import Samples, judge_samples
@@ -134,7 +134,7 @@ def row(variant, value, **samples):
 
 def test_the_report_has_a_grid_of_prompts_and_methods():
     rows = [row("lora", 100), row("flora", 200)]
-    (picture,) = [one for one in plots.pictures(summarise(rows)) if one.name == "pictures"]
+    (picture,) = [one for one in figures.pictures(summarise(rows)) if one.name == "pictures"]
     (axes,) = picture.chart.axes
     assert len(axes.images) == 9  # the base model and two methods, three pictures each
     reds = [np.asarray(image.get_array())[0, 0, 0] for image in axes.images]
@@ -143,7 +143,7 @@ def test_the_report_has_a_grid_of_prompts_and_methods():
     assert texts == ["base model", "LoRA", "FLoRA", "a cat", "a dog"]
     assert picture.svg().count("<image") == 9
     del rows[0]["samples"], rows[1]["samples"]
-    assert "pictures" not in [one.name for one in plots.pictures(summarise(rows))]
+    assert "pictures" not in [one.name for one in figures.pictures(summarise(rows))]
 
 
 @pytest.mark.parametrize("value", [3, {"prompts": ["a"]}, {"prompts": ["a"], "images": ["?"], "base": [jpeg(0)]},
