@@ -391,6 +391,13 @@ def test_exports_to_onnx(case, execution):
     torch.testing.assert_close(torch.from_numpy(session.run(None, inputs)[0]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_export_that_would_leave_out_max_norm_is_refused():
+    model, _, args = build(next(case for case in CASES if case.id == "Embedding-max_norm"))
+    with pytest.raises(ValueError, match="leaves out max_norm: export with dynamo=True"):
+        torch.onnx.export(model.base_model.model, args, io.BytesIO(), dynamo=False, opset_version=17)
+
+
 @every_case
 def test_pickle_and_deepcopy(case):
     model, _, args = build(case)

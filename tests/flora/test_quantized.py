@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import flora
 from flora import FloraConfig, plan
 from flora.layers.starts import unified_scale
 from flora.layers.weights.storage import dense_of, kept_state
+from flora.tucker import project
 from reference import delta, layers
 
 OUT, IN = 64, 128
@@ -311,18 +313,42 @@ def test_what_can_not_run_beside_its_layer_is_refused_before_anything_is_wrapped
 
 
 @every_base
-def test_activations_start_beside_a_quantized_weight_and_a_gradient_can_not(base):
-    config_of = lambda init: config(init=init, init_weights=True)  # noqa: E731
+def test_activations_start_beside_a_quantized_weight(base):
     x = torch.randn(64, IN) * 0.7 ** torch.arange(IN)
-    model = get_peft_model(Net(base), config_of("activations"))
+    model = get_peft_model(Net(base), config(init="activations", init_weights=True))
     with torch.no_grad():
         inputs = model.base_model.model.first(x)
     flora.initialize(model, [x])
     leading = layers(model)[0].space("default").factors[1][:, :2].float()
     centred = inputs - inputs.mean(0)
     assert (centred @ leading).square().sum() > 0.8 * torch.linalg.svdvals(centred)[:2].square().sum()
-    with pytest.raises(ValueError, match="'layer' keeps its weight quantized: .* got .* init='gradient'"):
-        flora.initialize(get_peft_model(Net(base), config_of("gradient")), [x], loss=lambda model, x: model(x).sum())
+
+
+def starts_as_with_the_dense_weight(model: nn.Module, dense: nn.Module, batch: Tensor, loss: Callable) -> None:
+    """The factors of a gradient start must hold as much of the dense weight's gradient as those beside that weight."""
+    weight = layers(dense)[-1].base_parameter.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(dense.eval(), batch), weight)
+    held = []
+    for each in (model, dense):
+        flora.initialize(each, [batch], loss=loss)
+        space = layers(each)[-1].space("default")
+        inner = [None if not factor.any() else factor.detach() for factor in space.factors]
+        held.append(project(gradient, inner).norm() / gradient.norm())
+    assert held[0] > 0.995 * held[1] > 0.1
+
+
+@every_base
+@pytest.mark.parametrize("targets", [["layer"], ["first", "layer"]], ids=["first", "second"])
+def test_the_gradient_of_a_quantized_weight_starts_it_as_of_a_dense_one(base, targets):
+    options = {"init": "gradient", "init_weights": True, "target_modules": targets}
+    net = Net(base)
+    plain = Net(Base("plain", lambda linear: linear))
+    plain.load_state_dict({n: t for n, t in net.state_dict().items() if not n.startswith("layer")}, strict=False)
+    plain.layer.weight.data, plain.layer.bias.data = dense_of(net.layer, "weight").float(), net.layer.bias.float()
+    model, dense = (get_peft_model(each, config(**options)) for each in (net, plain))
+    directions = torch.randn(16, 3)
+    x = torch.randn(16, IN) * 0.9 ** torch.arange(IN)
+    starts_as_with_the_dense_weight(model, dense, x, lambda model, x: (model(x) * directions).sum())
 
 
 @pytest.mark.parametrize("base", [base for base in BASES if base.merges], ids=lambda base: base.id)
@@ -432,6 +458,52 @@ def test_other_layers_are_as_with_the_dense_weight(name, execution, tmp_path):
     torch.testing.assert_close(model(x), before, rtol=0.2, atol=0.2 * before.abs().max().item())
     model.unmerge_adapter()
     assert all(kept_state(layer, "weight")[key] is value for key, value in state.items())
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.requires_grad_())  # as prepare_model_for_kbit_training has it
+        return self.last(checkpoint(lambda h: torch.tanh(self.layer(h)), hidden, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_gradient_start_counts_a_layer_in_a_checkpoint_once(reentrant):
+    base, started = BASES[0], []
+    for make in (Net, Checkpointed):
+        torch.manual_seed(0)
+        net = make(base)
+        net.reentrant = reentrant
+        model = get_peft_model(net, config(init="gradient", init_weights=True))
+        torch.manual_seed(0)
+        flora.initialize(model, [torch.randn(16, IN)], loss=lambda model, x: model(x).square().mean())
+        started.append([p.detach() @ p.detach().mT for p in layers(model)[0].space("default").factors])
+    for mine, theirs in zip(*started, strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("init", ["activations", "gradient"])
+def test_other_layers_start_from_data(name, init):
+    quantize, make, inputs = OTHERS[name]
+    plain, x = make(), inputs()
+    layer = quantize(copy.deepcopy(plain))
+    plain.weight.data = dense_of(layer, "weight").float()
+    options = {"init": init, "init_weights": True, "target_modules": ["0"]}
+    model, dense = (get_peft_model(nn.Sequential(each), config(**options)) for each in (layer, plain))
+    direction = torch.randn(model.eval()(x).shape)
+    loss = lambda model, x: (model(x) * direction).sum()  # noqa: E731
+    if init == "gradient":
+        starts_as_with_the_dense_weight(model, dense, x, loss)
+        return
+    factors = []
+    for each in (model, dense):
+        torch.manual_seed(0)
+        flora.initialize(each, [x])
+        factors.append(layers(each)[0].space("default").factors)
+    for mine, theirs in zip(*factors, strict=True):
+        torch.testing.assert_close(mine @ mine.mT, theirs @ theirs.mT, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

@@ -179,6 +179,7 @@ EMBEDDING = Kind(
     (nn.Embedding,),
     ("in", "out"),
     beside.embedding,
+    plain=beside.embedding_plain,
     factorable=_plain_lookup,
     scales_output=lambda layer: hasattr(layer, "embed_scale"),
     after_start=_clear_padding_row,

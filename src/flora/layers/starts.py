@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from flora import tucker
 from flora.layers.core_space import CoreSpace
+from flora.layers.weights.sharded import part_like
 
 GROWTH = math.sqrt(2)  # the c above: between LoRA's, and level with it on six tasks
 
@@ -98,8 +99,10 @@ def orthonormal_(matrix: Tensor) -> None:
 
 
 def fill_core(space: CoreSpace, rows: Tensor, output_mode: int) -> None:
-    """Set the core by its output unfolding (r_o, product of the other ranks)."""
-    space.core.copy_(rows.reshape(space.core.movedim(output_mode, 0).shape).movedim(0, output_mode))
+    """Set the core, also a distributed one, by its output unfolding (r_o, product of the other ranks)."""
+    first, *others = space.ranks[output_mode], *space.ranks[:output_mode], *space.ranks[output_mode + 1 :]
+    core = rows.to(space.core.dtype).reshape(first, *others).movedim(0, output_mode)
+    space.core.copy_(part_like(core, space.core))
 
 
 def _core(space: CoreSpace, output_mode: int) -> None:

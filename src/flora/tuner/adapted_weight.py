@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -259,6 +259,14 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""
         return self.space(adapter).delta() * self.tucker_scaling[adapter]
+
+    def with_zeros(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+        """Zeros in the place of a quantized weight (I_1, …, I_N), and the output of the layer without its bias: the
+        gradient of a weight does not depend on its numbers. The kind of layer must have a ``plain`` form."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        zeros = torch.zeros(self.weight_shape, device=x.device, requires_grad=True)
+        plain = cast(Callable[..., Tensor], self.kind.plain)
+        return zeros, plain(self.get_base_layer(), x.float() if x.is_floating_point() else x, zeros, None)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's own converter (``convert_to_lora``) accepts it: it knows matrices of linear layers only."""

@@ -155,6 +155,12 @@ def embedding(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tens
     return update
 
 
+def embedding_plain(layer: Any, input: Tensor, weight: Tensor, bias: Bias) -> Tensor:
+    """A lookup in this table (n, o), which has no bias."""
+    output = F.embedding(input, weight, layer.padding_idx)
+    return output * layer.embed_scale if hasattr(layer, "embed_scale") else output
+
+
 def embedding_bag(
     layer: Any,
     core: Tensor,

@@ -60,11 +60,15 @@ def run_with_weights(module: nn.Module, weights: dict[str, Tensor], args: tuple,
     """Run the module's own forward with other tensors as weights.
 
     A shallow copy runs, so that other threads always see the module as it is. What the forward itself stores in the
-    module (a cache, an attention map) is kept.
+    module (a cache, an attention map) is kept. Raises ValueError for what would be exported wrongly.
     """
     if torch.compiler.is_compiling():  # compilers follow this form, and nothing is swapped when their graph runs
         with _without_views(module, weights):
             return functional_call(module, weights, args, kwargs, tie_weights=False)
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export() and getattr(module, "max_norm", None) is not None:
+        raise ValueError(
+            "torch's older exporter to ONNX leaves out max_norm: export with dynamo=True, or without max_norm"
+        )
     copies = _copies(module, weights)
     before = [(original, copy, dict(vars(copy))) for original, copy in copies]
     result = copies[0][1](*args, **kwargs)

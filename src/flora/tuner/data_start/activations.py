@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -125,10 +124,8 @@ class _Sketch:
 
     def _run_again(self, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
         """The weight that a gradient is taken of, and the output."""
-        if self.layer.is_quantized:  # of a linear layer: its numbers do not matter for its gradient
-            x = args[0] if args else next(iter(kwargs.values()))
-            weight = self.layer.space(self.adapter).core.new_zeros(self.layer.weight_shape, requires_grad=True)
-            return weight, F.linear(x.to(weight.dtype), weight)
+        if self.layer.is_quantized:
+            return self.layer.with_zeros(args, kwargs)
         weight, module = whole(self.layer.base_parameter.detach()).requires_grad_(), self.place.module
         sharded = {name: p for name, p in module.named_parameters() if hasattr(p, "full_tensor")}  # by FSDP2, by itself
         weights = {name: whole(p.detach()) for name, p in sharded.items()} | {self.place.weight: weight}

@@ -96,12 +96,17 @@ def _of_all_processes(
 
 def _pass(model: nn.Module, reductions: Sequence[Reduction], batches: Sequence[Any], loss: Loss) -> None:
     """Run the batches, and hand every layer's gradient to its reduction as soon as it is there."""
-    handles = []
+    handles: list[Any] = []
+    plain = [reduction.layer.base_parameter for reduction in reductions if not reduction.layer.is_quantized]
     try:
         for reduction in reductions:
-            weight = reduction.layer.base_parameter
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(_taker(reduction)))
+            if reduction.layer.is_quantized:
+                base = reduction.layer.get_base_layer()
+                handles.append(base.register_forward_hook(_watcher(reduction), with_kwargs=True))
+            else:
+                weight = reduction.layer.base_parameter
+                weight.requires_grad_(True)
+                handles.append(weight.register_post_accumulate_grad_hook(_taker(reduction)))
         for number in range(most(len(batches))):
             with together(), torch.enable_grad():
                 value = _finite_loss(model, batches[number], loss) if number < len(batches) else None
@@ -110,8 +115,8 @@ def _pass(model: nn.Module, reductions: Sequence[Reduction], batches: Sequence[A
     finally:
         for handle in handles:
             handle.remove()
-        for reduction in reductions:
-            reduction.layer.base_parameter.grad = None
+        for weight in plain:
+            weight.grad = None
 
 
 def _taker(reduction: Reduction) -> Callable[[Tensor], None]:
@@ -123,3 +128,21 @@ def _taker(reduction: Reduction) -> Callable[[Tensor], None]:
             reduction.add(gradient)
 
     return take
+
+
+def _watcher(reduction: Reduction) -> Callable[..., None]:
+    """A hook on a layer whose quantized weight can have no gradient: what it would be follows from the layer's input
+    and the gradient of its output."""
+
+    def watch(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def take(gradient: Tensor) -> None:
+            with torch.enable_grad():
+                weight, again = reduction.layer.with_zeros(args, kwargs)
+            reduction.add(torch.autograd.grad(again, weight, gradient.to(again.dtype))[0])
+
+        if torch.is_grad_enabled():  # else a checkpoint will run the layer again
+            if not output.requires_grad:  # nothing before it is trained
+                output.requires_grad_()
+            output.register_hook(take)
+
+    return watch

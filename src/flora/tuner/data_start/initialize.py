@@ -50,8 +50,8 @@ def initialize(
     Raises:
         ValueError: no batch, no labels, no such adapter, a merged or trained one; a loss that is not finite or does not
             depend on a layer; a layer that no batch reaches, or whose inputs are not finite; a weight that is
-            offloaded, quantized (but linear layers start from activations), sharded by FSDP1, taken by DeepSpeed, or
-            tensor parallel (for activations); an error of another process. Nothing is changed then.
+            offloaded, sharded by FSDP1, taken by DeepSpeed, or tensor parallel (for activations); an error of another
+            process. Nothing is changed then.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own averaging would miss the parameters that are frozen
@@ -98,10 +98,9 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
             )
         if layer.base_parameter.is_meta:
             raise ValueError(f"layer {layer.name!r} has no numbers in memory (offloaded?): a data start needs them")
-        if layer.is_quantized and not (layer.kind.is_matrix and space.init == "activations"):
+        if layer.is_quantized and layer.kind.plain is None:
             raise ValueError(
-                f"layer {layer.name!r} keeps its weight quantized: init='activations' can start it if it is linear, "
-                f"got a layer of kind {layer.kind} and init={space.init!r}"
+                f"layer {layer.name!r} keeps its weight quantized: no data start is known for its kind, {layer.kind}"
             )
         if not overwrite and space.core.any() and all(factor.any() for factor in space.factors):
             raise ValueError(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from flora import tucker
 from flora.layers.kinds import output_mode
-from flora.layers.weights.sharded import has_engine, whole
+from flora.layers.starts import fill_core
+from flora.layers.weights.sharded import has_engine, part_like, whole
 from flora.tuner.layer import FloraLayer
 
 Factors = list[Tensor | None]  # None for the output mode
@@ -55,6 +55,7 @@ class Reduction:
         rows: int | None = None,
         share: float = 1.0,
     ) -> None:
+        self.like = layer.space(adapter).core
         self.layer, self.seed, self.source, self.missing, self.share = layer, seed, source, missing, share
         self.ranks, self.output_mode = layer.space(adapter).ranks, output_mode(layer.roles)
         self.shape = list(layer.weight_shape)
@@ -94,7 +95,7 @@ class Reduction:
 
     def _sum(self, key: int) -> Tensor:
         """The mean of a sum over all processes. Some may have seen nothing of the layer, but not all."""
-        total, like = self.sums.get(key), self.layer.base_parameter
+        total, like = self.sums.get(key), self.like
         (seen,) = averaged([torch.tensor(float(total is not None), device=like.device)])
         if not seen:
             raise ValueError(self.missing.format(layer=repr(self.layer.name)))
@@ -157,23 +158,13 @@ def two_passes(reductions: Sequence[Reduction], run: Callable[[], None]) -> list
 @torch.no_grad()
 def fill(layer: FloraLayer, adapter: str, rows: Tensor, factors: Factors) -> None:
     """Start a core space as ``Reduction.start`` says."""
-    space, mode = layer.space(adapter), output_mode(layer.roles)
-    others = space.ranks[:mode] + space.ranks[mode + 1 :]
-    core = rows.reshape(space.ranks[mode], *others).movedim(0, mode)
-    for target, source in zip((space.core, *space.factors), (core, *factors), strict=True):
+    space = layer.space(adapter)
+    fill_core(space, rows, output_mode(layer.roles))
+    for target, source in zip(space.factors, factors, strict=True):
         if source is None:
             target.zero_()
         else:
-            target.copy_(_sharded(source.to(target.dtype), target))
-
-
-def _sharded(tensor: Tensor, like: Any) -> Tensor:
-    """As FSDP2 keeps ``like``."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.contiguous(), like.device_mesh, like.placements)
+            target.copy_(part_like(source.to(target.dtype), target))
 
 
 def averaged(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
