@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 # the rooms of each package, every one after what it may import
 ROOMS = {
-    "flora": ["text", "keys", "tucker", "ranks", "files", "models", "layers", "tuner", "convert", "cli"],
+    "flora": ["text", "keys", "fields", "tucker", "ranks", "files", "models", "layers", "tuner", "convert", "cli"],
     "flora/layers": ["weights", "batches", "core_space", "starts", "execution", "kinds", "sites"],
     "flora_lab": ["errors", "tasks", "methods", "settings", "analysis", "run", "cli"],
 }

@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
@@ -65,6 +65,15 @@ class KeyedCommand(click.Command):
     def __init__(self, name: str | None, *, keys: Callable[[], Iterator[tuple[str, str]]], **kwargs: Any) -> None:
         super().__init__(name, **kwargs, context_settings={"ignore_unknown_options": True})
         self.keys = keys  # called for the help only: importing what it lists takes seconds
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's. Raises Refused for an option where the first argument belongs."""
+        first = next(param for param in self.params if isinstance(param, click.Argument))
+        value = str(ctx.params[first.name or ""])
+        if value.startswith("-"):
+            name, key = (first.name or "").upper(), value.lstrip("-").partition("=")[0]
+            raise Refused(f"{value}: {name} comes first, as in `{ctx.command_path} {name} {key}=VALUE`")
+        return super().invoke(ctx)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Keys [default]"):
@@ -142,6 +151,16 @@ def set_nested(keys: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(keys.get(outer), dict):
             keys[outer] = {}
         set_nested(keys[outer], inner, value)
+
+
+# far above what any model takes: only a hostile regex reaches it
+PATTERN_SECONDS = 60.0
+SLOW_PATTERN = "matching target_modules, exclude_modules and the other patterns takes too long: give simpler ones"
+
+
+def pattern_limit() -> AbstractContextManager[None]:
+    """The time that a user's regexes may take on the names of a model."""
+    return time_limit(PATTERN_SECONDS, SLOW_PATTERN)
 
 
 class _TimeIsUp(BaseException):

@@ -133,7 +133,7 @@ def test_a_hostile_config_is_one_line(content, llama, tmp_path):
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
 def test_a_pattern_that_never_ends_is_one_line(key, llama, monkeypatch):
-    monkeypatch.setattr("flora.cli.planning.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("flora.keys.PATTERN_SECONDS", 0.5)
     assert_refused(flora("plan", llama, f"{key}=(.?){{1,60}}(.?.?){{1,60}}Z"), "takes too long: give simpler ones")
 
 

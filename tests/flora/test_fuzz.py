@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
 from commands import flora
 from flora import FloraConfig
+from flora.convert import export_locon, import_locon
 from flora.files import CONFIG, WEIGHTS
 
 TRIALS = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -26,6 +27,7 @@ COMMANDS = {
               "merge base.safetensors IN OUT.safetensors", "export locon IN OUT.safetensors"),
     "lora": ("import lora IN OUT", "import lora IN OUT --base model"),
     "authors": ("import official IN OUT --scale 1",),
+    "locon": ("import locon IN model OUT",),
 }  # fmt: skip
 
 
@@ -35,10 +37,11 @@ def net() -> nn.Module:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_figures():
-    """`compress` draws one; a hundred of them take most of the time."""
+def _short_cuts():
+    """`compress` draws a figure, and a hundred of them take most of the time; the base of a LoCon needs no folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flora.convert.truncation.find_spec", lambda name: None)
+        patch.setattr("flora.convert.locon.empty_model", lambda name: net())
         yield
 
 
@@ -55,6 +58,8 @@ def originals(tmp_path_factory):
     space = {f"param_{n}": torch.ones(4, 2) for n in range(2)} | {"param_G": torch.ones(2, 2)}
     (folder / "authors").mkdir()
     save_file({f"0.flora_layer.{key}": tensor for key, tensor in space.items()}, folder / "authors" / WEIGHTS)
+    (folder / "locon").mkdir()
+    export_locon(folder / "flora", folder / "locon" / WEIGHTS, prefix="lora_unet")
     return folder
 
 
@@ -64,7 +69,7 @@ def run(originals: Path, folder: Path, kind: str, line: str, change) -> None:
     shutil.copytree(originals, folder)
     change(folder / kind)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    source = folder / kind / WEIGHTS if kind == "authors" else folder / kind
+    source = folder / kind / WEIGHTS if kind in ("authors", "locon") else folder / kind
     names = {"IN": source, "OUT": folder / "OUT", "OUT.safetensors": folder / "OUT.safetensors",
              "base.safetensors": folder / "base.safetensors", "model": folder / "flora"}  # fmt: skip
     result = flora(*[names.get(word, word) for word in line.split()])
@@ -175,3 +180,80 @@ def config_changes(draw):
 def test_a_changed_config_is_read_or_refused(change, pick, originals):
     kind, line = pick_command(pick, {kind: COMMANDS[kind] for kind in ("flora", "lora")})
     run(originals, originals.parent / "configs", kind, line, change)
+
+
+# ----------------------------------------------------------------------------------------------------- LoCons' meaning
+
+SHAPES = {"0": (4, 4), "1": (3, 2, 3, 3)}  # of `net`
+KEYS = ["lora_up.weight", "lora_mid.weight", "lora_down.weight", "alpha", "dora_scale", "hada_w1_a", "diff", "scale"]
+
+
+@st.composite
+def locons(draw):
+    """The tensors of a file in LyCORIS' form, with what people's files have, also by mistake."""
+    tensors, generator = {}, torch.Generator().manual_seed(0)
+    for name in draw(st.sampled_from([["0"], ["1"], ["0", "1"], ["0", "7"]])):
+        out, inputs, *kernel = SHAPES.get(name, (4, 4))
+        rank, inner = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+        tucker, ones = draw(st.booleans()), [1] * draw(st.sampled_from([0, len(kernel), 2]))
+        shapes = {"lora_up.weight": (out, rank, *ones)}
+        if tucker:
+            shapes |= {"lora_down.weight": (inner, inputs, *ones), "lora_mid.weight": (rank, inner, *kernel)}
+        else:
+            shapes |= {"lora_down.weight": (rank, inputs, *kernel)}
+        for end, shape in shapes.items():
+            dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.int32]))
+            tensors[f"lora_unet_{name}.{end}"] = (10 * torch.randn(shape, generator=generator)).to(dtype)
+        alpha = draw(st.sampled_from([None, 0.0, 1.0, 3.0, -2.0, torch.inf, torch.nan]))
+        if alpha is not None:
+            tensors[f"lora_unet_{name}.alpha"] = torch.tensor(alpha)
+    key = draw(st.sampled_from(sorted(tensors)))
+    way, other = (
+        draw(st.sampled_from(["as it is", "as it is", "drop", "rename", "add", "nan", "turn"])),
+        draw(st.sampled_from(KEYS)),
+    )
+    tensor = tensors[key]
+    if way in ("drop", "rename", "nan", "turn"):
+        del tensors[key]
+    if way in ("rename", "add"):
+        tensors[f"{key.partition('.')[0]}.{other}"] = tensor.clone()
+    if way == "nan":
+        tensors[key] = tensor * torch.nan
+    if way == "turn":
+        tensors[key] = tensor.T.contiguous() if tensor.ndim == 2 else tensor.flatten()
+    return tensors
+
+
+def literal_delta(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """What LyCORIS makes of a layer's tensors, in float64."""
+    own = {key.partition(".")[2]: t.double() for key, t in tensors.items() if key.startswith(f"lora_unet_{name}.")}
+    up, down = own.pop("lora_up.weight"), own.pop("lora_down.weight")
+    rank, shape = down.shape[0], SHAPES[name]
+    alpha = own.pop("alpha", torch.tensor(rank)).item() or rank
+    mid = own.pop("lora_mid.weight", None)
+    assert not own, "a key that changes what the others mean was taken"
+    if mid is None:
+        delta = up.flatten(1) @ down.flatten(1)
+    else:
+        delta = torch.einsum("or,rs...,si->oi...", up.flatten(1), mid, down.flatten(1))
+    return alpha / rank * delta.reshape(shape)
+
+
+@settings(TRIALS, max_examples=200)
+@given(tensors=locons())
+def test_a_locon_is_imported_exactly_or_refused(tensors, originals):
+    folder = originals.parent / "exactly"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    save_file(tensors, folder / "file.safetensors")
+    try:
+        import_locon(folder / "file.safetensors", net(), folder / "OUT")
+    except ValueError:
+        assert not (folder / "OUT").exists()
+        return
+    layers = {key[len("lora_unet_")] for key in tensors}
+    model = PeftModel.from_pretrained(net().double(), folder / "OUT")
+    for name in layers:
+        layer = model.base_model.model.get_submodule(name)
+        want = literal_delta(tensors, name)
+        torch.testing.assert_close(layer.get_delta_weight("default"), want, rtol=1e-5, atol=1e-6)

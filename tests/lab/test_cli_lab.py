@@ -71,6 +71,24 @@ def test_a_bad_key_or_value_is_one_line(override, named, tmp_path):
     assert not list(tmp_path.iterdir()), "nothing is written before the keys are known to be good"
 
 
+SLOW = "(.?){1,60}(.?.?){1,60}(.?.?.?){1,60}Z"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        (f"target_modules={SLOW}", "Error: "),
+        (f"methods.lora.options.exclude_modules={SLOW}", "methods.lora: "),
+        (f"methods.lora.options.rank_pattern={{'{SLOW}': 3}}", "methods.lora: "),
+    ],
+    ids=["target_modules", "exclude_modules", "rank_pattern"],
+)
+def test_a_pattern_that_never_ends_is_one_line(override, named, tmp_path, monkeypatch):
+    monkeypatch.setattr("flora.keys.PATTERN_SECONDS", 0.3)
+    result = flora("train", DIGITS, f"output={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}", override)
+    assert_refused(result, f"{named}matching target_modules, exclude_modules and the other patterns takes too long")
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -104,7 +122,10 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     assert_refused(result, "sklearn.datasets is not installed: pip install 'flora-peft[train]'")
 
 
-@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", DIGITS, "budgt=3"], ["compare", "--help"]])
+HELP = [[*words.split(), "--help"] for words in ("", "plan", "export lora", "merge", "train", "compare", "analyse")]
+
+
+@pytest.mark.parametrize("arguments", [*HELP, ["train", DIGITS, "budgt=3"]], ids=" ".join)
 def test_help_and_typos_wait_for_no_heavy_package(arguments):
     code = (
         "import sys\nfrom flora.cli import main\n"
@@ -114,6 +135,14 @@ def test_help_and_typos_wait_for_no_heavy_package(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout[-200:]
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "plan"])
+@pytest.mark.parametrize("option", ["--output", "--output=x"])
+def test_a_forgotten_first_argument_is_one_line(command, option):
+    first = "MODEL" if command == "plan" else "CONFIG"
+    result = flora(command, option)
+    assert_refused(result, f"{option}: {first} comes first, as in `", f"{command} {first} output=VALUE`")
 
 
 def test_an_unknown_command_names_the_nearest():

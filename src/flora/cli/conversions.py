@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from flora.cli.planning import SLOW_PATTERN
-from flora.keys import Refused, time_limit
+from flora.keys import SLOW_PATTERN, Refused, time_limit
 
 VERIFY_SECONDS = 3600.0  # far above what any model takes
 

@@ -15,21 +15,20 @@ from flora.keys import (
     described_keys,
     flags,
     parse_override,
+    pattern_limit,
     set_nested,
     time_limit,
 )
 from flora.text import did_you_mean
 
-# far above what any model takes: only a hostile config or regex reaches them
-BUILD_SECONDS, PATTERN_SECONDS = 300.0, 60.0
-SLOW_PATTERN = "matching target_modules, exclude_modules and the other patterns takes too long: give simpler ones"
+BUILD_SECONDS = 300.0  # far above what any model takes: only a hostile config reaches it
 
 
 def plan_keys() -> Iterator[tuple[str, str]]:
-    """The fields of FloraConfig that have a help text."""
-    from flora import FloraConfig
+    """The fields of FloraConfig but PEFT's own, with their help."""
+    from flora.fields import FloraFields
 
-    return described_keys(FloraConfig)
+    return described_keys(FloraFields)
 
 
 @click.command(cls=KeyedCommand, keys=plan_keys)
@@ -61,7 +60,7 @@ def plan(model: str, overrides: tuple[str, ...]) -> None:
         config = flora.FloraConfig(**keys)
         with time_limit(BUILD_SECONDS, f"{model}: building this model takes too long"):
             base = empty_model(model)
-        with time_limit(PATTERN_SECONDS, SLOW_PATTERN):
+        with pattern_limit():
             made = flora.plan(base, config)
     except (TypeError, ValueError) as error:
         raise Refused(" ".join(str(error).split())) from error
@@ -70,6 +69,6 @@ def plan(model: str, overrides: tuple[str, ...]) -> None:
 
 def plan_flags() -> Iterator[str]:
     """The fields of FloraConfig that are true or false."""
-    from flora import FloraConfig
+    from flora.fields import FloraFields
 
-    return flags(FloraConfig)
+    return flags(FloraFields)

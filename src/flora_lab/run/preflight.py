@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 
 from flora import FloraConfig
+from flora.keys import Refused, pattern_limit
 from flora.text import did_you_mean
 from flora.tuner.config import OTHER_NAMES
 from flora_lab.errors import ConfigError
@@ -35,6 +39,7 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
             splits = task.splits(config.seed)
             task.check(splits)
             _forward(task, splits["train"], config.training if task is config.task else config.pretraining)
+        _match_patterns(config, variants)
         total = steps(config.training, splits["train"])
         reasons: Reasons = {}
         for name, budget in pairs(config, variants, budgets):
@@ -57,6 +62,28 @@ def say_left_out(reasons: Reasons, main: bool) -> None:
     for (name, budget), reason in reasons.items():
         if reason and main:
             print(f"{name} is left out{f' at {budget} parameters' if budget else ''}: {reason}", file=sys.stderr)
+
+
+def _match_patterns(config: Config, variants: list[str]) -> None:
+    """Match every regex with the names of the model's layers once: methods do it a hundred times, without a limit."""
+    names = [name for name, _ in config.task.build().named_modules()]
+    options = {f"methods.{variant}: ": config.methods[variant].options for variant in variants}
+    for place, keys in {"": {"target_modules": config.target_modules}, **options}.items():
+        try:
+            with pattern_limit(), suppress(re.error):  # which the method will report
+                for pattern in _patterns(keys):
+                    for name in names:
+                        re.fullmatch(rf"(.*\.)?({pattern})", name)
+        except Refused as error:
+            raise ConfigError(f"{place}{error}") from error
+
+
+def _patterns(options: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in options.items():
+        if isinstance(value, str) and key in ("target_modules", "exclude_modules"):
+            yield value
+        elif isinstance(value, dict) and key.endswith("_pattern"):
+            yield from map(str, value)
 
 
 def _reason(config: Config, variant: str, budget: int | None, total: int) -> str | None:
