@@ -471,6 +471,16 @@ def test_time_and_memory_over_loras():
     assert lines["full fine-tuning"][:3] == ["–", "2.5", "0.50"]
 
 
+def test_what_else_was_measured_has_a_table_of_its_own():
+    assert tables.further(summarise(grid("lora") + grid("flora"))) is None
+    rows = [row(seed=seed, test=0.5) for seed in (0, 1)] + [row("flora")]
+    for one, drift in zip(rows, (0.1, 0.3), strict=False):
+        one["test"] |= {"loss": 1.0, "drift": drift}
+    table = tables.further(summarise(rows))
+    assert table.columns == ["method", "budget", "drift"]
+    assert table.lines == [["LoRA", "1,000", "0.2"], ["FLoRA", "1,000", "–"]]
+
+
 def test_what_was_left_out_is_said_once():
     reason = {"job": "task", "metric": "accuracy", "variant": "dora", "method": "dora", "left_out": "no room"}
     rows = [reason | {"budget": budget} for budget in (5, 5, 9)] + [row(budget=b, notes=["rank 2"]) for b in (5, 9)]

@@ -62,6 +62,10 @@ def tiny_keys(folder, job):
     few = ["training.batch_size=2", "training.loaders=0", "task.samples.steps=2", "task.samples.each=1"]
     few += [f"task.quality.{key}" for key in ("clip=null", "dino=null", "fid=false", "classifier=null")]
     few += ["task.data.validation_share=0.25", "task.data.test_share=0.25"]
+    if job == "digits-diffusion":
+        small = [f"task.{part}.{kind}_examples=4" for part in ("data", "source") for kind in ("train", "validation")]
+        config = {**SMALL, "in_channels": 1, "out_channels": 1, "num_class_embeds": 10}
+        return [*few, *small, "task.data.test_examples=4", f"task.model.config={json.dumps(config)}", "budget=6000"]
     if job == "cifar-diffusion":
         classes(folder / "train.parquet")
         own = [f"task.{part}.{key}" for part in ("data", "source") for key in (f"path={folder}", "size=8")]

@@ -29,7 +29,7 @@ def analyse(paths: Sequence[str | Path], out: str | Path, into: str | Path | Non
             picture.png(file)
     if not into:
         with replace_file(out / "table.md") as file:
-            sections = (f"## {job}\n\n{text(of)}\n" for job, of in by_job(results).items())
+            sections = (f"## {job}\n\n{text(of)}\n{_further(of)}" for job, of in by_job(results).items())
             file.write_text("\n".join(sections), encoding="utf-8")
     report = out / "report.html"
     page.write(rows, report, pictures)
@@ -40,6 +40,11 @@ def text(results: Sequence[Result]) -> str:
     """The table of one job, and what its marks mean."""
     table = tables.comparison(results)
     return "\n\n".join(filter(None, [table.markdown(), table.note]))
+
+
+def _further(results: Sequence[Result]) -> str:
+    table = tables.further(results)
+    return f"\n{table.markdown()}\n" if table else ""
 
 
 def _replace_tables(file: Path, jobs: dict[str, list[Result]]) -> None:

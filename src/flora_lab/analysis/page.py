@@ -12,7 +12,7 @@ from flora_lab.analysis.drawing import Picture
 from flora_lab.analysis.fields import Row
 from flora_lab.analysis.figures import pictures
 from flora_lab.analysis.results import by_job, summarise
-from flora_lab.analysis.tables import Table, comparison, costs, remarks
+from flora_lab.analysis.tables import Table, comparison, costs, further, remarks
 
 TEMPLATE = "report.html.jinja"
 
@@ -29,6 +29,7 @@ def write(rows: Sequence[Row], path: Path, drawn: Sequence[Picture] | None = Non
                 "name": job,
                 "table": _html(comparison(of)),
                 "costs": _html(costs(of)),
+                "further": (table := further(of)) and _html(table),
                 "pictures": [_inline(picture) for picture in drawn if picture.job == job],
             }
             for job, of in by_job(results).items()

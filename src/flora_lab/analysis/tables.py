@@ -149,6 +149,23 @@ def _note(results: Sequence[Result]) -> str:
     return " ".join(notes)
 
 
+def further(results: Sequence[Result]) -> Table | None:
+    """What else was measured on the test split, apart from the loss: means over seeds. None if there is nothing."""
+    results = ordered(results)
+    tested = [[row["test"] for row in result.rows] for result in results]
+    shown = {"loss", *(result.metric for result in results)}
+    names = dict.fromkeys(name for rows in tested for row in rows for name in row if name not in shown)
+    if not names:
+        return None
+    lines = []
+    for result, rows in zip(results, tested, strict=True):
+        values = [[row[name] for row in rows if name in row] for name in names]
+        cells = [f"{statistics.fmean(of):.4g}" if of else NONE for of in values]
+        lines.append([result.label, budget(result), *cells])
+    columns = ["method", "budget", *names]
+    return _without_empty(Table(results[0].job, columns, lines, note="Test split, means over seeds."))
+
+
 def costs(results: Sequence[Result]) -> Table:
     """Time of an epoch and peak memory, absolute and relative to LoRA's (paper, Table 4)."""
     lines = []

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.base import HEADS, Task
 from flora_lab.tasks.data import Records, check_each, need_columns, need_known, source_of, three
-from flora_lab.tasks.pictures import Pictures, open_image, read
+from flora_lab.tasks.pictures import DIGITS, Pictures, open_image, read
 from flora_lab.tasks.pretrained import Pretrained, redraw
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DIGITS = "digits"
 OUTPUTS = (*HEADS, "dist_head")  # the second of SwiftFormer's
 
 
@@ -82,7 +81,7 @@ class ImageClassification(Task):
     @cached_property
     def _records(self) -> dict[str, Records]:
         keys = self.data
-        splits = _digits() if keys.path == DIGITS else read(keys.path, images=[keys.image])
+        splits = read(keys.path, images=[keys.image])
         need_columns(splits, keys.image, keys.label)
         return {
             split: records for split, records in splits.items() if split != "test" or _labelled(records, keys.label)
@@ -198,17 +197,3 @@ def _labelled(records: Records, column: str) -> bool:
 def _with(records: Records, column: str, classes: list[int]) -> Records:
     wanted = set(classes)
     return records.select(index for index, label in enumerate(records.dataset[column]) if label in wanted)
-
-
-def _digits() -> dict[str, Records]:
-    """scikit-learn's 1797 handwritten digits of 8 × 8 pixels, as one split."""
-    import datasets
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pictures = [Image.fromarray((image * 255 / 16).round().astype("uint8")) for image in digits.images]
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
-    rows = datasets.Dataset.from_dict({"image": pictures, "label": digits.target.tolist()}, features=features)
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    return {"train": Records(rows, lambda index: f"{DIGITS}, row {index}")}

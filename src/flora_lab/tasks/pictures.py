@@ -14,6 +14,8 @@ from typing import Any
 from flora.files import local_path
 from flora_lab.tasks.data import SPLITS, Portions, Records, split_name
 
+DIGITS = "digits"
+
 
 @dataclass
 class Pictures(Portions):
@@ -36,16 +38,18 @@ class Pictures(Portions):
 
 
 def read(path: str, images: Iterable[str] = ()) -> dict[str, Records]:
-    """Splits by name, from a parquet file, a folder of parquet files or pictures, or the hub.
+    """Splits by name, from a parquet file, a folder of parquet files or pictures, the hub, or scikit-learn's `DIGITS`.
 
     ``images``: the columns of pictures, which stay encoded: {"bytes", "path"}. Raises ValueError naming ``path``.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    place = local_path(path)
+    place = None if path == DIGITS else local_path(path)
     try:
-        if place is None:
+        if path == DIGITS:
+            splits = _digits()
+        elif place is None:
             splits = {name: Records(split, _namer(path, name)) for name, split in datasets.load_dataset(path).items()}
         else:
             files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
@@ -122,6 +126,20 @@ def _folder(folder: Path) -> dict[str, Records]:
         columns = {"image": paths, "label": [file.parent.name for file in files]}
         splits[split] = Records(datasets.Dataset.from_dict(columns, features=features), paths.__getitem__)
     return splits
+
+
+def _digits() -> dict[str, Records]:
+    """scikit-learn's 1797 handwritten digits of 8 × 8 pixels, as one split."""
+    import datasets
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pictures = [Image.fromarray((image * 255 / 16).round().astype("uint8")) for image in digits.images]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": digits.target.tolist()}, features=features)
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    return {"train": Records(rows, lambda index: f"{DIGITS}, row {index}")}
 
 
 def _namer(path: str, split: str) -> Callable[[int], str]:

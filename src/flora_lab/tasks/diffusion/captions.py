@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path
 from flora_lab.tasks.data import SPLITS, Portions, Records, check_each, need_columns, split_name, three
-from flora_lab.tasks.pictures import open_image, read
+from flora_lab.tasks.pictures import DIGITS, open_image, read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,8 @@ class Captions(Portions):
     path: str = field(
         default="data",
         metadata={
-            "help": f"a folder of pictures with {METADATA} or a .txt beside each, a parquet file, or a name on the hub",
+            "help": f"a folder of pictures with {METADATA} or a .txt beside each, a parquet file, a name on the hub, "
+            f"or {DIGITS} (scikit-learn's, with caption={LABEL})",
             "path": True,
         },
     )
@@ -74,7 +75,7 @@ def read_captions(keys: Captions, needed: bool = True) -> tuple[dict[str, Record
 
     Raises ValueError naming the file, and its row if it has rows.
     """
-    place = local_path(keys.path)
+    place = None if keys.path == DIGITS else local_path(keys.path)
     if place and place.is_dir() and keys.caption != LABEL and not any(place.rglob("*.parquet")):
         splits, names = _folder(place, keys, needed), None
     else:
