@@ -3,12 +3,13 @@
 # make test-fast  the library's contracts alone: no browser, no Ray, no jobs
 # make lint       style, format and types
 # make results    every table and figure of docs/results.md, from the committed rows
+# make docs       the documentation site, in site/; a broken link is an error
 # Another Python than python3: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint results install
+.PHONY: demo test test-fast lint results docs install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -29,11 +30,14 @@ lint: install
 results: install
 	$(BIN)/flora analyse docs/results/*.jsonl --out docs/results --into docs/results.md
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: flora needs Python 3.11 or newer" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"{sys.executable} is Python {sys.version.split()[0]}: flora needs 3.11 or newer, e.g. make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,docs]'
 	touch $@

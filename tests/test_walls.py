@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 ROOMS = {
     "flora": ["text", "keys", "fields", "tucker", "ranks", "files", "models", "layers", "tuner", "convert", "cli"],
     "flora/layers": ["weights", "batches", "core_space", "starts", "execution", "kinds", "sites"],
-    "flora_lab": ["errors", "tasks", "methods", "settings", "analysis", "run", "cli"],
+    "flora_lab": ["errors", "sources", "tasks", "methods", "settings", "starter", "analysis", "run", "cli"],
 }
 EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",
           "scipy", "pycocotools", "ray", "bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel")  # fmt: skip

@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
 from flora.files import full_disk
 from flora.keys import KeyedCommand, Refused, as_overrides, described_keys, flags
 from flora_lab.errors import ConfigError, TrialsFailed
+from flora_lab.sources import hint
 
 NOTHING_TO_DO = "nothing to do: every run has its row; fresh=true starts over"
 
@@ -50,7 +52,7 @@ def job_errors() -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted: the next start goes on where this one stopped") from error
     except (ConfigError, OSError) as error:
-        raise Refused(str(error)) from error
+        raise Refused(f"{error}{hint(str(error))}") from error
     except TrialsFailed as error:
         raise click.ClickException(str(error)) from error
     except ModuleNotFoundError as error:
@@ -145,3 +147,48 @@ def analyse(folders: tuple[str, ...], out: str, into: str | None) -> None:
             click.echo(str(run(folders, out, into)))
         except ValueError as error:  # a line that is not a valid row
             raise Refused(str(error)) from error
+
+
+@click.command(short_help="Fetch the data and weights of a job.")
+@click.argument("what", nargs=-1, metavar="[NAME | CONFIG]...")
+def data(what: tuple[str, ...]) -> None:
+    """Fetch data and weights into the folder data/, each checked: those that NAME says, or that the job in the YAML
+    file CONFIG reads.
+
+    Without an argument, the names are listed. What is here already is not fetched again.
+    """
+    from flora_lab.sources import SOURCES, fetch, names_in, place
+
+    try:
+        for name in [name for one in what for name in names_in(one)]:
+            click.echo(fetch(name))
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise Refused(f"{error.name} is not installed: pip install 'flora-peft[train]'") from error
+    if not what:
+        for name, source in SOURCES.items():
+            click.echo(
+                f"{name:28} {source.about}; {'here: ' + place(name) if Path(place(name)).exists() else 'not here'}"
+            )
+
+
+@click.command(short_help="Write a commented YAML for your own data.")
+@click.argument("task")
+@click.argument("file", required=False)
+def init(task: str, file: str | None) -> None:
+    """Write one complete YAML for a job of TASK on your own data, each key explained.
+
+    TASK is image_classification, glue, semantic_segmentation or instance_segmentation. FILE is a new file [TASK.yaml].
+    """
+    with job_errors():
+        from flora.files import new_file
+        from flora.text import did_you_mean
+        from flora_lab.starter import LAYOUTS, starter
+
+        if task not in LAYOUTS:
+            raise ConfigError(f"{task}: expected one of {', '.join(LAYOUTS)}{did_you_mean(task, LAYOUTS)}")
+        out = file or f"{task}.yaml"
+        with new_file(out) as path:
+            path.write_text(starter(task), encoding="utf-8")
+        click.echo(f"{out}: put your data there ({LAYOUTS[task]}), then `flora train {out}`")

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flora_lab.errors import ConfigError
 from flora_lab.methods import METHODS
+from flora_lab.sources import place
 from flora_lab.tasks import TASKS
 
 SEEDS = 2**32 - 1  # the largest that numpy takes
@@ -108,7 +109,8 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The job in the YAML at ``path``, with `key=value` overrides applied, checked against the dataclasses.
 
-    In the YAML, `${package:NAME}` is the folder of an installed package. Raises ConfigError.
+    In the YAML, `${package:NAME}` is the folder of an installed package, and `${source:NAME}` the place of data or
+    weights that `flora data NAME` fetches. Raises ConfigError.
     """
     path = Path(path).expanduser()
     try:
@@ -170,6 +172,7 @@ def _package(name: str) -> str:
 
 
 OmegaConf.register_resolver("package", _package, replace=True)
+OmegaConf.register_resolver("source", place, replace=True)
 
 
 def _task(tree: Any) -> type:

@@ -14,7 +14,7 @@ from flora.cli.planning import plan
 from flora.keys import Commands
 
 SECTIONS = {
-    "Plan, train and compare": ("plan", "train", "compare", "analyse"),
+    "Plan, train and compare": ("init", "data", "plan", "train", "compare", "analyse"),
     "Use an adapter elsewhere": ("export", "merge", "import"),
     "Change an adapter's size": ("compress", "extract"),
 }

