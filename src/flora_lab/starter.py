@@ -14,7 +14,7 @@ from flora_lab.tasks import TASKS
 
 WIDTH = 110
 # what a first job sets; all other keys are there as comments, with their defaults
-COMMON = {
+COMMON: dict[str, Any] = {
     "budget": 100_000,
     "training": {"epochs": 10, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20, "mixed_precision": "bf16"},
     "comparison": {"seeds": [0, 1, 2], "rates": [0.3, 1, 3]},
@@ -37,30 +37,39 @@ TASK_KEYS: dict[str, dict[str, Any]] = {
         "backbone": {"name": "timm/convnextv2_tiny"},
         "data": {"path": "coco", "augment": True},
     },
+    "text_to_image": {
+        "model": {"name": "stable-diffusion-v1-5/stable-diffusion-v1-5", "gradient_checkpointing": True},
+        "data": {"path": "pictures", "size": 512},
+        "noise": {"snr_gamma": 5},
+    },
 }
 LAYOUTS = {
     "image_classification": "photos/CLASS/NAME.jpg, or photos/SPLIT/CLASS/NAME.jpg with train, validation and test",
     "glue": "sentences/train.tsv and sentences/dev.tsv, with the columns sentence and label, 0 or 1",
     "semantic_segmentation": "scenes/images/NAME.jpg, and scenes/annotations/NAME.png whose pixels are class numbers",
     "instance_segmentation": "coco/train.json and coco/val.json in COCO's format, pictures in coco/train and coco/val",
+    "text_to_image": "pictures/NAME.jpg, each with its caption in pictures/NAME.txt",
 }
 METHODS = """\
 # The variants to train, each under a name of yours. `method` is the method if the name is none, `options` the fields of
 # its config: FloraConfig's or PEFT's. `flora train --help` lists the methods.
 methods:
-  full: {learning_rate: 1e-4}  # every weight is trained: what an adapter is measured against
-  head: {learning_rate: 1e-2}  # the new head alone
-  lora: {learning_rate: 1e-3}
-  flora: {learning_rate: 1e-3}
 """
-DATA_START = """\
-  flora-gradient: {method: flora, learning_rate: 1e-3, options: {init: gradient}}  # for convolutional networks
-"""
+FULL = "  full: {learning_rate: 1e-4}  # every weight is trained: what an adapter is measured against\n"
+HEAD = "  head: {learning_rate: 1e-2}  # the new head alone\n"
+ADAPTERS = "  lora: {}\n  flora: {}\n"
+GRADIENT = "  flora-gradient: {method: flora, options: {init: gradient}}  # for convolutional networks\n"
+VARIANTS = {
+    "glue": FULL + HEAD + ADAPTERS,
+    "text_to_image": ADAPTERS + "  flora-activations: {method: flora, options: {init: activations}}\n",
+}
 
 
 def starter(task: str) -> str:
     """The YAML's text. ``task``: a key of TASKS."""
-    keys = {"output": f"runs/{task}", **COMMON}
+    keys: dict[str, Any] = {"output": f"runs/{task}", **COMMON}
+    if task == "text_to_image":  # its loss is noisy, and nothing in it is new
+        keys["training"] = COMMON["training"] | {"batch_size": 4, "learning_rate": 1e-4}
     head = [
         f"# {task}, written by `flora init`. A key after a # has its default; take the # away to set it.",
         f"# Train:    flora train {task}.yaml",
@@ -73,7 +82,7 @@ def starter(task: str) -> str:
         "",
         *_lines(Config, keys, "", without=("task", "methods", "pretraining")),
     ]
-    return "\n".join(head) + "\n\n" + METHODS + (DATA_START if task != "glue" else "")
+    return "\n".join(head) + "\n\n" + METHODS + VARIANTS.get(task, FULL + HEAD + ADAPTERS + GRADIENT)
 
 
 def _lines(config: type, values: Mapping[str, Any], indent: str, without: tuple[str, ...] = ()) -> Iterator[str]:
