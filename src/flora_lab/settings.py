@@ -85,6 +85,9 @@ class Config:
     cache: str = field(
         default="runs/cache", metadata={"help": "folder of base models, shared between jobs", "path": True}
     )
+    mirror: str | None = field(
+        default=None, metadata={"help": "URL of fsspec (s3://, gs://, …) where a copy of output is kept and taken from"}
+    )
     fresh: bool = field(default=False, metadata={"help": "delete the earlier results in output, and start over"})
     seed: int = field(
         default=0, metadata={"help": "of the splits, the weights and the order of examples", "least": 0, "most": SEEDS}

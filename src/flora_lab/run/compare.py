@@ -47,6 +47,7 @@ def compare(config: Config, variants: Sequence[str] = ()) -> list[Row]:
     failures |= _run(job, others(config, complete, job.rows()), file)
     if job.main:
         _report(job)
+        job.mirror.push(job.folder, [path.name for path in job.folder.iterdir()])
     if failures:
         raise TrialsFailed({trial.name: reason for trial, reason in failures.items()})
     return job.rows()

@@ -23,6 +23,7 @@ import torch
 
 Ended = Iterator[tuple[tuple, Callable[[], Any]]]
 SERVER = "forkserver"
+RETRIES = 3  # of a call whose machine died
 
 
 class Killed(RuntimeError):
@@ -93,12 +94,17 @@ def take_device(index: int) -> None:
 
 
 def on_ray(work: Callable[..., Any], calls: list[tuple], workers: int) -> Ended:
-    """Ray's machines, one GPU per call if they have some; ``workers`` calls run at the same time."""
+    """Ray's machines, one GPU per call if they have some; ``workers`` calls run at the same time.
+
+    A call whose machine dies runs again on another one; with shared storage (``mirror``) it goes on from its last
+    checkpoint. The cluster is the one at RAY_ADDRESS, or else this machine.
+    """
     import ray
 
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
-    remote, waiting, running = ray.remote(work).options(**needs), list(calls), {}
+    remote = ray.remote(work).options(**needs, max_retries=RETRIES)
+    waiting, running = list(calls), {}
     while waiting or running:
         while waiting and len(running) < workers:
             call = waiting.pop(0)

@@ -42,8 +42,12 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     optimizer: Callable[[TrainingArguments], Optimizer] | None = None,
     bar: bool = True,
+    last: Sequence[TrainerCallback] = (),
 ) -> Fit:
-    """Train on data["train"], from the last checkpoint in ``folder`` if an earlier fit there was interrupted."""
+    """Train on data["train"], from the last checkpoint in ``folder`` if an earlier fit there was interrupted.
+
+    ``callbacks`` run before a checkpoint is marked as complete, ``last`` afterwards.
+    """
     checkpoints, progress = Checkpoints(folder / "checkpoints"), Progress(name, task.metric, bar)
     args = arguments(keys, steps(keys, data["train"]), seed, folder / "checkpoints")
     trainer = _Trainer(
@@ -55,7 +59,7 @@ def fit(
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce,
         # the method's and the task's callbacks first: a checkpoint is complete when they have written their part
-        callbacks=[*callbacks, *task.callbacks(folder), checkpoints, progress],
+        callbacks=[*callbacks, *task.callbacks(folder), checkpoints, progress, *last],
         optimizers=(optimizer(args) if optimizer else None, None),
     )
     trainer.remove_callback(PrinterCallback)  # the bar says it

@@ -33,6 +33,7 @@ from flora_lab.run.base import base_file
 from flora_lab.run.engines import ENGINES
 from flora_lab.run.fit import no_accelerator
 from flora_lab.run.folder import FILES, FOLDERS, KEYS, MARK, Folder, Trial
+from flora_lab.run.mirror import Mirror
 from flora_lab.run.trial import run
 from flora_lab.settings import Config, build_config, one_line
 
@@ -46,6 +47,7 @@ class Job(Folder):
         super().__init__(config, free)
         self.main = PartialState(cpu=no_accelerator()).is_main_process
         self.wait: Callable[[], None] = PartialState().wait_for_everyone
+        self.mirror = Mirror(config)
         if config.threads:
             torch.set_num_threads(config.threads)
 
@@ -53,6 +55,9 @@ class Job(Folder):
 
     def open(self) -> None:
         """Take the folder: write keys and versions, or check that an earlier start had the same keys."""
+        if self.main:
+            self.mirror.pull(self.folder, FILES)
+        self.wait()
         keys, earlier = asdict(self.config), self.earlier_keys()
         if self.main and earlier:
             _drop_half_line(self.folder / RESULTS)
@@ -68,6 +73,7 @@ class Job(Folder):
             _write(self.folder / KEYS, yaml.safe_dump(keys, sort_keys=False))
             if self.config.task.source_task():  # fail now rather than after the pre-training
                 Path(self.config.cache).mkdir(parents=True, exist_ok=True)
+            self.mirror.push(self.folder, FILES)
         self.wait()
 
     def _clear(self) -> None:
@@ -77,11 +83,13 @@ class Job(Folder):
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        self.mirror.clear()
 
     def add(self, row: Row) -> None:
         if self.main:
             with open(self.folder / RESULTS, "a") as file:
                 file.write(json.dumps(to_disk(row)) + "\n")
+            self.mirror.push(self.folder, [RESULTS])
         self.wait()
 
     # ------------------------------------------------------------------------------------------------------ its trials

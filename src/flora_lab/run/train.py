@@ -6,7 +6,7 @@ from flora.files import replace_file
 from flora_lab.analysis import figures
 from flora_lab.analysis.fields import Row
 from flora_lab.errors import TrialsFailed
-from flora_lab.run.folder import Trial, learning_rate
+from flora_lab.run.folder import FILES, Trial, learning_rate
 from flora_lab.run.job import Job
 from flora_lab.run.preflight import preflight, say_left_out
 from flora_lab.settings import Config
@@ -29,6 +29,7 @@ def train(config: Config) -> list[Row]:
     if job.main and rows:
         with replace_file(job.curves) as path:
             figures.trained(rows, config.task.metric, path)
+        job.mirror.push(job.folder, FILES)
         print(job.training_text(rows, [f"{name} was left out: {why}" for (name, _), why in reasons.items() if why]))
     if failures:
         raise TrialsFailed({trial.name: reason for trial, reason in failures.items()})

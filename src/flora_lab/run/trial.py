@@ -26,6 +26,7 @@ from flora_lab.run.base import base_model, digest
 from flora_lab.run.fit import Fit, fit, steps
 from flora_lab.run.folder import Trial
 from flora_lab.run.machine import machine, peak_memory, reset_peak
+from flora_lab.run.mirror import Mirror, PushCheckpoints
 from flora_lab.run.saved import round_trip, save
 from flora_lab.settings import Config
 from flora_lab.tasks import Examples, Task
@@ -35,7 +36,8 @@ START_BATCHES = 8
 
 def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool = True) -> Row:
     """The row of a trial. ``file``: the base model's weights, if it has some; ``folder``: for what the trial saves."""
-    task = config.task
+    task, mirror = config.task, Mirror(config)
+    mirror.pull(folder)
     data = task.splits(config.seed)
     base = base_model(task, file, trial.seed)
     sizes = {
@@ -49,9 +51,21 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         adapted.start(_batches(task, data["train"], keys.batch_size, trial.seed))
     callbacks = [*adapted.callbacks, *filter(None, [norms])]
     logs = Path(config.output, "logs", folder.name)
+    last = [PushCheckpoints(mirror, folder)]
     reset_peak()
     outcome = fit(
-        trial.variant, adapted.model, task, data, keys, trial.seed, folder, logs, callbacks, adapted.optimizer, bar
+        trial.variant,
+        adapted.model,
+        task,
+        data,
+        keys,
+        trial.seed,
+        folder,
+        logs,
+        callbacks,
+        adapted.optimizer,
+        bar,
+        last,
     )
     memory = peak_memory()
     row = {
@@ -75,6 +89,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
             row["spectra"] = spectra(outcome.model, norms.base)
         row |= _judged(config, trial, file, outcome, data, folder, row)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        mirror.push(folder)
     return row
 
 

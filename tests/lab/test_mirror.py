@@ -1,0 +1,141 @@
+"""A job's folder on shared storage, and a machine of a cluster that dies."""
+
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from test_compare import GRID, SHORT, flora_compare, lines, with_methods
+
+from flora_lab.errors import ConfigError
+from flora_lab.run.engines import ENGINES
+from flora_lab.run.mirror import Mirror
+from flora_lab.settings import Config
+
+URL = "memory://bucket/job"
+
+
+@pytest.fixture(autouse=True)
+def empty():
+    storage = fsspec.filesystem("memory")
+    storage.rm("/", recursive=True)
+    return storage
+
+
+def mirror(folder: Path) -> Mirror:
+    return Mirror(Config(output=str(folder), mirror=URL))
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_json", ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_comes_back_and_what_was_deleted_does_not(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    write(here, trial__model="abc", trial__old="x", other="y")
+    mirror(here).push(here / "trial")
+    (here / "trial" / "old").unlink()
+    mirror(here).push(here / "trial")
+    mirror(there).pull(there / "trial")
+    assert content(there) == {"trial/model": "abc"}
+
+
+def test_the_longer_file_is_the_newer_one(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    write(here, rows="1\n2\n")
+    write(there, rows="1\n")
+    mirror(here).push(here, ["rows"])
+    mirror(there).pull(there, ["rows"])
+    assert content(there) == {"rows": "1\n2\n"}
+    write(there, rows="1\n2\n3\n")
+    mirror(there).pull(there, ["rows"])
+    assert content(there) == {"rows": "1\n2\n3\n"}
+
+
+def test_a_checkpoint_s_mark_arrives_last_and_leaves_first(tmp_path, empty, monkeypatch):
+    write(tmp_path, **{"trial__checkpoint-1__complete_json": "{}", "trial__checkpoint-1__weights": "w"})
+    order = []
+    for name in ("put_file", "rm_file"):
+        real = getattr(type(empty), name)
+        monkeypatch.setattr(empty, name, lambda *args, real=real: (order.append(args[-1]), real(empty, *args)))
+    mirror(tmp_path).push(tmp_path / "trial")
+    for path in (tmp_path / "trial" / "checkpoint-1").iterdir():
+        path.unlink()
+    mirror(tmp_path).push(tmp_path / "trial")
+    marks = [path.endswith("complete.json") for path in order]
+    assert marks == [False, True, True, False]
+
+
+def test_a_storage_that_cannot_be_reached_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="mirror=nowhere://x: .*nowhere"):
+        Mirror(Config(output=str(tmp_path), mirror="nowhere://x"))
+
+
+def test_another_machine_goes_on_where_the_first_one_stopped(tmp_path, empty):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    first = flora_compare(*with_methods(tmp_path / "one", "head"), *SHORT, *GRID, f"mirror={URL}")
+    assert first.exit_code == 0, first.output
+    rows = lines(tmp_path / "one")
+    # as if the first machine had been killed before its last row
+    whole = empty.cat_file("/bucket/job/results.jsonl")
+    empty.pipe_file("/bucket/job/results.jsonl", whole[: whole.rstrip().rfind(b"\n") + 1])
+    second = flora_compare(*with_methods(tmp_path / "two", "head"), *SHORT, *GRID, f"mirror={URL}")
+    assert second.exit_code == 0, second.output
+    again = lines(tmp_path / "two")
+    assert again[:-1] == rows[:-1]
+    same = [
+        {k: v for k, v in json.loads(row).items() if k in ("seed", "learning_rate", "test")}
+        for row in (rows[-1], again[-1])
+    ]
+    assert same[0] == same[1]
+    assert empty.cat_file("/bucket/job/results.jsonl").decode().splitlines() == again
+    assert empty.exists("/bucket/job/report.html") and empty.glob("/bucket/job/trials/*/trained/*.safetensors")
+
+
+def test_a_machine_that_dies_costs_no_result_and_repeats_none(tmp_path, monkeypatch):
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+
+    work = "cd {}; touch {}-$$; while [ ! -e go ]; do sleep 0.05; done; echo {}"
+    calls = [(["sh", "-c", work.format(tmp_path, number, number)],) for number in range(4)]
+    ended: list[tuple] = []
+
+    def run() -> None:
+        results = ENGINES["ray"](subprocess.check_output, calls, 2)
+        ended.extend((call, int(result())) for call, result in results)
+
+    def wait_for(started: int) -> None:
+        while len(list(tmp_path.iterdir())) < started:
+            assert thread.is_alive()
+            time.sleep(0.05)
+
+    try:
+        ray.init(log_to_driver=False, logging_level="error")
+        thread = threading.Thread(target=run)
+        thread.start()
+        wait_for(2)  # one on each machine
+        cluster.remove_node(second, allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        wait_for(3)  # the one that died starts again
+        (tmp_path / "go").touch()
+        thread.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert sorted(ended) == list(zip(calls, range(4), strict=True))
+    assert len(list(tmp_path.glob("*-*"))) == 5
