@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from flora_lab.analysis import fields, figures
 from flora_lab.analysis.results import summarise
-from flora_lab.tasks.diffusion.quality import MEAN, STD, Quality, _features, _frechet
+from flora_lab.tasks.diffusion.quality import MEAN, STD, Quality, _distance, _features, _frechet
 from flora_lab.tasks.diffusion.samples import Samples, judge_samples
 from flora_lab.tasks.pretrained import Pretrained
 
@@ -59,6 +59,18 @@ def test_a_judge_that_is_not_there_is_named_before_training(tmp_path):
         job.check(job.splits(0))
 
 
+def test_inception_is_loaded_before_training_or_never(tmp_path, monkeypatch):
+    metrics = pytest.importorskip("torchmetrics.image.fid")
+
+    def absent(*arguments, **keys):
+        raise OSError("no network")
+
+    monkeypatch.setattr(metrics, "FrechetInceptionDistance", absent)
+    job = of_classes(tmp_path, quality=Quality(fid=True))
+    with pytest.raises(ValueError, match="task.quality.fid: Inception can't be loaded: no network"):
+        job.check(job.splits(0))
+
+
 CLASSIFIER = {"model_type": "cifar_resnet", "depth": 8, "widths": [4, 4, 6], "num_labels": 3}
 
 
@@ -73,7 +85,7 @@ def test_the_frechet_distance_is_that_of_two_normal_distributions():
     assert a.shape == (40, 6)
     between = np.trace(np.cov(a.T) + np.cov(b.T) - 2 * sqrtm(np.cov(a.T) @ np.cov(b.T)).real)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + between
-    assert _frechet(features, real, made) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert _frechet(_distance(features), real, made) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_pictures_of_the_data_are_counted_by_what_a_classifier_sees(tmp_path):

@@ -299,6 +299,18 @@ def test_the_model_is_told_the_class(tmp_path):
     assert torch.equal(own, model.unet(x, step, class_labels=torch.tensor([2, 0, 1])).sample)
 
 
+def test_a_model_without_classes_needs_no_captions(tmp_path):
+    folder = pictures(tmp_path / "data", 4, captions=None)
+    job = task(folder, config={**SMALL, "num_class_embeds": None}, data={"reuse": True})
+    splits = job.splits(0)
+    job.check(splits)
+    assert splits["train"][0]["prompts"] == ""
+    model = job.build()
+    model.train()(**batch_of(job))["loss"].backward()
+    made = model.sample(["anything", "else"], [0, 0], Samples(steps=2))
+    assert torch.equal(made[0], made[1]) and made.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", sorted(pipelines.PIPELINES))
 def test_a_pipeline_trains_and_samples_as_its_own_code_does(tmp_path, kind):
     """Denoising at a time is what the pipeline's own call does there; the prior's weights and gradients reach it."""

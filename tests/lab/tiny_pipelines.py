@@ -35,7 +35,7 @@ def tokenizer(length=8):
 
 
 def text_model(cls):
-    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "projection_dim": 8, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "projection_dim": 8, "num_hidden_layers": 1}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return cls(CLIPTextConfig(**sizes, **ids, num_attention_heads=2, max_position_embeddings=8))
 

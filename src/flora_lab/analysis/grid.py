@@ -14,6 +14,7 @@ from flora_lab.analysis.style import INK
 
 ACROSS = 8  # pictures at most
 SIDE = 0.78  # inches
+LEFT, ABOVE = 2.2, 0.4  # room for names, in sides
 
 
 def grid(results: Sequence[Result]) -> Picture | None:
@@ -27,7 +28,7 @@ def grid(results: Sequence[Result]) -> Picture | None:
     lines = [("base model", samples["base"])]
     lines += [(result.label, result.rows[0]["samples"]["images"]) for result in kept]
     columns = _columns(samples["prompts"])
-    chart, axes = canvas(width=1.5 + SIDE * len(columns), height=0.5 + SIDE * len(lines))
+    chart, axes = canvas(width=SIDE * (LEFT + len(columns)), height=SIDE * (ABOVE + len(lines)))
     for row, (label, images) in enumerate(lines):
         for place, column in enumerate(columns):
             if column < len(images):
@@ -40,7 +41,7 @@ def grid(results: Sequence[Result]) -> Picture | None:
         prompt, before = samples["prompts"][column], samples["prompts"][columns[place - 1]] if place else None
         if prompt != before:
             axes.text(place, -0.12, textwrap.shorten(prompt, 40), ha="left", va="bottom", color=INK, fontsize=9)
-    axes.set(xlim=(0, len(columns)), ylim=(len(lines), 0), aspect="equal")
+    axes.set(xlim=(-LEFT, len(columns)), ylim=(len(lines), -ABOVE), aspect="equal")
     axes.set_axis_off()
     chart.suppressComposite = True  # in SVG each picture keeps its own pixels
     caption = f"The same prompts and starting noise for all; {at}, at the best learning rate of the first seed."

@@ -228,7 +228,7 @@ def _flux(transformer: Any, noisy: Tensor, steps: Tensor, condition: dict[str, A
     guided = transformer.config.guidance_embeds
     predicted = transformer(
         tokens.flatten(2).mT,
-        timestep=steps.to(noisy.dtype) / 1000,
+        timestep=steps / 1000,
         img_ids=places.to(noisy),  # (rows · columns, 3)
         guidance=noisy.new_ones(len(noisy)) if guided else None,
         return_dict=False,

@@ -46,6 +46,8 @@ class Noise:
 class VariancePreserving:
     """DDPM's process: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε (Ho et al. 2020, equation 4)."""
 
+    has_snr = True  # and so min-SNR weights
+
     def __init__(self, scheduler: Any):
         from diffusers import DDPMScheduler
 
@@ -85,6 +87,8 @@ class VariancePreserving:
 class FlowMatching:
     """Straight paths: x_σ = (1 - σ) x_0 + σ ε, along which ε - x_0 is predicted (Esser et al. 2024, equation 13)."""
 
+    has_snr = False
+
     def __init__(self, scheduler: Any):
         self.scheduler = type(scheduler).from_config(scheduler.config)
         # in training the shift does not depend on the resolution; sampling sets its own times
@@ -96,9 +100,7 @@ class FlowMatching:
         sigmas = self.sigmas[places].to(clean).view(-1, *[1] * (clean.ndim - 1))
         return (1 - sigmas) * clean + sigmas * noise, noise - clean, self.timesteps[places].to(clean.device)
 
-    def weights(self, steps: Tensor, gamma: float | None) -> Tensor:
-        if gamma is not None:
-            raise ValueError(f"task.noise.snr_gamma={gamma}: flow matching has no such weights")
+    def weights(self, steps: Tensor, gamma: None) -> Tensor:
         return steps.new_ones(len(steps))
 
     def sampler(self) -> Any:

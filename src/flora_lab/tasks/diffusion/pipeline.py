@@ -129,9 +129,11 @@ class Pipeline:
         from flora_lab.tasks.diffusion.denoiser import cast
 
         dtype = getattr(torch, self.dtype)
+        if self.name is None:
+            _check_fields(diffusers.UNet2DModel, self.config, "task.model.config")
         try:
             if self.name is None:
-                return cast(_checked(diffusers.UNet2DModel, self.config)(**self.config), dtype)
+                return cast(diffusers.UNet2DModel(**self.config), dtype)
             library, kind = self.classes()[name]
             cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
             return cls.from_pretrained(self.source(), subfolder=name, dtype=dtype)
@@ -148,7 +150,7 @@ class Pipeline:
         if not hasattr(cls, "add_noise") and not hasattr(cls, "scale_noise"):
             raise ValueError(f"task.model.scheduler._class_name={kind}: diffusers has no such scheduler")
         own = {name: value for name, value in self.scheduler.items() if name != "_class_name"}
-        _checked(cls, own, "task.model.scheduler")
+        _check_fields(cls, own, "task.model.scheduler")
         return cls.from_config({name: value for name, value in fields.items() if not name.startswith("_")})
 
 
@@ -156,8 +158,8 @@ class Pipeline:
 CHECKPOINTING = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
-def _checked(cls: Any, fields: dict[str, Any], key: str = "task.model.config") -> Any:
-    """The class. Raises ValueError for a field that its constructor does not have."""
+def _check_fields(cls: Any, fields: dict[str, Any], key: str) -> None:
+    """Raise ValueError, naming ``key``, for a field that the class does not have."""
     import inspect
 
     from flora.text import did_you_mean
@@ -166,4 +168,3 @@ def _checked(cls: Any, fields: dict[str, Any], key: str = "task.model.config") -
     for name in fields:
         if name not in known:
             raise ValueError(f"{key}: {cls.__name__} has no {name!r}{did_you_mean(name, known)}")
-    return cls

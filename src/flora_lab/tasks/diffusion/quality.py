@@ -51,7 +51,7 @@ class Quality:
 
     def check(self) -> None:
         """Load the models, before any training. Raises ValueError naming one that can't be loaded."""
-        _ = self._judges, self.classifier and self._classifier
+        _ = self._judges, self.classifier and self._classifier, self.fid and self._inception
 
     # ------------------------------------------------------------------------------------ similarities of pictures
 
@@ -127,10 +127,10 @@ class Quality:
             return dict.fromkeys(names, float("nan"))
         real, numbers = _coloured(pixels(examples, len(examples))), {}
         if self.fid:
-            numbers["FID"] = _frechet(2048, real, made)
+            numbers["FID"] = _frechet(self._inception, real, made)
         if self.classifier:
             features = _features(self._classifier)
-            numbers["FD"] = _frechet(features, real, made)
+            numbers["FD"] = _frechet(_distance(features), real, made)
             if model.frozen.classes:
                 seen = [self._classifier(_normal(some)).logits.argmax(-1).tolist() for _, some in _batches(made)]
                 wanted = [model.frozen.classes.index(caption) for caption in captions]
@@ -138,15 +138,27 @@ class Quality:
         return numbers
 
     @cached_property
+    def _inception(self) -> Any:
+        """torchmetrics' FID, whose weights torch-fidelity downloads."""
+        try:
+            return _distance(2048)
+        except Exception as error:  # of the network's, the disk's and torch's many classes
+            raise ValueError(f"task.quality.fid: Inception can't be loaded: {brief(error)}") from error
+
+    @cached_property
     def _classifier(self) -> nn.Module:
         return self.classifier.load("AutoModelForImageClassification", ()).eval().requires_grad_(False)
 
 
-def _frechet(features: int | nn.Module, real: Tensor, made: Tensor) -> float:
-    """torchmetrics' Fréchet distance of two sets of pictures, in the features of Inception (a width) or of a module."""
+def _distance(features: int | nn.Module) -> Any:
+    """torchmetrics' Fréchet distance in the features of Inception (their number), or of a module."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(features, normalize=True)
+    return FrechetInceptionDistance(features, normalize=True)
+
+
+def _frechet(metric: Any, real: Tensor, made: Tensor) -> float:
+    metric.reset()
     for some, is_real in ((real, True), (made, False)):
         for _, batch in _batches(some):
             metric.update(batch, real=is_real)
