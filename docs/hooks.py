@@ -70,13 +70,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def config_fields() -> str:
     """The table of FloraConfig's fields, from their own help."""
-    from flora import FloraConfig
+    from flora.fields import FloraFields
     from flora.keys import described_keys
 
-    own = FloraConfig.__annotations__  # without PEFT's
-    rows = [
-        f"| `{key}` | {text.replace('|', chr(92) + '|')} |" for key, text in described_keys(FloraConfig) if key in own
-    ]
+    rows = [f"| `{key}` | {text.replace('|', chr(92) + '|')} |" for key, text in described_keys(FloraFields)]
     return "\n".join(["| field | meaning [default] |", "|---|---|", *rows])
 
 
