@@ -3,13 +3,14 @@
 # make test-fast  the library's contracts alone: no browser, no Ray, no jobs
 # make lint       style, format and types
 # make results    every table and figure of docs/results.md, from the committed rows
+# make notebooks  notebooks/, one made from each script in examples/
 # make docs       the documentation site, in site/; a broken link is an error
 # Another Python than python3: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint results docs install
+.PHONY: demo test test-fast lint results docs notebooks install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -32,6 +33,9 @@ results: install
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+notebooks: install
+	$(BIN)/python examples/notebooks.py notebooks
 
 install: .venv/.installed
 
