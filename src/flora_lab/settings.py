@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,20 @@ class Training:
     warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up", "least": 0})
     weight_decay: float = field(default=0.0, metadata={"help": "of AdamW", "least": 0})
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16", "choices": ("no", "bf16", "fp16")})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "steps between two evaluations and checkpoints; default: an epoch", "least": 1}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "save memory: compute activations again in the backward pass"}
+    )
 
     def __post_init__(self):
         if self.mixed_precision == "False":  # YAML reads a bare no as False
             self.mixed_precision = "no"
+
+    def decisive(self) -> dict[str, Any]:
+        """The keys on which a training's numbers depend."""
+        return {key: value for key, value in asdict(self).items() if key not in ("eval_steps", "gradient_checkpointing")}
 
 
 @dataclass

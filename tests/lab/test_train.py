@@ -106,9 +106,8 @@ def with_methods(folder, *names):
 def rows_of(folder):
     """A run's results without the times, which no two runs share."""
     rows = [json.loads(line) for line in (folder / "run" / "results.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in row.items() if key not in ("seconds", "epoch_seconds", "memory")} for row in rows
-    ]
+    own = ("seconds", "train_seconds", "epoch_seconds", "memory")
+    return [{key: value for key, value in row.items() if key not in own} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +308,9 @@ def _train_and_be_killed(keys):
     flora_train(*keys)
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
-    keys = [*with_methods(tmp_path, "head", "flora"), "pretraining.max_steps=2", "training.epochs=6"]
+@pytest.mark.parametrize("more", [[], ["training.eval_steps=4", "training.batch_size=12"]], ids=["epochs", "steps"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(more, tmp_path):
+    keys = [*with_methods(tmp_path, "head", "flora"), "pretraining.max_steps=2", "training.epochs=6", *more]
     keys.append("comparison.norms=4")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert flora_train(*keys, *places(whole)).exit_code == 0

@@ -95,7 +95,10 @@ ACCEPTED: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "a whole number": (("seed", "adapter_parameters", "head_parameters"), _whole),
     "a whole number or null": (("budget",), lambda value: value is None or _whole(value)),
     "a number above 0": (("learning_rate",), _above_zero),
-    "a number": (("epochs", "seconds", "epoch_seconds", "memory"), _number),
+    "a number": (
+        ("epochs", "seconds", "train_seconds", "epoch_seconds", "memory", "memory_reserved", "train_loss"),
+        _number,
+    ),
     "an object": (("options",), lambda value: isinstance(value, dict)),
     "a list of strings": (("notes",), _list(_text)),
     "a list of pairs of numbers": (("curve",), _list(_list(_number, 2))),

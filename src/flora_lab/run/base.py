@@ -29,7 +29,7 @@ def base_file(config: Config, folder: Path, main: bool, wait: Callable[[], None]
     task = config.task.source_task()
     if task is None:
         return None
-    keys = {"task": asdict(task), "pretraining": asdict(config.pretraining), "seed": config.seed}
+    keys = {"task": asdict(task), "pretraining": config.pretraining.decisive(), "seed": config.seed}
     file = Path(config.cache, f"{task.name}-{digest(keys)}.safetensors")
     if not file.exists():
         _pretrain(config, task, file, folder, main, wait)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -65,7 +66,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # the bar says it
     if trainer.is_world_process_zero():
         trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
-    trainer.title = name
+    trainer.title, trainer.task = name, task
     try:
         trainer.train(resume_from_checkpoint=checkpoints.last)
     finally:
@@ -77,7 +78,8 @@ def fit(
 
 @dataclass(frozen=True)
 class Fit:
-    """``seconds``: of the whole fit, over all its starts. ``epoch_seconds``: of an epoch's steps alone, the median."""
+    """``seconds``: of the whole fit, over all its starts. ``epoch_seconds``: of an epoch's steps alone, the median of
+    the epochs that were trained in one go; None if there are none."""
 
     trainer: Trainer
     seconds: float
@@ -92,7 +94,7 @@ class Fit:
 class _Trainer(Trainer):
     """transformers' Trainer, which says when a run diverges."""
 
-    title, diverged = "", False
+    title, task, diverged = "", Task(), False
     LOOK = 10  # steps between two looks at an accelerator, since each waits for it
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -104,6 +106,16 @@ class _Trainer(Trainer):
             if loss.device.type == "cpu" or step % self.LOOK == 0:
                 self.say_if_diverged()
         return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(loss, predictions, labels) of a batch; without a loss if the task makes the predictions."""
+        inputs = self._prepare_inputs(inputs)
+        given = {key: value for key, value in inputs.items() if key != "labels"}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            predicted = self.task.predict(self.accelerator.unwrap_model(model), given)
+        if predicted is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return None, predicted, inputs["labels"]
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
@@ -136,6 +148,7 @@ def steps(keys: Training, examples: Examples) -> int:
 
 def arguments(keys: Training, total: int, seed: int, folder: Path) -> TrainingArguments:
     """Trainer's arguments; ``total``: optimizer steps (Trainer's own ``max_steps`` would also lengthen a training)."""
+    interval = "steps" if keys.eval_steps else "epoch"
     made = TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
@@ -149,9 +162,13 @@ def arguments(keys: Training, total: int, seed: int, folder: Path) -> TrainingAr
         bf16=keys.mixed_precision == "bf16",
         fp16=keys.mixed_precision == "fp16",
         seed=seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
+        eval_strategy=interval,
+        save_strategy=interval,
+        logging_strategy=interval,
+        eval_steps=keys.eval_steps,
+        save_steps=keys.eval_steps or 0,
+        logging_steps=keys.eval_steps or 0,
+        **(_checkpointing() if keys.gradient_checkpointing else {}),
         save_total_limit=2,  # one is complete while the next is written
         use_cpu=no_accelerator(),
         report_to="none",  # `fit` adds TensorBoard, with a folder of ours
@@ -163,6 +180,12 @@ def arguments(keys: Training, total: int, seed: int, folder: Path) -> TrainingAr
     # Trainer would use all GPUs in one process and multiply the batch; we leave several GPUs to accelerate
     made._n_gpu = min(made.n_gpu, 1)
     return made
+
+
+def _checkpointing() -> dict[str, Any]:
+    new = "activation_checkpointing"  # its name since transformers 5
+    name = new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def no_accelerator() -> bool:
@@ -188,6 +211,7 @@ class Checkpoints(TrainerCallback):
                 if not (checkpoint / self.MARK).exists():
                     shutil.rmtree(checkpoint)
         self.started = time.perf_counter() - before
+        self.epoch_started, self.whole_epoch = self.started, False
         self.epochs: list[float] = []
 
     def seconds(self) -> float:
@@ -198,10 +222,14 @@ class Checkpoints(TrainerCallback):
             load_statistics(model, Path(self.last, self.STATISTICS))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.epoch_started = time.perf_counter()
+        self.epoch_started, self.whole_epoch = time.perf_counter(), float(state.epoch or 0).is_integer()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.epoch_started += metrics.get("eval_runtime", 0)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self.epochs.append(time.perf_counter() - self.epoch_started)
+        if self.whole_epoch:
+            self.epochs.append(time.perf_counter() - self.epoch_started)
 
     def on_save(self, args, state, control, model=None, **kwargs):
         PartialState().wait_for_everyone()

@@ -23,6 +23,11 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def reserved_memory() -> int | None:
+    """Bytes: the most that PyTorch held of the accelerator's memory, as PEFT's method comparison counts it."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
 def peak_memory() -> int | None:
     """Bytes: the accelerator's peak, or this process's if the system reports it."""
     if torch.cuda.is_available():

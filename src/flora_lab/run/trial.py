@@ -25,7 +25,7 @@ from flora_lab.methods import METHODS, AdaptedModel, adapt, head_parameters
 from flora_lab.run.base import base_model, digest
 from flora_lab.run.fit import Fit, fit, steps
 from flora_lab.run.folder import Trial
-from flora_lab.run.machine import machine, peak_memory, reset_peak
+from flora_lab.run.machine import machine, peak_memory, reserved_memory, reset_peak
 from flora_lab.run.mirror import Mirror, PushCheckpoints
 from flora_lab.run.saved import round_trip, save
 from flora_lab.settings import Config
@@ -67,7 +67,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         bar,
         last,
     )
-    memory = peak_memory()
+    memory, reserved = peak_memory(), reserved_memory()
     row = {
         **subject(config, trial.variant, trial.budget),
         "seed": trial.seed,
@@ -78,6 +78,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         "epochs": keys.epochs,
         **_times(outcome, norms),
         "memory": memory,
+        "memory_reserved": reserved,
         "notes": adapted.notes,
         "curve": _curve(outcome, task.metric),
         "norms": norms.records if norms else [],
@@ -163,11 +164,10 @@ def subject(config: Config, variant: str, budget: int | None) -> Row:
 
 def _settings(config: Config) -> str:
     """Equal for all rows that may be compared: a hash of the data, the model, and how it is trained."""
-    source = config.pretraining if config.task.source_task() else None
+    source = config.pretraining.decisive() if config.task.source_task() else None
     # a row has its own learning rate; the other two do not change its numbers
     training = replace(config.training, learning_rate=1.0, eval_batch_size=None, loaders=0)
-    keys = [key and asdict(key) for key in (config.task, training, source)]
-    return digest([*keys, config.target_modules, config.seed])
+    return digest([asdict(config.task), training.decisive(), source, config.target_modules, config.seed])
 
 
 def _evaluate(outcome: Fit, data: dict[str, Examples]) -> dict[str, dict[str, float]]:
@@ -186,10 +186,14 @@ def _metrics(evaluated: Mapping[str, float]) -> dict[str, float]:
 
 
 def _times(outcome: Fit, norms: Norms | None) -> dict[str, float | None]:
+    """Also the training loss since the last evaluation but one."""
+    state, seconds = outcome.trainer.state, outcome.seconds - (norms.seconds if norms else 0.0)
     return {
-        "steps": outcome.trainer.state.global_step,
-        "seconds": outcome.seconds - (norms.seconds if norms else 0.0),
+        "steps": state.global_step,
+        "seconds": seconds,
+        "train_seconds": seconds - sum(log.get("eval_runtime", 0.0) for log in state.log_history),
         "epoch_seconds": outcome.epoch_seconds,
+        "train_loss": next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None),
     }
 
 

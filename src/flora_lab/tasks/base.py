@@ -72,6 +72,10 @@ class Task:
         batch.pop("labels")
         return model(**batch)[0]
 
+    def predict(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
+        """What `metrics` needs of a batch without its labels, such as generated tokens; None: the model's outputs."""
+        return None
+
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Metrics of a transformers ``EvalPrediction``."""
         raise NotImplementedError
