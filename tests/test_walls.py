@@ -21,7 +21,7 @@ ROOMS = {
 EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",
           "scipy", "pycocotools", "ray", "bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel")  # fmt: skip
 
-WITHOUT_TORCH = ("drawing", "figures", "grid", "page", "results", "rows", "tables")
+WITHOUT_TORCH = ("drawing", "figures", "grid", "page", "peft_results", "results", "rows", "tables")
 
 # (files, what they never import, whether that holds inside functions, too)
 NEVER = [

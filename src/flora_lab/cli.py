@@ -12,6 +12,7 @@ from flora.keys import KeyedCommand, Refused, as_overrides, described_keys, flag
 from flora_lab.errors import ConfigError, TrialsFailed
 from flora_lab.sources import hint
 
+EXTRAS = {"trl": "language", "lm_eval": "lm-eval", "ray": "grid"}  # the extra of a package that is not in [train]
 NOTHING_TO_DO = "nothing to do: every run has its row; fresh=true starts over"
 
 
@@ -56,7 +57,9 @@ def job_errors() -> Iterator[None]:
     except TrialsFailed as error:
         raise click.ClickException(str(error)) from error
     except ModuleNotFoundError as error:
-        raise Refused(f"{error.name} is not installed: pip install 'flora-peft[train]'") from error
+        raise Refused(
+            f"{error.name} is not installed: pip install 'flora-peft[{EXTRAS.get(error.name, 'train')}]'"
+        ) from error
     except Exception as error:
         if reason := full_disk(error):
             raise Refused(f"{reason}: free some space, and the next start goes on") from error
@@ -138,13 +141,14 @@ def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys
 @click.argument("folders", nargs=-1, required=True)
 @click.option("--out", default=".", show_default=True, help="Folder for report.html, its figures and tables.")
 @click.option("--into", metavar="FILE", help="Markdown file: replace each job's table, below its line <!-- JOB -->.")
-def analyse(folders: tuple[str, ...], out: str, into: str | None) -> None:
+@click.option("--peft", metavar="FOLDER", help="Results of PEFT's method_comparison, for a table with them: peft.md.")
+def analyse(folders: tuple[str, ...], out: str, into: str | None, peft: str | None) -> None:
     """Make one report of the comparisons in FOLDERS: tables and figures, on a page that needs no network."""
     with job_errors():
         from flora_lab.analysis import analyse as run
 
         try:
-            click.echo(str(run(folders, out, into)))
+            click.echo(str(run(folders, out, into, peft)))
         except ValueError as error:  # a line that is not a valid row
             raise Refused(str(error)) from error
 

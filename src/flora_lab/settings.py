@@ -53,7 +53,9 @@ class Training:
 
     def decisive(self) -> dict[str, Any]:
         """The keys on which a training's numbers depend."""
-        return {key: value for key, value in asdict(self).items() if key not in ("eval_steps", "gradient_checkpointing")}
+        return {
+            key: value for key, value in asdict(self).items() if key not in ("eval_steps", "gradient_checkpointing")
+        }
 
 
 @dataclass

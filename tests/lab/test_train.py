@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import test_task_glue
 import test_task_instance
+import test_task_language
 import test_task_semantic
 import test_task_text_to_image
 import torch
@@ -71,6 +72,8 @@ def tiny(path, folder):
         return test_task_glue.tiny_keys(folder, task["subset"])
     if task["name"] == "text_to_image":
         return test_task_text_to_image.tiny_keys(folder, path.stem)
+    if task["name"] == "language":
+        return test_task_language.tiny_keys(folder, path)
     return {
         "image_classification": tiny_images,
         "semantic_segmentation": test_task_semantic.tiny_data,

@@ -7,22 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flora.files import replace_file
-from flora_lab.analysis import figures, page, tables
+from flora_lab.analysis import figures, page, peft_results, tables
 from flora_lab.analysis.results import Result, by_job, summarise
 from flora_lab.analysis.rows import read
 
 
-def analyse(paths: Sequence[str | Path], out: str | Path, into: str | Path | None = None) -> Path:
+def analyse(
+    paths: Sequence[str | Path], out: str | Path, into: str | Path | None = None, peft: str | Path | None = None
+) -> Path:
     """Write report.html, table.md and every figure as PNG into the folder ``out``. Returns the page's path.
 
     ``paths``: results.jsonl files, or folders that have some. ``into``: a Markdown file in which each job's table is
-    replaced, below the line "<!-- JOB -->"; then there is no table.md. Raises ValueError, naming file and line, for a
-    line that is not a valid row, and for a job without its line in ``into``.
+    replaced, below the line "<!-- JOB -->"; then there is no table.md. ``peft``: a folder of
+    results of PEFT's method comparison, which stand beside the rows in peft.md. Raises ValueError, naming file and line,
+    for a line that is not a valid row, and for a job without its line in ``into``.
     """
     rows, out = read(Path(path).expanduser() for path in paths), Path(out).expanduser()
     results = summarise(rows)
     if into:
         _replace_tables(Path(into).expanduser(), by_job(results))
+    if peft:
+        table = peft_results.beside(rows, peft)
+        with replace_file(out / "peft.md") as file:
+            file.write_text(f"{table.markdown()}\n\n{table.note}\n", encoding="utf-8")
     pictures = figures.pictures(results)
     for picture in pictures:
         with replace_file(out / picture.file) as file:

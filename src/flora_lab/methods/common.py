@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from flora.layers.storage import logical_shape
 from flora.tuner.config import FloraConfig
 from flora.tuner.planning.targets import find_targets
 
@@ -93,12 +95,9 @@ class Selection:
 
         Of a stack of matrices, such as experts, each matrix has its own rank.
         """
-        weights = [
-            layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
-            for layer in self.layers.values()
-        ]
-        weights += [p.flatten(0, -3)[0] if p.ndim > 2 else p for p in self.parameters.values()]
-        return max(min(w.shape[mode], w.numel() // w.shape[mode]) for w in weights for mode in modes)
+        shapes = [weight_shape(layer) for layer in self.layers.values()]
+        shapes += [parameter.shape[-2:] for parameter in self.parameters.values()]
+        return max(min(shape[mode], math.prod(shape) // shape[mode]) for shape in shapes for mode in modes)
 
 
 @dataclass(frozen=True)
@@ -155,6 +154,18 @@ class Request:
             raise CannotAdapt(f"it does not support any of the {count} targets: {', '.join(left_out)}")
         selection.notes.extend(f"left out, {reason}: {shortened([*names])}" for reason, names in left_out.items())
         return selection
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Of the weight that the layer computes with, which may be quantized; of attention, of the packed projections."""
+    name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+    return tuple(logical_shape(layer, name))
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise CannotAdapt for a method that trains weights of the model itself."""
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise CannotAdapt("the model's weights are quantized, and can't be trained themselves")
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from flora_lab.methods.common import (
     head_parameters,
     shortened,
     trainable,
+    weight_shape,
 )
 
 _DORA = Limits(
@@ -54,7 +55,7 @@ def lora(request: Request, **options: Any) -> AdaptedModel:
 
 def _half_of_narrowest(selection: Selection) -> int:
     """The highest rank for PEFT's LoRA-GA, whose A and B take the gradient's singular vectors in turn."""
-    return max(1, min(min(layer.weight.shape) for layer in selection.layers.values()) // 2)
+    return max(1, min(min(weight_shape(layer)) for layer in selection.layers.values()) // 2)
 
 
 def loha(request: Request, **options: Any) -> AdaptedModel:
@@ -87,7 +88,7 @@ def lokr(
         factor, rank = decompose_factor or LOKR_FACTORS[0], r
     else:
         factors = [decompose_factor] if decompose_factor else LOKR_FACTORS
-        full = max(max(layer.weight.shape[:2]) for layer in selection.layers.values())  # nothing grows beyond
+        full = max(max(weight_shape(layer)[:2]) for layer in selection.layers.values())  # nothing grows beyond
         sizes = [(factor, largest_size(partial(count, factor), request.budget, full)) for factor in factors]
         sizes = [(factor, rank) for factor, rank in sizes if rank]
         if not sizes:
@@ -111,7 +112,7 @@ def gralora(request: Request, gralora_k: int = 2, **options: Any) -> AdaptedMode
     _refuse_convolutions(request, "GraLoRA")
 
     def fields(rank: int, selection: Selection) -> dict[str, Any]:
-        weights = {name: layer.weight.shape for name, layer in selection.layers.items()}
+        weights = {name: weight_shape(layer) for name, layer in selection.layers.items()}
         if uneven := [name for name, shape in weights.items() if any(width % gralora_k for width in shape)]:
             raise CannotAdapt(f"GraLoRA needs widths that gralora_k={gralora_k} divides: {shortened(uneven)}")
         return {"gralora_k": gralora_k, "alpha": 2 * rank, "fan_in_fan_out": selection.transposed}
@@ -124,7 +125,7 @@ def miss(request: Request, **options: Any) -> AdaptedModel:
     width, so that the narrowest layer limits all."""
 
     def most(selection: Selection) -> int:
-        return min(layer.weight.shape[1] for layer in selection.layers.values())
+        return min(weight_shape(layer)[1] for layer in selection.layers.values())
 
     return at_rank(request, peft.MissConfig, _TORCH_LINEAR, lambda rank, selection: {}, options, most=most)
 
@@ -138,7 +139,7 @@ def oft(request: Request, **options: Any) -> AdaptedModel:
         return {"r": 0, "fan_in_fan_out": selection.transposed}
 
     def most(selection: Selection) -> int:
-        return max(layer.weight.shape[0 if isinstance(layer, Conv1D) else 1] for layer in selection.layers.values())
+        return max(weight_shape(layer)[0 if isinstance(layer, Conv1D) else 1] for layer in selection.layers.values())
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)

@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+from accelerate.utils import send_to_device
 
 from flora import FloraConfig
 from flora.keys import Refused, pattern_limit
@@ -114,7 +115,7 @@ def _forward(task: Task, examples: Examples, keys: Training) -> None:
     batch = [examples[index] for index in range(min(last, 2))]
     try:
         with torch.no_grad():
-            model(**task.collate(batch))
+            model(**send_to_device(task.collate(batch), next(model.parameters()).device))
     except Exception as error:  # a model's own code may raise anything
         failure = f"a batch of {len(batch)} does not pass through the model: {one_line(error)}"
         raise ConfigError(f"{failure} (the last batch of {len(examples)} examples has {last})") from error

@@ -60,7 +60,7 @@ def round_trip(
     few = [[examples[index]] for index in range(min(COMPARED, len(examples)))]  # one by one: outputs may be large
 
     def outputs(model: nn.Module) -> list[torch.Tensor]:
-        return [task.outputs(model.eval(), one).float() for one in few]
+        return [task.outputs(model.eval(), one).float().cpu() for one in few]
 
     def largest(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
         return max((one - other).abs().max().item() for one, other in zip(some, others, strict=True))

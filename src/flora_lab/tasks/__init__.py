@@ -1,12 +1,14 @@
 """The tasks, one file each: the data, the model, and how a prediction is evaluated (``base.Task``).
 
-Shared by them: `data` splits and checks examples, `pictures` reads pictures, `pretrained` and `backbone` load models.
+Shared by them: `data` splits and checks examples, `pictures` reads pictures, `chats` conversations; `pretrained`,
+`language_model` and `backbone` load models; `generation` and `answers` have models answer, and compare.
 """
 
 from flora_lab.tasks.base import Examples, Task
 from flora_lab.tasks.glue import Glue
 from flora_lab.tasks.image_classification import ImageClassification
 from flora_lab.tasks.instance_segmentation import InstanceSegmentation
+from flora_lab.tasks.language import Language
 from flora_lab.tasks.semantic_segmentation import SemanticSegmentation
 from flora_lab.tasks.text_to_image import TextToImage
 
@@ -16,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     "semantic_segmentation": SemanticSegmentation,
     "instance_segmentation": InstanceSegmentation,
     "text_to_image": TextToImage,
+    "language": Language,
 }
 
 __all__ = ["TASKS", "Examples", "Task"]

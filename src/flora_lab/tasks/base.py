@@ -68,13 +68,19 @@ class Task:
 
     def outputs(self, model: nn.Module, examples: Sequence[dict[str, Any]]) -> Tensor:
         """A model's outputs in evaluation, as one tensor that depends smoothly on its weights."""
+        from accelerate.utils import send_to_device
+
         batch = self.collate(examples)
         batch.pop("labels")
-        return model(**batch)[0]
+        return model(**send_to_device(batch, next(model.parameters()).device))[0]
 
     def predict(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
         """What `metrics` needs of a batch without its labels, such as generated tokens; None: the model's outputs."""
         return None
+
+    def benchmarks(self, model: nn.Module) -> dict[str, float]:
+        """Further numbers of a trained model, which another package measures."""
+        return {}
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Metrics of a transformers ``EvalPrediction``."""

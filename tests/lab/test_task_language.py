@@ -1,0 +1,467 @@
+"""Language: what is read and refused, which tokens are learned, how answers are judged, and that it trains."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from flora.cli import main
+from flora_lab.methods import CannotAdapt, adapt
+from flora_lab.run.fit import fit
+from flora_lab.settings import Training
+from flora_lab.tasks.answers import ANSWERS, accuracy
+from flora_lab.tasks.arithmetic import problems
+from flora_lab.tasks.generation import IGNORED, token_accuracy, top_tokens
+from flora_lab.tasks.language import Language, Texts
+from flora_lab.tasks.language_model import LanguageModel
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+TEMPLATE = """\
+{%- for message in messages %}<{{ message.role }}>{{ message.content }}</{{ message.role }}>{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+CHAT = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "2"},
+]
+SHAREGPT = [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"}]
+
+
+def lines(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+def sums(count=24, start=0):
+    return [{"question": f"{n} + 1?", "answer": f"The answer is: {n + 1}"} for n in range(start, start + count)]
+
+
+def tiny_model(folder, template=TEMPLATE):
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    config = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
+    return folder
+
+
+def tiny_keys(folder, path):
+    """Overrides with which a language YAML runs on next to nothing; ``test_train`` uses them too."""
+    size = [f"task.model.config.{key}={value}" for key, value in CONFIG.items() if key.endswith(("layers", "size"))]
+    short = ["training.batch_size=4", "training.eval_batch_size=4", "task.new_tokens=2", "budget=300"]
+    if path.stem == "arithmetic":
+        counts = [
+            f"task.{part}.{split}_examples=8"
+            for part in ("data", "source")
+            for split in ("train", "validation", "test")
+        ]
+        return [*size, *counts, *short, "pretraining.batch_size=4"]
+    rows = {
+        "metamathqa": [{"query": row["question"], "response": row["answer"]} for row in sums()],
+        "commonsense-170k": [
+            {"instruction": f"Is {n} even?", "input": "", "output": f"the correct answer is {str(n % 2 == 0).lower()}"}
+            for n in range(24)
+        ],
+    }[path.stem]
+    lines(folder / "data" / "train.jsonl", rows)
+    lines(folder / "test" / "test.jsonl", sums(8) if path.stem == "metamathqa" else rows[:8])
+    return [
+        f"task.model.name={tiny_model(folder / 'model')}",
+        "task.model.dtype=float32",
+        "task.data.max_length=120",
+        f"task.data.path={folder / 'data'}",
+        f"task.data.test_path={folder / 'test'}",
+        "task.data.test_subset=null",
+        "training.gradient_checkpointing=false",
+        "training.mixed_precision='no'",
+        "training.eval_steps=null",
+        *short,
+    ]  # fmt: skip
+
+
+def task(path, evaluate="tokens", model=None, **data):
+    model = LanguageModel(name=str(model)) if model else LanguageModel(config=dict(CONFIG))
+    return Language(model=model, data=Texts(path=str(path), **data), evaluate=evaluate, new_tokens=4)
+
+
+def text(job, ids):
+    return "".join(job.tokenizer.decode([one]) if one != IGNORED else "_" for one in ids)
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+PAIR = {"prompt": "1 + 1?\n", "completion": "two"}
+FORMS = {
+    "prompt and completion": (PAIR, "1 + 1?\ntwo</s>", "_______two</s>"),
+    "text": ({"text": "one, two"}, "one, two</s>", "one, two</s>"),
+    "messages": (
+        {"messages": CHAT[:3]},
+        "<system>Be short.</system><user>One?</user><assistant>1</assistant>",
+        "_" * 55 + "1</assistant>",
+    ),
+    "two answers": (
+        {"messages": CHAT[1:]},
+        "<user>One?</user><assistant>1</assistant><user>Two?</user><assistant>2</assistant>",
+        "_" * 28 + "1</assistant>" + "_" * 28 + "2</assistant>",
+    ),
+    "conversations": (
+        {"conversations": SHAREGPT},
+        "<user>One?</user><assistant>1</assistant>",
+        "_" * 28 + "1</assistant>",
+    ),
+    "a prompt of messages": (
+        {"prompt": CHAT[1:2], "completion": CHAT[2:3]},
+        "<user>One?</user><assistant>1</assistant>",
+        "_" * 28 + "1</assistant>",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_becomes_tokens_and_the_loss_counts_its_answers(form, tmp_path):
+    row, whole, learned = FORMS[form]
+    file = lines(tmp_path / "rows.jsonl", [row] * 12)
+    for answers_only, labels in ((True, learned), (False, whole)):
+        job = task(file, model=tiny_model(tmp_path / "model"), answers_only=answers_only)
+        example = job.splits(0)["train"][0]
+        assert text(job, example["input_ids"]) == whole and text(job, example["labels"]) == labels
+
+
+def test_templates_and_renamed_columns_make_the_prompt(tmp_path):
+    rows = [{"q": "1 + 1", "hint": None, "a": 2}, {"q": "1 + 2", "hint": "no", "a": "3"}]
+    keys = {"columns": {"q": "question"}, "prompt": "{question}{hint}?", "completion": " {a}"}
+    job = task(lines(tmp_path / "train.jsonl", rows[1:] * 12), **keys)
+    assert text(job, job.splits(0)["train"][0]["input_ids"]) == "1 + 2no? 3</s>"
+    with pytest.raises(ValueError, match=r"train.jsonl, line 1: column 'a' is int, not text"):
+        task(lines(tmp_path / "train.jsonl", rows), **keys).splits(0)
+
+
+def written(folder, kind, rows):
+    if kind == "jsonl":
+        return lines(folder / "train.jsonl", rows)
+    if kind == "json":
+        (folder / "train.json").write_text(json.dumps(rows))
+        return folder / "train.json"
+    datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    return folder / "train.parquet"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_a_file_of_any_kind_and_a_folder_of_splits(kind, tmp_path):
+    file = written(tmp_path, kind, [{"text": f"train {n}"} for n in range(10)])
+    sizes = {split: len(tokens) for split, tokens in task(file).splits(0).items()}
+    assert sizes == {"train": 7, "validation": 1, "test": 2}
+    lines(tmp_path / "more" / "val.jsonl", [{"text": "validation"}])
+    lines(tmp_path / "test" / "0.jsonl", [{"text": "test"}, "", {"text": "test"}])
+    job = task(tmp_path)
+    splits = job.splits(0)
+    assert {split: len(tokens) for split, tokens in splits.items()} == {"train": 10, "validation": 1, "test": 2}
+    assert text(job, splits["validation"][0]["input_ids"]) == "validation</s>"
+    assert splits["test"].records.name(1).endswith("0.jsonl, line 3")
+
+
+def test_another_source_validates_and_tests(tmp_path, monkeypatch):
+    def load(path, subset):
+        asked.append((path, subset))
+        return {"train": datasets.Dataset.from_list(sums(12)), "test": datasets.Dataset.from_list(sums(4, 50))}
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    file = lines(tmp_path / "train.jsonl", [{"prompt": "1?", "completion": "1"}] * 5)
+    columns = {"question": "prompt", "answer": "completion"}
+    job = task(file, "number", test_path="some/gsm", test_subset="main", columns=columns, validation_examples=3)
+    splits = job.splits(0)
+    assert asked == [("some/gsm", "main")] and [len(splits[name]) for name in ("train", "validation", "test")] == [
+        5,
+        3,
+        4,
+    ]
+    assert text(job, splits["test"][0]["prompt"]) == "50 + 1?"
+    assert text(job, splits["test"][0]["answer"]) == "The answer is: 51"
+    assert "some/gsm, train, row" in splits["validation"].records.name(0)
+
+
+BAD = {
+    "no answer": ({"messages": CHAT[:2]}, "a conversation without an answer: no message is the assistant's"),
+    "no last answer": ({"messages": CHAT[:4]}, "a conversation without an answer: its last message is the user's"),
+    "an empty message": ({"messages": [{"role": "user", "content": " "}]}, "message 1, of user, is empty"),
+    "no role": ({"messages": [{"content": "One?"}]}, "message 1 has no role, but content"),
+    "no content": ({"messages": [{"role": "user"}]}, "message 1, of user, is NoneType, not text"),
+    "no messages": ({"messages": []}, "the conversation is []; expected a list of messages"),
+    "an empty text": ({"text": "\n"}, "column 'text' is empty"),
+    "an empty answer": ({"prompt": "1?", "completion": ""}, "column 'completion' is empty"),
+    "no known column": ({"input": "1"}, "has the columns input; expected messages, conversations, prompt and"),
+    "not an object": ("[1]", "[1] is not an object of columns"),
+    "not JSON": ("{'text': 1}", "not JSON (Expecting property name"),
+    "too long": ({"text": "x" * 128}, "129 tokens, and the model has 128 positions (max_position_embeddings); set"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_row_that_cannot_be_learned_is_named(fault, tmp_path):
+    row, message = BAD[fault]
+    file = lines(tmp_path / "rows.jsonl", [{"text": "fine"}, {"text": "fine"}, row])
+    with pytest.raises(ValueError) as error:
+        task(file, model=tiny_model(tmp_path / "model")).splits(0)
+    assert str(error.value).startswith(f"{file}, line 3: {message}")
+
+
+def test_bad_data_is_one_line_before_any_training(tmp_path):
+    file = lines(tmp_path / "rows.jsonl", [{"text": "fine"}] * 9 + [{"messages": CHAT[:2]}])
+    config = f"task: {{name: language, model: {{config: {json.dumps(CONFIG)}}}, data: {{path: {file}}}}}\n"
+    (tmp_path / "job.yaml").write_text(config + "methods: {lora: {}}\n")
+    result = CliRunner().invoke(main, ["train", str(tmp_path / "job.yaml"), f"output={tmp_path / 'run'}"])
+    assert result.exit_code == 2 and "rows.jsonl, line 10: a conversation without an answer" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+OTHER = {
+    "no data": ({"path": ""}, "tokens", "task.data.path: expected a file"),
+    "a text has no prompt": ({}, "number", "line 1: a text has no prompt; expected task.evaluate=tokens"),
+    "a limit": ({"max_length": 5}, "tokens", "line 1: 9 tokens, above task.data.max_length=5; set task.data.longer"),
+    "nothing left": (
+        {"max_length": 5, "longer": "cut", "prompt": "{text}", "completion": "{text}"},
+        "tokens",
+        "line 1: no token of an answer within task.data.max_length=5",
+    ),
+    "no number": ({"prompt": "1?", "completion": "{text}"}, "number", "line 1: no number in its answer, one text"),
+    "no column": ({"prompt": "{question}"}, "tokens", "line 1: no column 'completion', but text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", OTHER)
+def test_keys_that_do_not_fit_the_data_are_said(fault, tmp_path):
+    keys, evaluate, message = OTHER[fault]
+    file = lines(tmp_path / "test.jsonl", [{"text": "one text"}] * 3)
+    keys = {"path": str(lines(tmp_path / "train.jsonl", [{"text": "one text"}] * 3)), "test_path": str(file), **keys}
+    with pytest.raises(ValueError) as error:
+        task(keys.pop("path"), evaluate, **keys).splits(0)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("longer", "kept"), [("leave_out", ["short</s>"]), ("cut", ["short</s>", "quite long"])])
+def test_long_rows_are_left_out_or_cut(longer, kept, tmp_path):
+    rows = [{"text": "short"}, {"text": "quite long a text"}, {"text": "x" * 40}]
+    keys = {
+        "max_length": 10,
+        "longer": longer,
+        "max_characters": 39,
+        "test_path": str(lines(tmp_path / "t.json", rows[:1])),
+    }
+    job = task(lines(tmp_path / "rows.jsonl", rows * 10), **keys)
+    splits = job.splits(0)
+    assert {text(job, splits["train"][index]["input_ids"]) for index in range(len(splits["train"]))} == set(kept)
+
+
+def test_a_template_that_rewrites_the_conversation_is_refused(tmp_path):
+    template = "{{ messages | length }}" + TEMPLATE  # the number is another one at each turn
+    job = task(lines(tmp_path / "a.jsonl", [{"messages": CHAT}]), model=tiny_model(tmp_path / "model", template))
+    with pytest.raises(ValueError, match=r"line 1: its answers are not where .* set task.data.answers_only=false"):
+        job.splits(0)
+    job = task(lines(tmp_path / "a.jsonl", [{"messages": CHAT}]), model=tiny_model(tmp_path / "other", None))
+    with pytest.raises(ValueError, match=r"line 1: the chat template of .* refuses it"):
+        job.splits(0)
+    (tmp_path / "my.jinja").write_text(TEMPLATE)
+    job.chat_template, job.data.path = (
+        str(tmp_path / "my.jinja"),
+        str(lines(tmp_path / "b.jsonl", [{"messages": CHAT}] * 9)),
+    )
+    del job.tokenizer
+    assert "<assistant>1</assistant>" in text(job, job.splits(0)["train"][0]["input_ids"])
+
+
+def test_packed_examples_do_not_see_each_other(tmp_path):
+    rows = [{"prompt": f"{n} + {n}?", "completion": f"{2 * n}" * (n + 1)} for n in range(8)]
+    file = lines(tmp_path / "rows.jsonl", rows)
+    keys = {"max_length": 64, "validation_share": 0.13, "test_share": 0.13}
+    apart, packed = (task(file, packing=packing, **keys) for packing in (False, True))
+    model = apart.build().double().eval()
+    examples = apart.splits(0)["train"]
+    total, count = 0.0, 0
+    for index in range(len(examples)):
+        batch = apart.collate([examples[index]])
+        number = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total, count = total + model(**batch).loss * number, count + number
+    together = packed.splits(0)["train"]
+    assert 1 < len(together) < len(examples)
+    batch = packed.collate([together[index] for index in range(len(together))])
+    assert int((batch["labels"] != IGNORED).sum()) == count
+    torch.testing.assert_close(model(**batch).loss, total / count)
+
+
+# ----------------------------------------------------------------------------------------------------------- answers
+
+JUDGED = [
+    ("number", "4 + 5 = 9. The answer is: 9", 9.0),
+    ("number", "The answer is 5. No. The final answer is: $1.50.", 1.5),
+    ("number", "so 2\n#### 20/8", 2.5),
+    ("number", "The answer is: 50%\nThanks!", 50.0),
+    ("number", "The answer is: x+1", "x+1"),
+    ("number", "The answer is: 1/0", "1/0"),
+    ("number", "nine", None),
+    ("option", "the correct answer is answer3, not answer2", "answer3"),
+    ("option", "the correct answer is true", "true"),
+    ("option", "I don't know", None),
+    ("text", "  a\n b ", "a b"),
+    ("text", " ", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "given", "expected"), JUDGED)
+def test_the_answer_in_a_text(kind, given, expected):
+    assert ANSWERS[kind](given) == expected
+
+
+def test_an_answer_that_cannot_be_found_is_wrong():
+    right = ["#### 1", "#### 2", "#### 0.5", "#### 4"]
+    assert accuracy("number", ["The answer is: 1.0", "2", "The answer is 1/2", "The answer is: four"], right) == 0.5
+
+
+def test_generated_answers_do_not_depend_on_the_batch_and_end_at_the_last_position(tmp_path):
+    rows = [{"prompt": "x" * n, "completion": "The answer is: 1"} for n in (3, 126, 40, 5)]
+    job = task(
+        lines(tmp_path / "train.jsonl", rows),
+        "number",
+        validation_share=0.3,
+        test_path=str(lines(tmp_path / "test.jsonl", rows)),
+    )
+    examples, model = job.splits(0)["test"], job.build().eval()
+    batches = [job.collate([examples[index]]) for index in range(4)]
+    batches.append(job.collate([examples[index] for index in (0, 2, 3)]))
+    answers = [job.predict(model, {key: batch[key] for key in ("input_ids", "attention_mask")}) for batch in batches]
+    assert answers[1].shape == (1, 2)  # of 128 positions
+    for row, index in enumerate((0, 2, 3)):
+        assert torch.equal(answers[4][row], answers[index][0])
+    padded = np.where(np.arange(6) < 5, examples[0]["answer"][:6], IGNORED)[None]
+    right = SimpleNamespace(predictions=np.array([examples[0]["answer"]]), label_ids=np.array([examples[1]["answer"]]))
+    assert job.metrics(right) == {"accuracy": 1} and job.tokenizer.eos_token_id == 1
+    assert job.metrics(SimpleNamespace(predictions=padded, label_ids=right.label_ids)) == {"accuracy": 0}
+
+
+def test_token_accuracy_counts_the_next_token_of_answers():
+    logits = torch.zeros(2, 4, 5)
+    for row, tokens in enumerate([[3, 1, 4, 0], [2, 2, 2, 2]]):
+        logits[row, range(4), tokens] = 1
+    labels = np.array([[IGNORED, 3, IGNORED, 4], [IGNORED, IGNORED, 2, 1]])
+    assert token_accuracy(top_tokens((logits, None)).numpy(), labels) == 3 / 4
+    logits[1, 1, 0] = math.nan
+    assert math.isnan(token_accuracy(top_tokens(logits).numpy(), labels))
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def test_a_base_in_four_bits_gets_the_ranks_of_the_dense_one(tmp_path):
+    name = str(tiny_model(tmp_path / "model"))
+    notes = {}
+    for four in (False, True):
+        for method in ("lora", "flora"):
+            model = LanguageModel(name=name, load_in_4bit=four).build("AutoModelForCausalLM")
+            notes[method, four] = adapt(method, model, [], 600, {}, target_modules="all-linear").notes
+    assert notes["lora", True] == notes["lora", False] == ["rank 1 on 7 layers"]
+    assert notes["flora", True] == notes["flora", False]
+    for method in ("full", "bitfit"):
+        with pytest.raises(CannotAdapt, match="quantized"):
+            adapt(method, model, [], 600, {})
+    with pytest.raises(ValueError, match="load_in_4bit"):
+        LanguageModel(config=CONFIG, load_in_4bit=True)
+
+
+def test_frozen_weights_may_have_16_bits_and_adapters_have_32(tmp_path):
+    model = LanguageModel(name=str(tiny_model(tmp_path / "model")), dtype="bfloat16").build("AutoModelForCausalLM")
+    adapted = adapt("flora", model, [], 600, {}, target_modules="all-linear").model
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in adapted.parameters()}
+    assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
+
+
+@pytest.mark.parametrize("four", [False, True], ids=["dense", "4bit"])
+def test_it_trains_and_checkpointing_changes_nothing(four, tmp_path):
+    file = lines(tmp_path / "rows.jsonl", [{"prompt": "say a:", "completion": "aaaa"}] * 24)
+    job = task(file, model=tiny_model(tmp_path / "model"))
+    job.model.load_in_4bit = four
+    accuracies = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        adapted = adapt("lora", job.build(), [], 1200, {}, target_modules="all-linear")
+        keys = Training(epochs=4, batch_size=8, learning_rate=3e-2, gradient_checkpointing=checkpointing)
+        place = tmp_path / str(checkpointing)
+        outcome = fit("lora", adapted.model, job, job.splits(0), keys, 0, place, place / "logs", bar=False)
+        history = outcome.trainer.state.log_history
+        accuracies.append([log["eval_token_accuracy"] for log in history if "eval_token_accuracy" in log])
+        losses = [log["loss"] for log in history if "loss" in log]
+        assert losses[-1] < losses[0] - 0.5
+    assert accuracies[0] == accuracies[1]
+
+
+def test_a_token_that_the_model_does_not_know_is_named(tmp_path):
+    job = task(lines(tmp_path / "rows.jsonl", [{"text": "fine"}] * 9 + [{"text": "z"}]))
+    job.model.config["vocab_size"] = 124  # z is 125
+    with pytest.raises(ValueError, match=r"line 10: token 125 of the tokenizer's 259; the model has 124 only"):
+        job.check(job.splits(0))
+
+
+def test_lm_eval_is_asked_after_training(tmp_path, monkeypatch):
+    def evaluate(model, tasks):
+        return {"results": {task: {"alias": task, "acc,none": 0.5, "acc_stderr,none": 0.1} for task in tasks}}
+
+    modules = {
+        "lm_eval": SimpleNamespace(simple_evaluate=evaluate),
+        "lm_eval.tasks": SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=["arc_easy"])),
+        "lm_eval.models.huggingface": SimpleNamespace(HFLM=lambda pretrained, tokenizer: pretrained),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    job = task(lines(tmp_path / "rows.jsonl", [{"text": "fine"}] * 9))
+    job.lm_eval = ["arc_easy"]
+    job.check(job.splits(0))
+    assert job.benchmarks(job.build()) == {"arc_easy acc": 0.5}
+    job.lm_eval = ["arc_hard"]
+    with pytest.raises(ValueError, match="lm-eval has no task 'arc_hard'"):
+        job.check(job.splits(0))
+
+
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    file = lines(tmp_path / "rows.jsonl", [{"text": "fine"}] * 9)
+    config = (
+        f"task: {{name: language, lm_eval: [a], model: {{config: {json.dumps(CONFIG)}}}, data: {{path: {file}}}}}\n"
+    )
+    (tmp_path / "job.yaml").write_text(config + "methods: {lora: {}}\n")
+    result = CliRunner().invoke(main, ["train", str(tmp_path / "job.yaml"), f"output={tmp_path / 'run'}"])
+    assert result.exit_code == 2 and "pip install 'flora-peft[lm-eval]'" in result.stderr
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_word_problems_are_right_and_always_the_same(steps):
+    made = problems(steps)
+    assert made == problems(steps) and len({row["prompt"] for row in made}) == 3000
+    for row in made[:200]:
+        number, *changes = [
+            int(word) for word in row["prompt"].replace(",", "").replace(".", "").split() if word.isdigit()
+        ]
+        words = [word for word in row["prompt"].split() if word in ("gets", "gives")]
+        assert len(changes) == steps
+        for word, change in zip(words, changes, strict=True):
+            number += change if word == "gets" else -change
+            assert 0 <= number < 20
+        assert ANSWERS["number"](row["completion"]) == number
