@@ -21,6 +21,7 @@ ROOMS = {
 EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",
           "scipy", "pycocotools", "ray", "bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel")  # fmt: skip
 
+LAZY = ("timm", "diffusers", "datasets", "lycoris", "sklearn", "ray", "trl", "lm_eval", "lmms_eval")
 WITHOUT_TORCH = ("drawing", "figures", "grid", "page", "peft_results", "results", "rows", "tables")
 
 # (files, what they never import, whether that holds inside functions, too)
@@ -31,7 +32,7 @@ NEVER = [
     ("flora/ranks.py", ("torch", "peft", "transformers"), True),
     ("flora/layers/**/*.py", ("peft", "transformers"), True),
     ("flora/tuner/planning/*.py", ("flora.tuner.layer", "flora.tuner.model", "flora.tuner.data_start"), True),
-    ("flora_lab/**/*.py", ("timm", "diffusers", "datasets", "lycoris", "sklearn", "ray"), False),
+    ("flora_lab/**/*.py", LAZY, False),
     ("flora_lab/analysis/measure.py", ("matplotlib",), True),
     *((f"flora_lab/analysis/{name}.py", ("torch",), True) for name in WITHOUT_TORCH),
 ]  # fmt: skip

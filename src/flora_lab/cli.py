@@ -57,8 +57,9 @@ def job_errors() -> Iterator[None]:
     except TrialsFailed as error:
         raise click.ClickException(str(error)) from error
     except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
         raise Refused(
-            f"{error.name} is not installed: pip install 'flora-peft[{EXTRAS.get(error.name, 'train')}]'"
+            f"{package} is not installed: pip install 'flora-peft[{EXTRAS.get(package, 'train')}]'"
         ) from error
     except Exception as error:
         if reason := full_disk(error):

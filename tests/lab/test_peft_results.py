@@ -28,12 +28,11 @@ def result(name, accuracy, status="success"):
 
 def row(variant, accuracy, rate=1e-4, **more):
     numbers = {"accuracy": accuracy}
-    return {
-        "job": "metamathqa", "metric": "accuracy", "variant": variant, "budget": 9175040, "seed": 0,
-        "learning_rate": rate, "validation": numbers, "test": numbers, "adapter_parameters": 9175000, "head_parameters": 0, "seconds": 1200.4,
-        "train_seconds": 950.2, "train_loss": 0.61, "memory": 1, "memory_reserved": 2**34, "bytes": 2**20, "notes": [],
-        **more,
-    }  # fmt: skip
+    trial = {"variant": variant, "method": variant, "budget": 9175040, "seed": 0, "learning_rate": rate, "notes": []}
+    times = {"seconds": 1200.4, "train_seconds": 950.2, "memory": 1, "memory_reserved": 2**34, "bytes": 2**20}
+    sizes = {"adapter_parameters": 9175000, "head_parameters": 0, "train_loss": 0.61}
+    subject = {"job": "metamathqa", "metric": "accuracy"}
+    return {**subject, **trial, **sizes, **times, "validation": numbers, "test": numbers, **more}
 
 
 def test_rows_and_results_stand_in_one_table(tmp_path):

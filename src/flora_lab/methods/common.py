@@ -190,4 +190,8 @@ def share_weights(model: nn.Module, convert: Callable[[Tensor], Tensor] = lambda
 
 def on_meta(tensor: Tensor) -> Tensor:
     empty = tensor.detach().to("meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    if not isinstance(tensor, nn.Parameter):
+        return empty
+    parameter = nn.Parameter(empty, requires_grad=False)
+    vars(parameter).update(vars(tensor))  # how a quantized one is packed
+    return parameter

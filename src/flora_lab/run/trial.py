@@ -85,7 +85,6 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         "machine": machine(),
     }
     if outcome.trainer.is_world_process_zero():
-        row["test"] |= task.benchmarks(outcome.model)
         row |= _saved(config, trial, file, outcome.model.cpu(), folder / "trained", data["test"])
         if norms:
             row["spectra"] = spectra(outcome.model, norms.base)

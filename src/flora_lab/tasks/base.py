@@ -79,7 +79,7 @@ class Task:
         return None
 
     def benchmarks(self, model: nn.Module) -> dict[str, float]:
-        """Further numbers of a trained model, which another package measures."""
+        """Further numbers of a trained model, which another package measures; the last that a trial asks of it."""
         return {}
 
     def metrics(self, prediction: Any) -> dict[str, float]:

@@ -56,7 +56,10 @@ class Chats(Portions):
             }
         return {split: records for split, records in splits.items() if records is not None}
 
-    def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def renamed(self, row: Any) -> dict[str, Any]:
+        """Raises ValueError if the row has no columns."""
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{json.dumps(row):.80} is not an object of columns")
         return {self.columns.get(name, name): value for name, value in row.items()}
 
 
@@ -144,17 +147,15 @@ def _namer(source: str) -> Any:
 # --------------------------------------------------------------------------------------------------------- its forms
 
 
-def formed(row: Any, prompt: str | None = None, completion: str | None = None) -> dict[str, Any]:
+def formed(row: Mapping[str, Any], prompt: str | None = None, completion: str | None = None) -> dict[str, Any]:
     """The row in one of TRL's forms. ``prompt``, ``completion``: templates with columns in braces, in place of columns.
 
     Raises ValueError if a column is missing, a text is empty, or a conversation has no answer.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{json.dumps(row):.80} is not an object of columns")
     if prompt or completion:
         answer = filled(completion or "{completion}", row, needed=True)
         return {"prompt": filled(prompt or "{prompt}", row), "completion": answer}
-    messages = row.get("messages") or row.get("conversations")
+    messages = row["messages"] if row.get("messages") is not None else row.get("conversations")
     if messages is None and "prompt" in row and "completion" in row:
         if isinstance(row["prompt"], str):
             return {name: _text(row[name], f"column {name!r}") for name in ("prompt", "completion")}

@@ -6,10 +6,51 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flora_lab.tasks.answers import accuracy
+from flora_lab.tasks.base import Task
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from flora_lab.tasks.language_model import LanguageModel
+
 IGNORED = -100  # label of a token that the loss doesn't count
+TOKENS = "tokens"
+EVALUATED = (
+    "tokens: the next token, of answers; or generated answers, by their number, option, whole text or votes (vqa)"
+)
+
+
+class Answering(Task):
+    """A task on answers: evaluated by their next tokens (`TOKENS`), or generated and compared (`ANSWERS`)."""
+
+    model: LanguageModel
+    tokenizer: Any
+    evaluate: str
+    new_tokens: int
+
+    @property
+    def metric(self) -> str:
+        return "token_accuracy" if self.evaluate == TOKENS else "accuracy"
+
+    def head(self, model: nn.Module) -> list[str]:
+        """Nothing is new: the output layer is pre-trained."""
+        return []
+
+    def predict(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
+        if self.evaluate == TOKENS:
+            return None
+        room = (self.model.positions or 2**31) - batch["input_ids"].shape[1]
+        return generate(model, batch, self.tokenizer, min(self.new_tokens, room))
+
+    def reduce(self, logits: Any, labels: Tensor) -> Tensor:
+        return top_tokens(logits) if self.evaluate == TOKENS else logits
+
+    def metrics(self, prediction: Any) -> dict[str, float]:
+        if self.evaluate == TOKENS:
+            return {self.metric: token_accuracy(prediction.predictions, prediction.label_ids)}
+        texts = [decoded(self.tokenizer, ids) for ids in (prediction.predictions, prediction.label_ids)]
+        return {self.metric: accuracy(self.evaluate, *texts)}
 
 
 def answer_labels(ids: list[int], spans: Iterable[tuple[list[int], list[int]]]) -> list[int]:

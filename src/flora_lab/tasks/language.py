@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks import lm_eval
-from flora_lab.tasks.answers import ANSWERS, accuracy
-from flora_lab.tasks.base import Task
+from flora_lab.tasks.answers import ANSWERS
 from flora_lab.tasks.chats import Chats, formed
 from flora_lab.tasks.data import Records, three
-from flora_lab.tasks.generation import IGNORED, answer_labels, decoded, generate, prompts, token_accuracy, top_tokens
+from flora_lab.tasks.generation import EVALUATED, IGNORED, TOKENS, Answering, answer_labels, prompts
 from flora_lab.tasks.language_model import LanguageModel
 from flora_lab.tasks.pretrained import brief
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-TOKENS = "tokens"
 LONGER = ("refuse", "leave_out", "cut")
 
 
@@ -48,17 +46,14 @@ class Texts(Chats):
 
 
 @dataclass
-class Language(Task):
+class Language(Answering):
     name: str = field(default="language", metadata={"help": "the task"})
     model: LanguageModel = field(default_factory=LanguageModel)
     data: Texts = field(default_factory=Texts)
     source: Texts | None = field(default=None, metadata={"help": "data that the base model is trained on first"})
     evaluate: str = field(
         default=TOKENS,
-        metadata={
-            "help": "tokens: the next token, of answers; or generated answers, by their number, option or whole text",
-            "choices": (TOKENS, *ANSWERS),
-        },
+        metadata={"help": EVALUATED, "choices": (TOKENS, *ANSWERS)},
     )
     new_tokens: int = field(default=256, metadata={"help": "the most to generate for an answer", "least": 1})
     chat_template: str | None = field(
@@ -70,10 +65,6 @@ class Language(Task):
     )
 
     targets = "all-linear"
-
-    @property
-    def metric(self) -> str:
-        return "token_accuracy" if self.evaluate == TOKENS else "accuracy"
 
     def source_task(self) -> Language | None:
         return self.source and replace(self, data=self.source, source=None)
@@ -215,27 +206,8 @@ class Language(Task):
     def build(self) -> nn.Module:
         return self.model.build("AutoModelForCausalLM")
 
-    def head(self, model: nn.Module) -> list[str]:
-        """Nothing is new: the output layer is pre-trained."""
-        return []
-
-    def predict(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
-        if self.evaluate == TOKENS:
-            return None
-        room = (self.model.positions or 2**31) - batch["input_ids"].shape[1]
-        return generate(model, batch, self.tokenizer, min(self.new_tokens, room))
-
-    def reduce(self, logits: Any, labels: Tensor) -> Tensor:
-        return top_tokens(logits) if self.evaluate == TOKENS else logits
-
     def benchmarks(self, model: nn.Module) -> dict[str, float]:
         return lm_eval.evaluate(model, self.tokenizer, self.lm_eval)
-
-    def metrics(self, prediction: Any) -> dict[str, float]:
-        if self.evaluate == TOKENS:
-            return {self.metric: token_accuracy(prediction.predictions, prediction.label_ids)}
-        texts = [decoded(self.tokenizer, ids) for ids in (prediction.predictions, prediction.label_ids)]
-        return {self.metric: accuracy(self.evaluate, *texts)}
 
 
 @dataclass

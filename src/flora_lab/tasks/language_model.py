@@ -32,6 +32,12 @@ class LanguageModel(Pretrained):
 
     def build(self, kind: str) -> nn.Module:
         """The model as transformers' Auto class ``kind``. Raises ValueError naming the model."""
+        model = self._loaded(kind)
+        # training needs no cache of keys and values, and with one transformers takes packed examples for one text
+        model.config.get_text_config().use_cache = False
+        return model
+
+    def _loaded(self, kind: str) -> nn.Module:
         import torch
 
         dtype = getattr(torch, self.dtype)

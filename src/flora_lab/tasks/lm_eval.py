@@ -19,16 +19,20 @@ def check(tasks: list[str]) -> None:
 
 
 def evaluate(model: nn.Module, tokenizer: Any, tasks: list[str]) -> dict[str, float]:
-    """{"arc_easy acc": 0.7, …}: every metric of every task and group that lm-eval reports."""
+    """{"arc_easy acc": 0.7, …}: what lm-eval reports."""
     if not tasks:
         return {}
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    results = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks)["results"]
+    return metrics_of(simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks))
+
+
+def metrics_of(evaluated: dict[str, Any]) -> dict[str, float]:
+    """{"TASK METRIC": number} of what lm-eval, or lmms-eval, returns."""
     return {
         f"{task} {metric.removesuffix(',none')}": float(value)
-        for task, metrics in results.items()
+        for task, metrics in evaluated["results"].items()
         for metric, value in metrics.items()
         if isinstance(value, float) and "_stderr" not in metric
     }
