@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from flora.layers.storage import logical_shape
+from flora.layers.weights.storage import logical_shape
 from flora.tuner.config import FloraConfig
 from flora.tuner.planning.targets import find_targets
 
