@@ -37,7 +37,8 @@ class Portions:
 
 @dataclass
 class Records:
-    """A ``datasets.Dataset``, and for each of its rows the name under which a user finds it: file and line, say."""
+    """A ``datasets.Dataset`` or a list, and for each of its rows the name under which a user finds it: file and line,
+    say."""
 
     dataset: Any
     name: Callable[[int], str]
@@ -50,7 +51,9 @@ class Records:
 
     def select(self, indices: Iterable[int]) -> Records:
         indices = list(indices)
-        return Records(self.dataset.select(indices), lambda index: self.name(indices[index]))
+        rows = self.dataset
+        some = [rows[index] for index in indices] if isinstance(rows, list) else rows.select(indices)
+        return Records(some, lambda index: self.name(indices[index]))
 
 
 def split_name(name: str) -> str:

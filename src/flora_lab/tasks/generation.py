@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.answers import accuracy
 from flora_lab.tasks.base import Task
+from flora_lab.tasks.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from flora_lab.tasks.language_model import LanguageModel
 
 IGNORED = -100  # label of a token that the loss doesn't count
 TOKENS = "tokens"
