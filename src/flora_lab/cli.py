@@ -57,10 +57,8 @@ def job_errors() -> Iterator[None]:
     except TrialsFailed as error:
         raise click.ClickException(str(error)) from error
     except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        raise Refused(
-            f"{package} is not installed: pip install 'flora-peft[{EXTRAS.get(package, 'train')}]'"
-        ) from error
+        extra = EXTRAS.get((error.name or "").split(".")[0], "train")
+        raise Refused(f"{error.name} is not installed: pip install 'flora-peft[{extra}]'") from error
     except Exception as error:
         if reason := full_disk(error):
             raise Refused(f"{reason}: free some space, and the next start goes on") from error

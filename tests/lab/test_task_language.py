@@ -86,7 +86,7 @@ def tiny_keys(folder, path):
     lines(folder / "data" / "train.jsonl", rows)
     lines(folder / "test" / "test.jsonl", sums(8) if path.stem == "metamathqa" else rows[:8])
     return [
-        f"task.model.name={tiny_model(folder / 'model')}",
+        f"task.model.name={tiny_model(folder / 'model', max_position_embeddings=256)}",
         "task.model.dtype=float32",
         "task.data.max_length=120",
         f"task.data.path={folder / 'data'}",
