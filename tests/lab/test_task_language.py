@@ -430,7 +430,7 @@ def test_lm_eval_is_asked_after_training(tmp_path, monkeypatch):
     job = task(lines(tmp_path / "rows.jsonl", [{"text": "fine"}] * 9))
     job.lm_eval = ["arc_easy"]
     job.check(job.splits(0))
-    assert job.benchmarks(job.build()) == {"arc_easy acc": 0.5}
+    assert job.judge(job.build(), None, {}, tmp_path) == {"test": {"arc_easy acc": 0.5}}
     job.lm_eval = ["arc_hard"]
     with pytest.raises(ValueError, match="lm-eval has no task 'arc_hard'"):
         job.check(job.splits(0))

@@ -18,9 +18,9 @@ def analyse(
     """Write report.html, table.md and every figure as PNG into the folder ``out``. Returns the page's path.
 
     ``paths``: results.jsonl files, or folders that have some. ``into``: a Markdown file in which each job's table is
-    replaced, below the line "<!-- JOB -->"; then there is no table.md. ``peft``: a folder of
-    results of PEFT's method comparison, which stand beside the rows in peft.md. Raises ValueError, naming file and line,
-    for a line that is not a valid row, and for a job without its line in ``into``.
+    replaced, below the line "<!-- JOB -->"; then there is no table.md. ``peft``: a folder of results of PEFT's method
+    comparison, which stand beside the rows in peft.md. Raises ValueError, naming file and line, for a line that is not
+    a valid row, and for a job without its line in ``into``.
     """
     rows, out = read(Path(path).expanduser() for path in paths), Path(out).expanduser()
     results = summarise(rows)

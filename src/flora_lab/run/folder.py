@@ -21,7 +21,15 @@ from flora_lab.settings import Config
 
 Pair = tuple[str, int | None]  # (variant, budget); None for a method without a size to choose
 # keys that no row depends on: they may change between starts
-FREE = ("output", "cache", "mirror", "fresh", "comparison.*", "*training.eval_steps", "*training.gradient_checkpointing")
+FREE = (
+    "output",
+    "cache",
+    "mirror",
+    "fresh",
+    "comparison.*",
+    "*training.eval_steps",
+    "*training.gradient_checkpointing",
+)
 OF_TRIALS = ("budget", "methods.*.learning_rate", "training.learning_rate")  # every trial of a comparison has its own
 FILES = (KEYS := "config.yaml", MARK := "versions.json", RESULTS, "curves.png")
 FOLDERS = ("pretraining", "logs", "trials")

@@ -78,10 +78,6 @@ class Task:
         """What `metrics` needs of a batch without its labels, such as generated tokens; None: the model's outputs."""
         return None
 
-    def benchmarks(self, model: nn.Module) -> dict[str, float]:
-        """Further numbers of a trained model, which another package measures; the last that a trial asks of it."""
-        return {}
-
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Metrics of a transformers ``EvalPrediction``."""
         raise NotImplementedError

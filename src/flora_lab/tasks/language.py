@@ -206,8 +206,8 @@ class Language(Answering):
     def build(self) -> nn.Module:
         return self.model.build("AutoModelForCausalLM")
 
-    def benchmarks(self, model: nn.Module) -> dict[str, float]:
-        return lm_eval.evaluate(model, self.tokenizer, self.lm_eval)
+    def judge(self, model: nn.Module, base: Any, splits: Any, folder: Path) -> dict[str, Any]:
+        return {"test": lm_eval.evaluate(model, self.tokenizer, self.lm_eval)}
 
 
 @dataclass
