@@ -12,7 +12,12 @@ from flora.keys import KeyedCommand, Refused, as_overrides, described_keys, flag
 from flora_lab.errors import ConfigError, TrialsFailed
 from flora_lab.sources import hint
 
-EXTRAS = {"trl": "language", "lm_eval": "lm-eval", "ray": "grid"}  # the extra of a package that is not in [train]
+EXTRAS = {
+    "trl": "language",
+    "lm_eval": "lm-eval",
+    "lmms_eval": "lmms-eval",
+    "ray": "grid",
+}  # the extra of a package that is not in [train]
 NOTHING_TO_DO = "nothing to do: every run has its row; fresh=true starts over"
 
 

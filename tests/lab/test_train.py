@@ -19,6 +19,7 @@ import test_task_instance
 import test_task_language
 import test_task_semantic
 import test_task_text_to_image
+import test_task_visual
 import torch
 import yaml
 from click.testing import CliRunner
@@ -74,6 +75,8 @@ def tiny(path, folder):
         return test_task_text_to_image.tiny_keys(folder, path.stem)
     if task["name"] == "language":
         return test_task_language.tiny_keys(folder, path)
+    if task["name"] == "visual_instruction":
+        return test_task_visual.tiny_keys(folder, path)
     return {
         "image_classification": tiny_images,
         "semantic_segmentation": test_task_semantic.tiny_data,

@@ -11,6 +11,7 @@ from flora_lab.tasks.instance_segmentation import InstanceSegmentation
 from flora_lab.tasks.language import Language
 from flora_lab.tasks.semantic_segmentation import SemanticSegmentation
 from flora_lab.tasks.text_to_image import TextToImage
+from flora_lab.tasks.visual_instruction import VisualInstruction
 
 TASKS: dict[str, type[Task]] = {
     "image_classification": ImageClassification,
@@ -19,6 +20,7 @@ TASKS: dict[str, type[Task]] = {
     "instance_segmentation": InstanceSegmentation,
     "text_to_image": TextToImage,
     "language": Language,
+    "visual_instruction": VisualInstruction,
 }
 
 __all__ = ["TASKS", "Examples", "Task"]

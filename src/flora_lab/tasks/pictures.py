@@ -154,10 +154,14 @@ def open_image(records: Records, index: int, column: str, channels: int | None =
 
     Raises ValueError naming the record and its file, if it has one.
     """
+    return opened(records.dataset[index][column], records.name(index), column, channels)
+
+
+def opened(cell: dict[str, Any] | None, name: str, column: str, channels: int | None = None) -> Any:
+    """The picture of a cell {"bytes", "path"}, as `open_image`; ``name``: the record's."""
     from PIL import Image, UnidentifiedImageError
 
-    cell, name = records.dataset[index][column] or {}, records.name(index)
-    encoded, path = cell.get("bytes"), cell.get("path")
+    encoded, path = (cell or {}).get("bytes"), (cell or {}).get("path")
     try:
         if encoded is None and not (path and Path(path).is_file()):
             raise ValueError("missing")

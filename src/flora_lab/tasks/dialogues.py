@@ -1,0 +1,114 @@
+"""Conversations about pictures, in the form of LLaVA's files: what they hold, checked, and as tokens for a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flora.files import local_path
+from flora_lab.tasks.chats import Chats, conversation
+from flora_lab.tasks.generation import IGNORED
+from flora_lab.tasks.pictures import opened
+
+IMAGE = "<image>"  # where a picture stands in a text
+OTHERS = re.compile(
+    r"<\|?/?(?:im|img|image|picture|video|audio)[\w-]*\|?>", re.IGNORECASE
+)  # as other programs spell it
+
+
+@dataclass
+class Dialogues(Chats):
+    images: str | None = field(
+        default=None, metadata={"help": "folder that pictures' paths start from; default: the file's", "path": True}
+    )
+    image: str = field(default="image", metadata={"help": "column of the picture, or of a list of them"})
+    answers: str = field(default="answers", metadata={"help": "column of people's answers, for task.evaluate=vqa"})
+    max_length: int | None = field(default=None, metadata={"help": "tokens per example, at most", "least": 2})
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """``messages``: with parts of text and pictures as content. ``cells``: {"bytes", "path"} or Pillow's, in order."""
+
+    messages: list[dict[str, Any]]
+    cells: list[Any]
+
+    @property
+    def answer(self) -> str:
+        """The last one."""
+        return self.messages[-1]["content"][0]["text"]
+
+    def pictures(self, name: str, column: str) -> list[Any]:
+        """Decoded. Raises ValueError naming the row."""
+        return [
+            cell.convert("RGB") if hasattr(cell, "convert") else opened(cell, name, column, 3) for cell in self.cells
+        ]
+
+
+def dialogue(row: Mapping[str, Any], keys: Dialogues, token: str) -> Dialogue:
+    """A row of LLaVA's form. ``token``: how the model itself spells a picture.
+
+    Raises ValueError if it has no answer, or not one `IMAGE` for each picture.
+    """
+    given = row["messages"] if row.get("messages") is not None else row.get("conversations")
+    if given is None:
+        raise ValueError(f"has the columns {', '.join(row)}; expected conversations or messages")
+    messages, cells = conversation(given), _cells(row.get(keys.image), _folder(keys))
+    users = [message["content"] for message in messages if message["role"] == "user"]
+    count, text = sum(one.count(IMAGE) for one in users), " ".join(message["content"] for message in messages)
+    strange = [match[0] for match in OTHERS.finditer(text) if match[0] != IMAGE and count != len(cells)]
+    if strange or (token != IMAGE and token in text):
+        raise ValueError(f"unknown image token {(strange or [token])[0]!r}; expected {IMAGE!r}")
+    if text.count(IMAGE) != count:
+        raise ValueError(f"only a user's message may hold {IMAGE!r}")
+    if count != len(cells):
+        raise ValueError(f"{IMAGE!r} stands in it {count} times, but column {keys.image!r} has {len(cells)} pictures")
+    return Dialogue([{**message, "content": _parts(message["content"])} for message in messages], cells)
+
+
+def _folder(keys: Dialogues) -> Path | None:
+    if keys.images:
+        return Path(keys.images)
+    place = local_path(keys.path)
+    return place if place is None or place.is_dir() else place.parent
+
+
+def _cells(value: Any, folder: Path | None) -> list[Any]:
+    if value in (None, "", []):
+        return []
+    if isinstance(value, list):
+        return [cell for one in value for cell in _cells(one, folder)]
+    return [{"path": str(folder / value if folder else value)}] if isinstance(value, str) else [value]
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """Text and pictures in turn; the template puts white space between them."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+    return parts
+
+
+def spread(ids: list[int], labels: list[int], seen: list[int], image: int) -> list[int]:
+    """The labels of ``ids``, in which one token ``image`` stands for a picture, for the tokens that the model reads.
+
+    In ``seen`` each picture has become as many tokens as the model needs; all else is as in ``ids``. Raises ValueError
+    if it is not.
+    """
+    cuts = [index for index, token in enumerate(ids) if token == image]
+    bounds = list(zip([-1, *cuts], [*cuts, len(ids)], strict=True))
+    spreading, place = [IGNORED] * len(seen), 0
+    for number, (before, after) in enumerate(bounds):
+        piece = ids[before + 1 : after]
+        last = number == len(bounds) - 1
+        places = [len(seen) - len(piece)] if last and cuts else range(place, len(seen) - len(piece) + 1)
+        place = next((at for at in places if at >= place and seen[at : at + len(piece)] == piece), -1)
+        if place < 0 or (not number and place):
+            raise ValueError("the processor changes more of its text than the pictures")
+        spreading[place : place + len(piece)] = labels[before + 1 : after]
+        place += len(piece)
+    return spreading

@@ -1,0 +1,209 @@
+"""Visual instruction tuning (Liu et al. 2023, LLaVA): any image-text model, on conversations about pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flora_lab.tasks import lmms_eval
+from flora_lab.tasks.answers import ANSWERS
+from flora_lab.tasks.data import Records, check_each, three
+from flora_lab.tasks.dialogues import Dialogue, Dialogues, dialogue, spread
+from flora_lab.tasks.generation import EVALUATED, IGNORED, TOKENS, Answering, answer_labels
+from flora_lab.tasks.image_text import ImageTextModel
+from flora_lab.tasks.pretrained import brief
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class VisualInstruction(Answering):
+    name: str = field(default="visual_instruction", metadata={"help": "the task"})
+    model: ImageTextModel = field(default_factory=ImageTextModel)
+    data: Dialogues = field(default_factory=Dialogues)
+    source: Dialogues | None = field(default=None, metadata={"help": "data that the base model is trained on first"})
+    parts: list[str] = field(
+        default_factory=lambda: ["language_model"],
+        metadata={"help": "whose linear layers to adapt: language_model, vision_tower, multi_modal_projector, …"},
+    )
+    trained: list[str] = field(
+        default_factory=list, metadata={"help": "parts that every method trains in full, such as the projector"}
+    )
+    evaluate: str = field(default="text", metadata={"help": EVALUATED, "choices": (TOKENS, *ANSWERS)})
+    new_tokens: int = field(default=64, metadata={"help": "the most to generate for an answer", "least": 1})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja file, for a processor without one", "path": True}
+    )
+    lmms_eval: list[str] = field(
+        default_factory=list, metadata={"help": "tasks of lmms-eval, such as pope, to test on after training"}
+    )
+    lmms_model: str = field(default="llava_hf", metadata={"help": "lmms-eval's name of the model's class"})
+
+    def source_task(self) -> VisualInstruction | None:
+        return self.source and replace(self, data=self.source, source=None)
+
+    # ------------------------------------------------------------------------------------------------------- the data
+
+    def splits(self, seed: int) -> dict[str, Rows]:
+        splits = three(self._records, self.data, seed, self.data.path)
+        return {
+            name: Rows(records, self, name != "train" and self.evaluate != TOKENS) for name, records in splits.items()
+        }
+
+    @cached_property
+    def _records(self) -> dict[str, Records]:
+        return self.data.read()
+
+    def check(self, splits: dict[str, Rows]) -> None:
+        """Build every example and open every picture; pass the one with the longest text of each split to the
+        processor, which may make more tokens of its pictures than the model has positions."""
+        lmms_eval.check(self.lmms_eval)
+        for rows in splits.values():
+            lengths = [0] * len(rows)
+
+            def look(records: Records, index: int, rows: Rows = rows, lengths: list[int] = lengths) -> None:
+                lengths[index] = len(rows[index]["ids"])
+
+            check_each([rows.records], look)
+            index = max(range(len(rows)), key=lengths.__getitem__)
+            tokens, most = self.collate([rows[index]])["input_ids"].shape[1], self._most
+            if most and tokens > most:
+                raise ValueError(
+                    f"{rows.records.name(index)}: {tokens} tokens with its pictures, above the {most} allowed"
+                )
+
+    @property
+    def _most(self) -> int | None:
+        return min(filter(None, (self.data.max_length, self.model.positions)), default=None)
+
+    @cached_property
+    def processor(self) -> Any:
+        processor = self.model.load_processor()
+        if self.chat_template:
+            processor.chat_template = Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+        return processor
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    def example(self, row: Any, generated: bool) -> dict[str, Any]:
+        """ "text" up to its end, or up to the last answer; its "ids", with one token a picture; "labels" or "answer";
+        and "dialogue". Raises ValueError if the row can't be learned from."""
+        row = self.data.renamed(row)
+        talk = dialogue(row, self.data, self.processor.image_token)
+        turns = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        if generated:
+            answer = self._answer(row, talk)
+            if ANSWERS[self.evaluate](answer) is None:
+                raise ValueError(f"no {self.evaluate} in its answer, {answer:.80}")
+            text = self._rendered(talk, turns[-1], True)
+            return {"text": text, "ids": self._ids(text), "answer": answer, "dialogue": talk}
+        text = self._rendered(talk, len(talk.messages))
+        ids = self._ids(text)
+        spans = [(self._rendered(talk, number, True), self._rendered(talk, number + 1)) for number in turns]
+        labels = answer_labels(ids, [(self._ids(before), self._ids(after)) for before, after in spans])
+        return {"text": text, "ids": ids, "labels": labels, "dialogue": talk}
+
+    def _answer(self, row: dict[str, Any], talk: Dialogue) -> str:
+        """The last one, or people's answers, line by line."""
+        people = row.get(self.data.answers) if self.evaluate == "vqa" else None
+        if not people:
+            return talk.answer
+        return "\n".join(str(one["answer"] if isinstance(one, dict) else one) for one in people)
+
+    def _rendered(self, talk: Dialogue, count: int, start: bool = False) -> str:
+        try:
+            return self.processor.apply_chat_template(talk.messages[:count], add_generation_prompt=start)
+        except Exception as error:  # a template's own code may raise anything
+            raise ValueError(f"the chat template of {self.model.name} refuses it: {brief(error)}") from error
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=self._opened(text))["input_ids"]
+
+    def _opened(self, text: str) -> bool:
+        """Whether the tokenizer must add the token that starts a text, since the template does not."""
+        start = self.tokenizer.bos_token
+        return bool(start) and not text.startswith(start)
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Prompts are padded on the left, to generate on their right."""
+        import torch
+
+        generated = "answer" in examples[0]
+        pictures = [example["images"] for example in examples]
+        batch = dict(
+            self.processor(
+                images=pictures if any(pictures) else None,
+                text=[example["text"] for example in examples],
+                padding=True,
+                padding_side="left" if generated else "right",
+                add_special_tokens=self._opened(examples[0]["text"]),
+                return_tensors="pt",
+            )
+        )
+        if generated:
+            labels = [self.tokenizer(example["answer"], add_special_tokens=False)["input_ids"] for example in examples]
+        else:
+            rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+            seen = [ids[mask].tolist() for ids, mask in rows]
+            token = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+            labels = [spread(one["ids"], one["labels"], ids, token) for one, ids in zip(examples, seen, strict=True)]
+        padded = [torch.tensor(row) for row in labels]
+        return {**batch, "labels": torch.nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=IGNORED)}
+
+    # ------------------------------------------------------------------------------------------------------ the model
+
+    def build(self) -> nn.Module:
+        return self.model.build("AutoModelForImageTextToText")
+
+    def head(self, model: nn.Module) -> list[str]:
+        return [name for part in self.trained for name in self._named(model, part)[:1]]
+
+    def targets_of(self, model: nn.Module) -> list[str]:
+        """The linear layers of `parts`, but for those that are trained in full."""
+        from torch.nn import Linear
+
+        parts = tuple(f"{name}." for part in self.parts for name in self._named(model, part))
+        full = tuple(f"{name}." for name in self.head(model))
+        return [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, Linear) and f"{name}.".startswith(parts) and not (full and name.startswith(full))
+        ]
+
+    def _named(self, model: nn.Module, part: str) -> list[str]:
+        """The full names of the modules of that name. Raises ValueError if there are none."""
+        names = [name for name, _ in model.named_modules() if name == part or name.endswith(f".{part}")]
+        if not names:
+            known = [name for name, module in model.named_modules() if name.count(".") == 1 and list(module.children())]
+            raise ValueError(f"the model has no part {part!r}, but {', '.join(known)}")
+        return names
+
+    def judge(self, model: nn.Module, base: Any, splits: Any, folder: Path) -> dict[str, Any]:
+        return {"test": lmms_eval.evaluate(model, self.processor, self.lmms_eval, self.lmms_model)}
+
+
+@dataclass
+class Rows:
+    """Examples that are made when they are asked for, since pictures are large."""
+
+    records: Records
+    task: VisualInstruction
+    generated: bool
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = self.records.name(index)
+        try:
+            example = self.task.example(self.records[index], self.generated)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        talk = example.pop("dialogue")
+        return {**example, "images": talk.pictures(name, self.task.data.image)}

@@ -1,0 +1,284 @@
+"""Visual instruction: what is read and refused, which tokens are learned, what is adapted, and that it trains."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from flora_lab.methods import adapt
+from flora_lab.tasks.answers import accuracy
+from flora_lab.tasks.dialogues import Dialogues, spread
+from flora_lab.tasks.generation import IGNORED
+from flora_lab.tasks.image_text import ImageTextModel
+from flora_lab.tasks.visual_instruction import VisualInstruction
+
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+CONFIG = {"model_type": "llava", "image_token_index": 259, "text_config": TEXT, "vision_config": VISION}
+COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+TOKENS = 4  # of a picture
+
+
+def said(*texts):
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
+def rows(count=24):
+    return [
+        {"id": str(n), "image": f"{name}.png", "conversations": said("<image>\nWhich colour?", name)}
+        for n, name in zip(range(count), ["red", "blue"] * count, strict=False)
+    ]
+
+
+def llava(folder, some=None, name="train.json"):
+    """A file of LLaVA's form, and its pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for colour, value in COLOURS.items():
+        Image.new("RGB", (20, 12), value).save(folder / f"{colour}.png")
+    (folder / name).write_text(json.dumps(rows() if some is None else some))
+    return folder / name
+
+
+def tiny_keys(folder, path):
+    """Overrides with which a YAML of this task runs on next to nothing; ``test_train`` uses them too."""
+    llava(folder / "data")
+    return [
+        f"task.data.path={folder / 'data' / 'train.json'}",
+        "task.data.images=null",
+        "task.data.test_share=0.2",
+        "task.data.validation_share=0.1",
+        "task.model.name=null",
+        "task.model.dtype=float32",
+        f"task.model.config={json.dumps(CONFIG)}",
+        "task.data.max_length=100",
+        "task.lmms_eval=[]",
+        "task.new_tokens=2",
+        "training.batch_size=4",
+        "training.loaders=0",
+        "training.gradient_checkpointing=false",
+        "training.eval_steps=null",
+        "budget=600",
+    ]
+
+
+def task(path, evaluate="text", **keys):
+    data = {name: keys.pop(name) for name in ("images", "image", "max_length", "test_path") if name in keys}
+    model = ImageTextModel(config=json.loads(json.dumps(CONFIG)))
+    return VisualInstruction(
+        model=model, data=Dialogues(path=str(path), **data), evaluate=evaluate, new_tokens=3, **keys
+    )
+
+
+def shown(job, ids):
+    return "".join("_" if one == IGNORED else "*" if one == 259 else job.tokenizer.decode([one]) for one in ids)
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+TURNS = {
+    "one picture": (
+        {"image": "red.png", "conversations": said("<image>\nColour?", "red")},
+        "USER: ****\nColour? ASSISTANT: red</s>",
+        "_" * 30 + "red</s>",
+    ),
+    "two turns": (
+        {"image": "red.png", "conversations": said("<image>\nColour?", "red", "Sure?", "yes")},
+        "USER: ****\nColour? ASSISTANT: red</s>USER: Sure? ASSISTANT: yes</s>",
+        "_" * 30 + "red</s>" + "_" * 23 + "yes</s>",
+    ),
+    "two pictures": (
+        {"image": ["red.png", "blue.png"], "conversations": said("<image> One?", "red", "<image> Two?", "blue")},
+        "USER: ****\nOne? ASSISTANT: red</s>USER: ****\nTwo? ASSISTANT: blue</s>",
+        "_" * 27 + "red</s>" + "_" * 27 + "blue</s>",
+    ),
+    "no picture": (
+        {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}]},
+        "USER: One? ASSISTANT: 1</s>",
+        "_" * 22 + "1</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TURNS)
+def test_the_loss_counts_the_answers(kind, tmp_path):
+    row, whole, learned = TURNS[kind]
+    job = task(llava(tmp_path, [row] * 10))
+    batch = job.collate([job.splits(0)["train"][0]])
+    assert shown(job, batch["input_ids"][0].tolist()) == whole
+    assert shown(job, batch["labels"][0].tolist()) == learned
+    pictures = batch["input_ids"].eq(259).sum().item() // TOKENS
+    assert (batch["pixel_values"].shape == (pictures, 3, 16, 16)) if pictures else "pixel_values" not in batch
+
+
+def test_a_batch_has_the_loss_of_its_examples(tmp_path):
+    job = task(llava(tmp_path, [row for row, _, _ in TURNS.values()] * 3))
+    model, examples = job.build().double().eval(), [job.splits(0)["train"][index] for index in range(6)]
+    total, count = 0.0, 0
+    for example in examples:
+        batch = job.collate([example])
+        number = int((batch["labels"] != IGNORED).sum())
+        total, count = total + model(**batch).loss * number, count + number
+    torch.testing.assert_close(model(**job.collate(examples)).loss, total / count)
+
+
+def test_answers_do_not_depend_on_the_batch(tmp_path):
+    job = task(llava(tmp_path, [row for row, _, _ in TURNS.values()] * 10))
+    model, examples = job.build().eval(), [job.splits(0)["test"][index] for index in range(4)]
+    batches = [job.collate([example]) for example in examples]
+    alone = [job.predict(model, {key: batch[key] for key in batch if key != "labels"})[0] for batch in batches]
+    batch = job.collate(examples)
+    together = job.predict(model, {key: batch[key] for key in batch if key != "labels"})
+    assert all(torch.equal(one[: len(other)], other[: len(one)]) for one, other in zip(together, alone, strict=True))
+    assert job.tokenizer.decode(batches[0]["labels"][0]) == examples[0]["answer"]
+
+
+def test_a_folder_of_pictures_and_encoded_ones(tmp_path):
+    llava(tmp_path / "pictures")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    job = task(tmp_path / "train.jsonl", images=str(tmp_path / "pictures"))
+    job.check(job.splits(0))
+    file = io.BytesIO()
+    Image.new("L", (9, 9), 255).save(file, "PNG")
+    cells = [{"image": {"bytes": file.getvalue(), "path": None}, "conversations": said("<image> ?", "white")}] * 10
+    datasets.Dataset.from_list(cells).to_parquet(tmp_path / "p.parquet")
+    encoded = task(tmp_path / "p.parquet")
+    splits = encoded.splits(0)
+    encoded.check(splits)
+    assert splits["train"][0]["images"][0].getpixel((0, 0)) == (255, 255, 255)
+
+
+BAD = {
+    "no answer": ({"conversations": said("One?")}, "a conversation without an answer: no message is the assistant's"),
+    "no conversation": ({"text": "a"}, "has the columns text; expected conversations or messages"),
+    "no tag": (
+        {"image": "red.png", "conversations": said("?", "a")},
+        "'<image>' stands in it 0 times, but column 'image'",
+    ),
+    "no picture": (
+        {"conversations": said("<image> ?", "a")},
+        "'<image>' stands in it 1 times, but column 'image' has 0",
+    ),
+    "another tag": (
+        {"image": "red.png", "conversations": said("<|image_1|> ?", "a")},
+        "unknown image token '<|image_1|>'; expected '<image>'",
+    ),
+    "a tag in an answer": ({"conversations": said("?", "<image>")}, "only a user's message may hold '<image>'"),
+    "a lost picture": (
+        {"image": "green.png", "conversations": said("<image> ?", "a")},
+        "column 'image' is not a readable image: missing",
+    ),
+    "a broken picture": (
+        {"image": "broken.png", "conversations": said("<image> ?", "a")},
+        "column 'image' is not a readable image: not a picture",
+    ),
+    "too long": ({"conversations": said("?", "x" * 128)}, "148 tokens with its pictures, above the 128 allowed"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_row_that_cannot_be_learned_is_named(fault, tmp_path):
+    row, message = BAD[fault]
+    file = llava(tmp_path, [*rows(11), row])
+    (tmp_path / "broken.png").write_bytes(b"PNG")
+    job = task(file, "tokens")
+    with pytest.raises(ValueError) as error:
+        job.check(job.splits(0))
+    assert f"{file}, row 11" in str(error.value) and message in str(error.value)
+
+
+def test_a_picture_for_each_token_in_the_text_that_the_model_reads():
+    ids, labels = [1, 9, 2, 9, 3, 4], [-100, -100, -100, -100, 3, 4]
+    assert spread(ids, labels, [1, 9, 9, 2, 9, 9, 3, 4], 9) == [-100] * 6 + [3, 4]
+    assert spread([3, 4], [-100, 4], [3, 4], 9) == [-100, 4]
+    assert spread([9, 5], [-100, 5], [7, 9, 7, 9, 5], 9) == [-100] * 4 + [5]
+    for seen in ([1, 9, 9, 2, 9, 9, 4], [0, 1, 9, 2, 9, 3, 4], [1, 9, 9, 9, 3, 4]):
+        with pytest.raises(ValueError, match="changes more of its text"):
+            spread(ids, labels, seen, 9)
+
+
+# ----------------------------------------------------------------------------------------------------------- answers
+
+
+def test_vqa_accuracy_is_the_share_of_people_up_to_three():
+    people = "\n".join(["Two"] * 2 + ["three"] * 8)
+    assert accuracy("vqa", ["2."], [people]) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert accuracy("vqa", ["the Three", "four"], [people, people]) == 0.5
+    assert accuracy("vqa", ["A dog!", "cat"], ["dog", "dog"]) == 0.5
+
+
+def test_peoples_answers_are_the_labels_for_vqa(tmp_path):
+    some = [{**row, "answers": [{"answer": "red"}, {"answer": "crimson"}]} for row in rows()]
+    for evaluate, answers in (("vqa", {"red\ncrimson"}), ("text", {"red", "blue"})):
+        test = task(llava(tmp_path, some), evaluate).splits(0)["test"]
+        assert {test[index]["answer"] for index in range(len(test))} == answers
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize(
+    ("parts", "count"),
+    [(["language_model"], 7), (["vision_tower"], 12), (["multi_modal_projector", "vision_tower"], 14)],
+)
+def test_parts_are_adapted_by_name(parts, count, tmp_path):
+    job = task("", parts=parts)
+    names = job.targets_of(job.build())
+    assert len(names) == count and all(any(f".{part}." in name for part in parts) for name in names)
+
+
+def test_a_part_may_be_trained_in_full(tmp_path):
+    job = task("", parts=["language_model", "multi_modal_projector"], trained=["multi_modal_projector"])
+    model = job.build()
+    head, targets = job.head(model), job.targets_of(model)
+    assert head == ["model.multi_modal_projector"] and len(targets) == 7
+    for method in ("lora", "flora"):
+        model = job.build()
+        adapted = adapt(method, model, head, 600, {}, target_modules=targets).model
+        trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+        assert any("multi_modal_projector" in name for name in trained)
+        assert all("multi_modal_projector" in name or ".language_model." in name for name in trained)
+    with pytest.raises(ValueError, match="the model has no part 'resampler', but model.vision_tower"):
+        task("", parts=["resampler"]).targets_of(job.build())
+
+
+def test_lmms_eval_gets_the_merged_model(tmp_path, monkeypatch):
+    def evaluate(model, model_args, tasks, batch_size):
+        files = {file.name for file in Path(model_args.removeprefix("pretrained=")).iterdir()}
+        assert model == "llava_hf" and {"config.json", "model.safetensors", "processor_config.json"} <= files
+        return {"results": {"pope": {"alias": "pope", "pope_accuracy,none": 0.75, "pope_f1_stderr,none": 0.1}}}
+
+    monkeypatch.setitem(sys.modules, "lmms_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", SimpleNamespace(simple_evaluate=evaluate))
+    manager = SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=["pope"]))
+    monkeypatch.setitem(sys.modules, "lmms_eval.tasks", manager)
+    job = task(llava(tmp_path), lmms_eval=["pope"])
+    job.check(job.splits(0))
+    model = job.build()
+    adapted = adapt("flora", model, [], 600, {}, target_modules=job.targets_of(model)).model
+    assert job.judge(adapted, None, {}, tmp_path) == {"test": {"pope pope_accuracy": 0.75}}
+    job.lmms_eval = ["gqa"]
+    with pytest.raises(ValueError, match="lmms-eval has no task 'gqa'"):
+        job.check(job.splits(0))
