@@ -42,6 +42,15 @@ TASK_KEYS: dict[str, dict[str, Any]] = {
         "data": {"path": "pictures", "size": 512},
         "noise": {"snr_gamma": 5},
     },
+    "language": {
+        "model": {"name": "Qwen/Qwen3-0.6B", "dtype": "bfloat16"},
+        "data": {"path": "chats", "max_length": 1024, "longer": "leave_out"},
+    },
+    "visual_instruction": {
+        "model": {"name": "llava-hf/llava-1.5-7b-hf", "dtype": "bfloat16", "load_in_4bit": True},
+        "data": {"path": "talks"},
+        "trained": ["multi_modal_projector"],
+    },
 }
 LAYOUTS = {
     "image_classification": "photos/CLASS/NAME.jpg, or photos/SPLIT/CLASS/NAME.jpg with train, validation and test",
@@ -49,6 +58,8 @@ LAYOUTS = {
     "semantic_segmentation": "scenes/images/NAME.jpg, and scenes/annotations/NAME.png whose pixels are class numbers",
     "instance_segmentation": "coco/train.json and coco/val.json in COCO's format, pictures in coco/train and coco/val",
     "text_to_image": "pictures/NAME.jpg, each with its caption in pictures/NAME.txt",
+    "language": "chats/train.jsonl, a line each: messages, or prompt and completion, or text; test.jsonl likewise",
+    "visual_instruction": "talks/train.json in LLaVA's form, and the pictures in talks",
 }
 METHODS = """\
 # The variants to train, each under a name of yours. `method` is the method if the name is none, `options` the fields of
@@ -62,13 +73,16 @@ GRADIENT = "  flora-gradient: {method: flora, options: {init: gradient}}  # for 
 VARIANTS = {
     "glue": FULL + HEAD + ADAPTERS,
     "text_to_image": ADAPTERS + "  flora-activations: {method: flora, options: {init: activations}}\n",
+    "language": ADAPTERS,
+    "visual_instruction": ADAPTERS,
 }
+SMALL_STEPS = ("text_to_image", "language", "visual_instruction")  # nothing in their models is new
 
 
 def starter(task: str) -> str:
     """The YAML's text. ``task``: a key of TASKS."""
     keys: dict[str, Any] = {"output": f"runs/{task}", **COMMON}
-    if task == "text_to_image":  # its loss is noisy, and nothing in it is new
+    if task in SMALL_STEPS:
         keys["training"] = COMMON["training"] | {"batch_size": 4, "learning_rate": 1e-4}
     head = [
         f"# {task}, written by `flora init`. A key after a # has its default; take the # away to set it.",
