@@ -155,6 +155,15 @@ def test_answers_do_not_depend_on_the_batch(tmp_path):
     assert job.tokenizer.decode(batches[0]["labels"][0]) == examples[0]["answer"]
 
 
+def test_a_test_file_has_its_own_pictures(tmp_path):
+    file = llava(tmp_path / "train")
+    test = llava(tmp_path / "test", rows(2), "test.json")
+    Image.new("RGB", (8, 8), (0, 255, 0)).save(tmp_path / "test" / "red.png")
+    splits = task(file, "tokens", test_path=str(test)).splits(0)
+    colours = {name: {rows[i]["images"][0].getpixel((0, 0)) for i in range(len(rows))} for name, rows in splits.items()}
+    assert colours["train"] == {(255, 0, 0), (0, 0, 255)} and colours["test"] == {(0, 255, 0), (0, 0, 255)}
+
+
 def test_a_folder_of_pictures_and_encoded_ones(tmp_path):
     llava(tmp_path / "pictures")
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))

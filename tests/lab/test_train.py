@@ -275,6 +275,12 @@ def test_what_does_not_pass_through_the_model_is_said_before_any_training(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_checkpointing_is_refused_for_a_model_without_it(tmp_path):
+    result = flora_train(*with_methods(tmp_path, "head"), "training.gradient_checkpointing=true")
+    assert result.exit_code == 2 and "=true: ConvNextV2ForImageClassification does not support it" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_takes_one_gpu_and_no_frozen_weight_decays(tmp_path, monkeypatch):
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"], use_dora=True))
     trainer = _Trainer(model, arguments(Training(), 1, 0, tmp_path), eval_dataset=[])

@@ -111,6 +111,8 @@ def _hint(error: Exception) -> str:
 def _forward(task: Task, examples: Examples, keys: Training) -> None:
     """Pass a batch through the model, as small as the smallest of an epoch (but for two examples, if it has more)."""
     model = task.build().train()
+    if keys.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(f"training.gradient_checkpointing=true: {type(model).__name__} does not support it")
     last = len(examples) % keys.batch_size or keys.batch_size
     batch = [examples[index] for index in range(min(last, 2))]
     try:

@@ -10,10 +10,12 @@ from typing import Any
 
 from flora.files import local_path
 from flora_lab.tasks.chats import Chats, conversation
+from flora_lab.tasks.data import Records
 from flora_lab.tasks.generation import IGNORED
 from flora_lab.tasks.pictures import opened
 
 IMAGE = "<image>"  # where a picture stands in a text
+FOLDER = "folder of the file"  # column
 OTHERS = re.compile(
     r"<\|?/?(?:im|img|image|picture|video|audio)[\w-]*\|?>", re.IGNORECASE
 )  # as other programs spell it
@@ -27,6 +29,18 @@ class Dialogues(Chats):
     image: str = field(default="image", metadata={"help": "column of the picture, or of a list of them"})
     answers: str = field(default="answers", metadata={"help": "column of people's answers, for task.evaluate=vqa"})
     max_length: int | None = field(default=None, metadata={"help": "tokens per example, at most", "least": 2})
+
+    def read(self) -> dict[str, Records]:
+        """The rows of files know the folder that their pictures' paths start from: that of their own file."""
+        splits = super().read()
+        for split, records in splits.items():
+            place = local_path(self.test_path if self.test_path and split != "train" else self.path)
+            if place and isinstance(records.dataset, list):
+                folder = str(place if place.is_dir() else place.parent)
+                records.dataset = [
+                    {**row, FOLDER: folder} if isinstance(row, Mapping) else row for row in records.dataset
+                ]
+        return splits
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,8 @@ def dialogue(row: Mapping[str, Any], keys: Dialogues, token: str) -> Dialogue:
     """
     given = row["messages"] if row.get("messages") is not None else row.get("conversations")
     if given is None:
-        raise ValueError(f"has the columns {', '.join(row)}; expected conversations or messages")
-    messages, cells = conversation(given), _cells(row.get(keys.image), _folder(keys))
+        raise ValueError(f"has the columns {', '.join(set(row) - {FOLDER})}; expected conversations or messages")
+    messages, cells = conversation(given), _cells(row.get(keys.image), Path(keys.images or row.get(FOLDER, "")))
     users = [message["content"] for message in messages if message["role"] == "user"]
     count, text = sum(one.count(IMAGE) for one in users), " ".join(message["content"] for message in messages)
     strange = [match[0] for match in OTHERS.finditer(text) if match[0] != IMAGE and count != len(cells)]
@@ -69,19 +83,12 @@ def dialogue(row: Mapping[str, Any], keys: Dialogues, token: str) -> Dialogue:
     return Dialogue([{**message, "content": _parts(message["content"])} for message in messages], cells)
 
 
-def _folder(keys: Dialogues) -> Path | None:
-    if keys.images:
-        return Path(keys.images)
-    place = local_path(keys.path)
-    return place if place is None or place.is_dir() else place.parent
-
-
-def _cells(value: Any, folder: Path | None) -> list[Any]:
+def _cells(value: Any, folder: Path) -> list[Any]:
     if value in (None, "", []):
         return []
     if isinstance(value, list):
         return [cell for one in value for cell in _cells(one, folder)]
-    return [{"path": str(folder / value if folder else value)}] if isinstance(value, str) else [value]
+    return [{"path": str(folder / value)}] if isinstance(value, str) else [value]
 
 
 def _parts(text: str) -> list[dict[str, str]]:
