@@ -14,7 +14,20 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 # the rooms of each package, every one after what it may import
 ROOMS = {
-    "flora": ["text", "keys", "fields", "tucker", "ranks", "files", "models", "layers", "tuner", "convert", "cli"],
+    "flora": [
+        "text",
+        "page",
+        "keys",
+        "fields",
+        "tucker",
+        "ranks",
+        "files",
+        "models",
+        "layers",
+        "tuner",
+        "convert",
+        "cli",
+    ],
     "flora/layers": ["weights", "batches", "core_space", "starts", "execution", "kinds", "sites"],
     "flora_lab": ["errors", "sources", "tasks", "methods", "settings", "starter", "analysis", "run", "cli"],
 }

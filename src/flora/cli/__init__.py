@@ -9,14 +9,14 @@ from __future__ import annotations
 import click
 
 from flora import __version__
-from flora.cli.conversions import compress, export, extract, import_, merge
+from flora.cli.conversions import compress, export, extract, import_, merge, show_
 from flora.cli.planning import plan
 from flora.keys import Commands
 
 SECTIONS = {
     "Plan, train and compare": ("init", "data", "plan", "train", "compare", "analyse"),
     "Use an adapter elsewhere": ("export", "merge", "import"),
-    "Change an adapter's size": ("compress", "extract"),
+    "Look into an adapter, and change its size": ("show", "compress", "extract"),
 }
 COMPLETION = """Completion by the tab key: eval "$(_FLORA_COMPLETE=bash_source flora)", with zsh_source or fish_source
 in other shells."""
@@ -30,5 +30,5 @@ def main() -> None:
     """Fine-tune frozen models with low-rank core adapters, for weights of any number of dimensions."""
 
 
-for command in (plan, export, merge, import_, compress, extract):
+for command in (plan, export, merge, import_, show_, compress, extract):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""`flora export`, `import`, `merge`, `extract` and `compress`: each calls a function of ``flora.convert``."""
+"""`flora export`, `import`, `merge`, `show`, `extract` and `compress`: each calls a function of ``flora.convert``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
+from flora.cli.planning import write_page
 from flora.keys import SLOW_PATTERN, Refused, time_limit
 
+SHOWN = 20  # weights in the table of `flora show`
 VERIFY_SECONDS = 3600.0  # far above what any model takes
 
 
@@ -200,6 +202,29 @@ def compress(adapter: str, out: str, verify: str | None, budget: str | None, **o
     """
     options["budget"] = parse_budget(budget)
     convert("compress", verify, (out, adapter, "flora"), adapter=adapter, out=out, **options)
+
+
+@click.command("show")
+@click.argument("adapter")
+@click.option("--all", "every", is_flag=True, help=f"List every weight, and not only the {SHOWN} that learned most.")
+@click.option("--html", metavar="FILE", help="Also draw it, on a page of its own in a new FILE.")
+def show_(adapter: str, every: bool, html: str | None) -> None:
+    """Show what an adapter has learned: norms, spectra, and the layers that matter.
+
+    ADAPTER is a FLoRA adapter or a PEFT LoRA, a folder or a name on the hub; or a LoCon file. The share is a weight's
+    part of the squared norm of all updates; a rank is in use if it is needed for 99 % of the weight's.
+    """
+    from flora.models import quiet
+
+    quiet()
+    from flora.convert import show
+
+    try:
+        shown = show(adapter)
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+    written = html and write_page(html, shown.html())
+    click.echo("\n".join(filter(None, [shown.lines(None if every else SHOWN), written])))
 
 
 def parse_budget(budget: str | None) -> int | float | None:

@@ -34,7 +34,8 @@ def plan_keys() -> Iterator[tuple[str, str]]:
 @click.command(cls=KeyedCommand, keys=plan_keys)
 @click.argument("model")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-def plan(model: str, overrides: tuple[str, ...]) -> None:
+@click.option("--html", metavar="FILE", help="Also draw the plan, on a page of its own in a new FILE.")
+def plan(model: str, overrides: tuple[str, ...], html: str | None) -> None:
     """List the weights that an adapter would train.
 
     The table has their shapes, ranks and numbers of parameters. MODEL is a transformers or diffusers model: a folder
@@ -64,7 +65,37 @@ def plan(model: str, overrides: tuple[str, ...]) -> None:
             made = flora.plan(base, config)
     except (TypeError, ValueError) as error:
         raise Refused(" ".join(str(error).split())) from error
-    click.echo(str(made))
+    written = html and write_page(html, drawn(model, made))
+    click.echo("\n".join(filter(None, [str(made), written])))
+
+
+def drawn(model: str, made: Any) -> str:
+    """The page of a ``Plan``."""
+    from flora.page import Row, page
+    from flora.text import sizes
+
+    rows = [
+        Row(
+            one.name,
+            one.layer_type,
+            (sizes(one.shape), sizes(one.ranks), f"{one.parameters:,}"),
+            one.parameters / made.total,
+        )
+        for one in made.rows
+    ]
+    return page(f"{model}: the plan", made.summary, ("shape", "ranks", "parameters"), "share of the budget", rows)
+
+
+def write_page(path: str, text: str) -> str:
+    """Write a page to a new file; the line that says so. Raises Refused if it exists."""
+    from flora.files import new_file
+
+    try:
+        with new_file(path) as file:
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Refused(str(error)) from error
+    return f"{path}: open it in a browser"
 
 
 def plan_flags() -> Iterator[str]:

@@ -8,9 +8,10 @@ from flora.convert.lora import export_lora
 from flora.convert.lora_import import import_lora
 from flora.convert.merging import merge
 from flora.convert.official import import_official
+from flora.convert.picture import show
 from flora.convert.verification import verify
 
 __all__ = [
     "compress", "export_diffusers", "export_locon", "export_lora", "extract", "import_locon", "import_lora",
-    "import_official", "merge", "verify",
+    "import_official", "merge", "show", "verify",
 ]  # fmt: skip

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from flora import tucker
 from flora.convert.adapter import Adapter, Update, finite, progress_bar, summary, write_adapter
 from flora.convert.diffusers import component_of, down_up, name_in, sources_of
-from flora.convert.products import beside_obstacle, cut_ranks, from_product, product, refuse
+from flora.convert.products import beside_obstacle, cut_ranks, from_product, keys_by_layer, product, refuse
 from flora.convert.readers import LOCON_PREFIX, readers_of_locon
 from flora.convert.sgm import sgm_names
 from flora.files import new_file, new_folder, open_tensors, save_tensors, user_path
@@ -188,17 +188,14 @@ def import_locon(
     path, updates = user_path(file), []
     model = base if isinstance(base, nn.Module) else empty_model(str(base))
     with open_tensors(path) as source:
-        layers: dict[str, dict[str, str]] = {}  # name -> end -> key
-        for key in source.keys():
-            name, _, end = key.partition(".")
-            layers.setdefault(name, {})[end] = key
+        layers = keys_by_layer(source.keys())
         prefix = prefix or _only_prefix(path, layers)
         modules = _modules_by_name(model, prefix)
         names = [name for name in layers if name.startswith(f"{prefix}_")]
         if not names:
             raise ValueError(f"{path}: no key begins with '{prefix}_' (the first: {next(iter(layers), None)!r})")
         for name in progress_bar(names, len(names), "import", progress):
-            _check_ends(path, name, layers[name])
+            check_ends(path, name, layers[name])
             tensors = {end: source.get_tensor(key) for end, key in layers[name].items()}
             try:
                 updates.append(_update(model, modules.get(name, []), tensors))
@@ -234,7 +231,8 @@ def _modules_by_name(base: nn.Module, prefix: str) -> dict[str, list[str]]:
     return modules
 
 
-def _check_ends(path: Path, name: str, keys: dict[str, str]) -> None:
+def check_ends(path: Path, name: str, keys: dict[str, str]) -> None:
+    """Raise ValueError unless a layer's keys, by their ends, are those of a LoCon."""
     for end, key in keys.items():
         if end not in (UP, MID, DOWN, ALPHA):
             raise ValueError(f"{path}: {key!r} is not a LoCon's; {UP}, {MID}, {DOWN} and {ALPHA} are known")
@@ -267,7 +265,7 @@ def _update(base: nn.Module, modules: Sequence[str], tensors: dict[str, Tensor])
         core, factors = cut_ranks(mid[0], [up, down.mT, *identities])
     else:
         core, factors = from_product(up, down)
-    return Update(site, core, tuple(factors), _scale(tensors.get(ALPHA), down.shape[0]))
+    return Update(site, core, tuple(factors), scale_of(tensors.get(ALPHA), down.shape[0]))
 
 
 def _sizes(tensors: dict[str, Tensor], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -288,7 +286,8 @@ def _trimmed(shape: Sequence[int]) -> list[int]:
     return sizes
 
 
-def _scale(alpha: Tensor | None, rank: int) -> float:
+def scale_of(alpha: Tensor | None, rank: int) -> float:
+    """alpha / rank; without alpha, 1."""
     if alpha is None:
         return 1.0
     if alpha.numel() != 1 or not math.isfinite(alpha):

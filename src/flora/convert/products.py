@@ -11,7 +11,7 @@ Letters: q the rank of a product, e the number of matrices in a stack.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -102,6 +102,15 @@ def from_stack(a: Tensor, b: Tensor, rank: int, is_transposed: bool) -> tuple[Te
         spaces.append((core, [expert, *(matrix.double() for matrix in matrices)]))
     core, factors = tucker.block_sum(spaces, [1.0] * experts)
     return core.to(a.dtype), [factor.to(a.dtype) for factor in factors]
+
+
+def keys_by_layer(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """A LoCon file's keys by their layer, the part before the first dot, and by their end, the part after it."""
+    layers: dict[str, dict[str, str]] = {}
+    for key in keys:
+        name, _, end = key.partition(".")
+        layers.setdefault(name, {})[end] = key
+    return layers
 
 
 # ------------------------------------------------------------------------------------------------- updates without form

@@ -98,17 +98,21 @@ class Plan:
         """The weights of one module."""
         return [row for row in self.rows if row.module == module]
 
+    @property
+    def summary(self) -> str:
+        """One line: numbers of weights and of trainable parameters, and their share of the model's."""
+        return (
+            f"{len(self.rows)} weights, {self.total:,} trainable parameters, "
+            f"{100 * self.share:.3g} % of the model's {self.base_parameters:,}"
+        )
+
     def __str__(self) -> str:
         head = ("weight", "kind", "shape", "ranks", "parameters", "execution")
         rows = [
             (r.name, r.layer_type, sizes(r.shape), sizes(r.ranks), f"{r.parameters:,}", r.execution) for r in self.rows
         ]
-        total = (
-            f"{len(self.rows)} weights, {self.total:,} trainable parameters, "
-            f"{100 * self.share:.3g} % of the model's {self.base_parameters:,}"
-        )
         left_out = [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
-        return "\n".join([table(head, rows, right=["parameters"]), "", *left_out, total])
+        return "\n".join([table(head, rows, right=["parameters"]), "", *left_out, self.summary])
 
 
 def plan(model: nn.Module, config: FloraConfig) -> Plan:
