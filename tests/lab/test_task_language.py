@@ -462,3 +462,18 @@ def test_word_problems_are_right_and_always_the_same(steps):
             number += change if word == "gets" else -change
             assert 0 <= number < 20
         assert ANSWERS["number"](row["completion"]) == number
+
+
+def test_a_job_on_a_base_in_four_bits(tmp_path):
+    model = tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=64)
+    file = lines(tmp_path / "rows.jsonl", [{"prompt": "say a:", "completion": "aaaa"}] * 12)
+    keys = f"name: {model}, load_in_4bit: true"
+    config = f"task: {{name: language, model: {{{keys}}}, data: {{path: {file}}}}}\nbudget: 2000\n"
+    (tmp_path / "job.yaml").write_text(config + "methods: {full: {}, lora: {}, flora: {}}\n")
+    short = ["training.epochs=1", "training.batch_size=4", f"output={tmp_path / 'run'}"]
+    result = CliRunner().invoke(main, ["train", str(tmp_path / "job.yaml"), *short])
+    assert result.exit_code == 0, result.output
+    assert "full is left out: the model's weights are quantized" in result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [row["way"] for row in rows] == ["lora", "flora"]
+    assert all(row["loaded_difference"] < 0.2 for row in rows)  # logits of 5; bitsandbytes has a kernel for evaluation
