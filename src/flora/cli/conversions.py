@@ -204,7 +204,7 @@ def compress(adapter: str, out: str, verify: str | None, budget: str | None, **o
     convert("compress", verify, (out, adapter, "flora"), adapter=adapter, out=out, **options)
 
 
-@click.command("show")
+@click.command("show", short_help="Show what an adapter has learned.")
 @click.argument("adapter")
 @click.option("--all", "every", is_flag=True, help=f"List every weight, and not only the {SHOWN} that learned most.")
 @click.option("--html", metavar="FILE", help="Also draw it, on a page of its own in a new FILE.")
