@@ -30,6 +30,7 @@ lint: install
 
 results: install
 	$(BIN)/flora analyse docs/results/*.jsonl --out docs/results --into docs/results.md
+	$(BIN)/flora analyse docs/results/diffusion/*.jsonl --out docs/results/diffusion --into docs/results.md
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -12,9 +12,9 @@ from flora_lab.analysis.drawing import Picture, canvas
 from flora_lab.analysis.results import Result, at_main_budget
 from flora_lab.analysis.style import INK
 
-ACROSS = 8  # pictures at most
-SIDE = 0.78  # inches
-LEFT, ABOVE = 2.2, 0.4  # room for names, in sides
+ACROSS = 12  # pictures at most
+SIDE = 0.6  # inches
+LEFT, ABOVE = 2.6, 0.5  # room for names, in sides
 
 
 def grid(results: Sequence[Result]) -> Picture | None:
