@@ -187,8 +187,8 @@ def data(what: tuple[str, ...]) -> None:
 def init(task: str, file: str | None) -> None:
     """Write one complete YAML for a job of TASK on your own data, each key explained.
 
-    TASK is image_classification, glue, semantic_segmentation, instance_segmentation, text_to_image, language or
-    visual_instruction. FILE, by default TASK.yaml, must not exist.
+    TASK is image_classification, glue, semantic_segmentation, instance_segmentation, text_to_image, language,
+    visual_instruction or oriented_detection. FILE, by default TASK.yaml, must not exist.
     """
     with job_errors():
         from flora.files import new_file

@@ -97,6 +97,7 @@ SOURCES = {
     "nuclei": Source(
         "nuclei", "2018 Data Science Bowl, stage 1 (BBBC038 of the Broad Bioimage Benchmark Collection), as COCO's JSON"
     ),
+    "dota": Source("dota", "DOTA's pictures P0706 and P1888 (captain-whu.github.io/DOTA), in images/ and labelTxt/"),
 }
 
 

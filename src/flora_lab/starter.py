@@ -51,6 +51,10 @@ TASK_KEYS: dict[str, dict[str, Any]] = {
         "data": {"path": "talks"},
         "trained": ["multi_modal_projector"],
     },
+    "oriented_detection": {
+        "backbone": {"name": "timm/convnextv2_tiny"},
+        "data": {"path": "aerial", "tile": 512, "overlap": 100, "augment": True},
+    },
 }
 LAYOUTS = {
     "image_classification": "photos/CLASS/NAME.jpg, or photos/SPLIT/CLASS/NAME.jpg with train, validation and test",
@@ -60,6 +64,7 @@ LAYOUTS = {
     "text_to_image": "pictures/NAME.jpg, each with its caption in pictures/NAME.txt",
     "language": "chats/train.jsonl, a line each: messages, or prompt and completion, or text; test.jsonl likewise",
     "visual_instruction": "talks/train.json in LLaVA's form, and the pictures in talks",
+    "oriented_detection": "aerial/train and aerial/val, each with images/NAME.png and labelTxt/NAME.txt as DOTA's",
 }
 METHODS = """\
 # The variants to train, each under a name of yours. `method` is the method if the name is none, `options` the fields of

@@ -17,6 +17,7 @@ import pytest
 import test_task_glue
 import test_task_instance
 import test_task_language
+import test_task_oriented
 import test_task_semantic
 import test_task_text_to_image
 import test_task_visual
@@ -65,6 +66,9 @@ def tiny(path, folder):
     if path.stem == "cifar-efficientnet":
         keys = [key for key in tiny_images(folder) if not key.startswith(("task.model.config", "budget"))]
         return [*keys, "task.data.size=32"]
+    if path.stem == "dota-two":
+        keys = [key for key in test_task_oriented.tiny_data(folder) if not key.startswith("task.backbone.config")]
+        return [*keys, "task.backbone.config.backbone=test_efficientnet", "budget=5000"]
     if path.stem == "ade20k-internvit":
         vit = ", ".join(f"{key}: {value}" for key, value in {"model_type": "internvl_vision", **VIT}.items())
         keys = [key for key in test_task_semantic.tiny_data(folder) if not key.startswith("task.backbone.config")]
@@ -81,6 +85,7 @@ def tiny(path, folder):
         "image_classification": tiny_images,
         "semantic_segmentation": test_task_semantic.tiny_data,
         "instance_segmentation": test_task_instance.tiny_data,
+        "oriented_detection": test_task_oriented.tiny_data,
     }[task["name"]](folder)
 
 
@@ -125,7 +130,10 @@ def finished(tmp_path_factory):
 LEFT_OUT = {"cifar-shift": {"houlsby", "pfeiffer"}}  # it asks for adapters of transformer blocks in a ResNet
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+NEEDS = {"dota": test_task_oriented.needs_package, "dota-two": test_task_oriented.needs_package}
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=NEEDS.get(path.stem, ())) for path in CONFIGS])
 def test_every_config_is_set_up_and_runs_two_steps(path, tmp_path):
     overrides = [*tiny(path, tmp_path), *SHORT, *places(tmp_path), "comparison.seeds=[0]", "comparison.rates=[1]"]
     config = load_config(path, overrides)

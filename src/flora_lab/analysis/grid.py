@@ -1,4 +1,4 @@
-"""A figure of generated pictures: prompts across, methods down. No torch."""
+"""A figure of pictures, prompts across, methods down: generated ones, or given ones with what was found. No torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ def grid(results: Sequence[Result]) -> Picture | None:
     if not kept:
         return None
     samples = kept[0].rows[0]["samples"]
-    lines = [("base model", samples["base"])]
+    given = samples.get("reference")  # what the first line shows, if not the base model's pictures
+    lines = [(given or "base model", samples["base"])]
     lines += [(result.label, result.rows[0]["samples"]["images"]) for result in kept]
     columns = _columns(samples["prompts"])
-    chart, axes = canvas(width=SIDE * (LEFT + len(columns)), height=SIDE * (ABOVE + len(lines)))
+    side = 2 * SIDE if given else SIDE
+    chart, axes = canvas(width=side * (LEFT + len(columns)), height=side * (ABOVE + len(lines)))
     for row, (label, images) in enumerate(lines):
         for place, column in enumerate(columns):
             if column < len(images):
@@ -44,7 +46,8 @@ def grid(results: Sequence[Result]) -> Picture | None:
     axes.set(xlim=(-LEFT, len(columns)), ylim=(len(lines), -ABOVE), aspect="equal")
     axes.set_axis_off()
     chart.suppressComposite = True  # in SVG each picture keeps its own pixels
-    caption = f"The same prompts and starting noise for all; {at}, at the best learning rate of the first seed."
+    same = "pictures" if given else "prompts and starting noise"
+    caption = f"The same {same} for all; {at}, at the best learning rate of the first seed."
     return Picture(results[0].job, "pictures", "Pictures", caption, chart, colours=None)
 
 

@@ -9,6 +9,7 @@ from flora_lab.tasks.glue import Glue
 from flora_lab.tasks.image_classification import ImageClassification
 from flora_lab.tasks.instance_segmentation import InstanceSegmentation
 from flora_lab.tasks.language import Language
+from flora_lab.tasks.oriented_detection import OrientedDetection
 from flora_lab.tasks.semantic_segmentation import SemanticSegmentation
 from flora_lab.tasks.text_to_image import TextToImage
 from flora_lab.tasks.visual_instruction import VisualInstruction
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
     "text_to_image": TextToImage,
     "language": Language,
     "visual_instruction": VisualInstruction,
+    "oriented_detection": OrientedDetection,
 }
 
 __all__ = ["TASKS", "Examples", "Task"]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TIMM = "timm/"
+AFTER_MAPS = ("conv_head", "bn2")  # what an EfficientNet has between its last map and its classifier
 
 
 def load_backbone(keys: Pretrained) -> nn.Module:
@@ -48,7 +49,7 @@ def load_backbone(keys: Pretrained) -> nn.Module:
     except Exception as error:  # a model's own code may raise anything
         raise ValueError(f"{keys.name or keys.config['model_type']}: {brief(error)}") from error
     if keys.weights:
-        load_weights(model, keys.weights, HEADS)
+        load_weights(model, keys.weights, (*HEADS, *AFTER_MAPS))
     return model
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPLITS = {  # and what sources call them
     "train": ("train", "training"),
@@ -135,3 +138,21 @@ def _order(count: int, seed: int) -> list[int]:
     import torch
 
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------- batching
+
+
+def padded(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Tensors padded with 0 to the largest, so that Trainer can move, split and gather them like any batch."""
+    import torch
+
+    return {key: _stacked([torch.as_tensor(example[key]) for example in examples]) for key in examples[0]}
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    shape = [max(sides) for sides in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    batch = tensors[0].new_zeros(len(tensors), *shape)
+    for row, tensor in zip(batch, tensors, strict=True):
+        row[tuple(slice(side) for side in tensor.shape)] = tensor
+    return batch

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flora_lab.tasks import coco
 from flora_lab.tasks.backbone import load_backbone, map_layers
 from flora_lab.tasks.base import Task
-from flora_lab.tasks.data import Records, check_each, three
-from flora_lab.tasks.pictures import Pictures, open_image
+from flora_lab.tasks.data import Records, check_each, padded, three
+from flora_lab.tasks.pictures import Pictures, of_files, open_image
 from flora_lab.tasks.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ class InstanceSegmentation(Task):
 
     def splits(self, seed: int) -> dict[str, CocoExamples]:
         images = self.source.images
-        own = {split: _split(images, places) for split, places in self.source.splits.items()}
+        own = {
+            split: of_files([images[place].file for place in places], [images[place].name for place in places], places)
+            for split, places in self.source.splits.items()
+        }
         splits = three(own, self.data, seed, self.data.path)
         used = {name: [images[place] for place in records.dataset["place"][:]] for name, records in splits.items()}
         coco.need_objects(self.source, used)
@@ -113,9 +116,7 @@ class InstanceSegmentation(Task):
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Tensors padded with 0 to the largest, so that Trainer can move, split and gather them like any batch."""
-        import torch
-
-        return {key: _stacked([torch.as_tensor(example[key]) for example in examples]) for key in examples[0]}
+        return padded(examples)
 
     def outputs(self, model: nn.Module, examples: Sequence[dict[str, Any]]) -> Tensor:
         """The first stage's logits: the detections do not depend smoothly on the weights."""
@@ -172,20 +173,3 @@ class CocoExamples:
                 boxes[:, [0, 2]] = image.width - boxes[:, [2, 0]]
             example |= {"boxes": boxes, "classes": classes, "masks": masks}
         return example
-
-
-def _split(images: list[coco.AnnotatedImage], places: range) -> Records:
-    import datasets
-
-    features = datasets.Features({"image": datasets.Image(decode=False), "place": datasets.Value("int64")})
-    columns = {"image": [images[place].file for place in places], "place": list(places)}
-    names = [images[place].name for place in places]
-    return Records(datasets.Dataset.from_dict(columns, features=features), names.__getitem__)
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    shape = [max(sides) for sides in zip(*(tensor.shape for tensor in tensors), strict=True)]
-    batch = tensors[0].new_zeros(len(tensors), *shape)
-    for row, tensor in zip(batch, tensors, strict=True):
-        row[tuple(slice(side) for side in tensor.shape)] = tensor
-    return batch

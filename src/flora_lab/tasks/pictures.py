@@ -6,7 +6,7 @@ import glob
 import io
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,15 @@ def _digits() -> dict[str, Records]:
     rows = datasets.Dataset.from_dict({"image": pictures, "label": digits.target.tolist()}, features=features)
     rows = rows.cast_column("image", datasets.Image(decode=False))
     return {"train": Records(rows, lambda index: f"{DIGITS}, row {index}")}
+
+
+def of_files(files: Sequence[str], names: Sequence[str], places: Sequence[int]) -> Records:
+    """Records of picture files, with the column "place" for what else belongs to them."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(decode=False), "place": datasets.Value("int64")})
+    columns = {"image": list(files), "place": list(places)}
+    return Records(datasets.Dataset.from_dict(columns, features=features), names.__getitem__)
 
 
 def _namer(path: str, split: str) -> Callable[[int], str]:

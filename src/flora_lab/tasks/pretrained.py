@@ -108,7 +108,9 @@ def redraw(model: nn.Module, head: tuple[str, ...]) -> None:
 def load_weights(model: nn.Module, file: str, head: tuple[str, ...]) -> None:
     """Load every weight of ``file`` except the head's, which has other classes. Names are the model's, or timm's for
     a model of timm. Raises ValueError if names or shapes differ from the model's."""
-    model = getattr(model, "timm_model", model)
+    model = (
+        getattr(model, "timm_model", None) or getattr(model, "_backbone", None) or model
+    )  # transformers' two wrappers
     own = model.state_dict()
     below = tuple(f"{name}." for name in head)
     with open_tensors(file) as tensors:
