@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_lab.analysis import tables
+from flora_lab.analysis import analyse, tables
 from flora_lab.analysis.results import summarise
 from flora_lab.analysis.rows import read
 
@@ -25,3 +25,16 @@ def test_the_tables_are_those_of_the_rows(file):
     if file.parent.name == "diffusion":
         assert tables.further(results).markdown() in page
     assert all(len(result.rows) == len({row["seed"] for row in result.rows}) for result in results)
+
+
+def test_made_anew_the_tables_stay_as_they_are(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text((DOCS / "results.md").read_text(encoding="utf-8"), encoding="utf-8")
+    files = [file for file in FILES if file.parent.name == "diffusion"]
+    analyse(files, tmp_path, page)
+    assert page.read_text(encoding="utf-8") == (DOCS / "results.md").read_text(encoding="utf-8")
+    lost = page.read_text(encoding="utf-8").replace(" 0.1358 |", " 9.9999 |")
+    assert "9.9999" in lost
+    page.write_text(lost, encoding="utf-8")
+    analyse(files, tmp_path, page)
+    assert "9.9999" not in page.read_text(encoding="utf-8")

@@ -18,9 +18,10 @@ def analyse(
     """Write report.html, table.md and every figure as PNG into the folder ``out``. Returns the page's path.
 
     ``paths``: results.jsonl files, or folders that have some. ``into``: a Markdown file in which each job's table is
-    replaced, below the line "<!-- JOB -->"; then there is no table.md. ``peft``: a folder of results of PEFT's method
-    comparison, which stand beside the rows in peft.md. Raises ValueError, naming file and line, for a line that is not
-    a valid row, and for a job without its line in ``into``.
+    replaced, below the line "<!-- JOB -->", and below "<!-- JOB, further -->" that of its further numbers; then there
+    is no table.md. ``peft``: a folder of results of PEFT's method comparison, which stand beside the rows in peft.md.
+    Raises ValueError, naming file and line, for a line that is not a valid row, and for a job without its line in
+    ``into``.
     """
     rows, out = read(Path(path).expanduser() for path in paths), Path(out).expanduser()
     results = summarise(rows)
@@ -57,9 +58,11 @@ def _further(results: Sequence[Result]) -> str:
 def _replace_tables(file: Path, jobs: dict[str, list[Result]]) -> None:
     content = file.read_text(encoding="utf-8")
     for job, results in jobs.items():
-        mark, table = f"<!-- {job} -->\n", tables.comparison(results).markdown()
-        if mark not in content:
-            raise ValueError(f"{file}: there is no line {mark.strip()!r} to put the table of {job} below")
-        content = re.sub(rf"{re.escape(mark)}(\|.*\n)*", lambda _, new=f"{mark}{table}\n": new, content)
+        if f"<!-- {job} -->\n" not in content:
+            raise ValueError(f"{file}: there is no line '<!-- {job} -->' to put the table of {job} below")
+        for name, table in ((job, tables.comparison(results)), (f"{job}, further", tables.further(results))):
+            mark = f"<!-- {name} -->\n"
+            new = f"{mark}{table.markdown()}\n" if table else mark
+            content = re.sub(rf"{re.escape(mark)}(\|.*\n)*", lambda _, new=new: new, content)
     with replace_file(file) as new:
         new.write_text(content, encoding="utf-8")
