@@ -28,7 +28,7 @@ ROOMS = {
         "convert",
         "cli",
     ],
-    "flora/layers": ["weights", "batches", "core_space", "starts", "execution", "kinds", "sites"],
+    "flora/layers": ["versions", "weights", "batches", "core_space", "starts", "execution", "kinds", "sites"],
     "flora_lab": ["errors", "sources", "tasks", "methods", "settings", "starter", "analysis", "run", "cli"],
 }
 EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",

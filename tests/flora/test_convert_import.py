@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from test_convert import CLOSE, edit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -68,6 +68,27 @@ def lora_of(folder: Path, dtype=torch.float64, is_transposed: bool = False, **op
                 parameter += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(str(folder))
         return base, model.eval()(IDS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eva_which_moves_ranks_between_layers(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
+    eva = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+    model = get_peft_model(copy.deepcopy(base), eva)
+    x = torch.randn(32, 1) + 0.01 * torch.randn(32, 8)  # in one direction, so the first layer needs one rank only
+    batches = [{"input": part} for part in x.split(8)]
+    as_they_are = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
+    initialize_lora_eva_weights(model, batches, lambda model, batch: model(batch["input"]), **as_they_are)
+    assert torch.equal(model(x), base(x)) and model.peft_config["default"].rank_pattern
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / "lora")
+        import_lora(tmp_path / "lora", tmp_path / "flora")
+        ours = PeftModel.from_pretrained(base, tmp_path / "flora")
+        torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def outputs(base, folder: Path):

@@ -192,6 +192,35 @@ def test_mixed_model_beside_lora():
     assert not layers(merged)
 
 
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*lready .*merged:UserWarning")
+@pytest.mark.parametrize("names", [["flora"], ["lora", "flora"], ["flora", "lora"]], ids="-".join)
+def test_a_layer_with_two_names_keeps_both_in_a_mixed_model(names):
+    options = {"r": 2, "target_modules": ["first"]}
+    configs = {"flora": FloraConfig(**options, init_weights=False)}
+    configs["lora"] = LoraConfig(**options, init_lora_weights=False)
+    model = get_peft_model(Twice(), configs[names[0]], f"our_{names[0]}", mixed=True)
+    for name in names[1:]:
+        model.add_adapter(f"our_{name}", configs[name])
+    model.set_adapter([f"our_{name}" for name in names])
+    base, x = model.base_model.model, torch.randn(3, 4)
+    assert base.first is base.second
+    before = model(x)
+    merged = model.merge_and_unload()
+    assert type(merged.first) is nn.Linear and merged.first is merged.second
+    torch.testing.assert_close(merged(x), before)
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # older have no other
 @pytest.mark.parametrize("execution", ["factored", "merged"])
 def test_autocast_and_checkpointing_give_the_same_gradients(execution):

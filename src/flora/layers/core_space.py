@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flora import ranks as rank_rules
 from flora import tucker
 from flora.layers.weights.parameters import is_bare
-from flora.layers.weights.sharded import is_distributed
+from flora.layers.weights.sharded import is_distributed, make_equal
 
 
 class CoreSpace(nn.Module):
@@ -230,10 +230,13 @@ def is_finite(core: Tensor, factors: Sequence[Tensor]) -> bool:
         return bool(torch.isfinite(tucker.reconstruct(core, factors)).all())
 
 
-def drop_ranks(factors: Sequence[Tensor], mode: int, p: float) -> list[Tensor]:
+def drop_ranks(factors: Sequence[Tensor], mode: int, p: float, weight: Tensor) -> list[Tensor]:
     """The factors with each rank of one mode dropped with probability ``p``, the others scaled up to make up for it.
 
     It stands for dropout of the input, which an update that acts as a weight, or that looks up rows, does not have.
+    Processes that each keep a part of ``weight`` drop the same ranks.
     """
     keep = F.dropout(factors[mode].new_ones(factors[mode].shape[1]), p)
+    if is_distributed(weight):
+        make_equal(keep, weight)
     return [factor * keep if n == mode else factor for n, factor in enumerate(factors)]

@@ -18,6 +18,7 @@ from flora.layers.core_space import CoreSpace
 from flora.layers.execution import beside
 from flora.layers.weights import storage
 from flora.layers.weights.parameters import parameter_of, shape_of
+from flora.layers.weights.sharded import is_distributed
 from flora.layers.weights.storage import logical_shape, storage_of
 
 MAX_MODES = 6
@@ -247,6 +248,11 @@ def describe(layer: nn.Module, weight: str) -> tuple[Kind, tuple[int, ...]]:
         raise ValueError(f"{weight!r} is not a parameter of {type(layer).__name__} (computed by a parametrization?)")
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(f"{weight!r} has no shape yet; run the lazy {type(layer).__name__} once first")
+    if getattr(layer, "_hf_tp_plan", None) and not is_distributed(parameter):
+        raise ValueError(
+            f"{weight!r} of shape {list(parameter.shape)} is one process's part, as tensor parallelism of transformers "
+            "before 5.17 keeps it; a later transformers is needed"
+        )
     shape = shape_of(parameter)
     if not parameter.dtype.is_floating_point:
         raise ValueError(f"{weight!r} has dtype {parameter.dtype}; a floating-point weight is needed")

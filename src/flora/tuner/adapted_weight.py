@@ -236,11 +236,11 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
             core, factors = space()
         return (core if scaling == 1 else core * scaling), factors
 
-    def _dropped(self, adapter: str) -> tuple[Tensor, Sequence[Tensor]]:
-        """Scaled core and factors, in training with ranks dropped out."""
+    def _dropped(self, adapter: str, weight: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Scaled core and factors, in training with ranks dropped out; as suits the weight that they are added to."""
         core, factors = self._scaled(adapter)
         p = self._dropout(adapter)
-        return core, drop_ranks(factors, kinds.input_mode(self.roles), p) if p > 0 else factors
+        return core, drop_ranks(factors, kinds.input_mode(self.roles), p, weight) if p > 0 else factors
 
     def _weight_with(self, adapters: Sequence[str]) -> Tensor:
         weight = self.frozen_weight if adapters and self.is_quantized else self.base_parameter
@@ -249,12 +249,12 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     def _add_updates(self, weight: Tensor, adapters: Sequence[str]) -> Tensor:
         if is_distributed(weight):
             return weight + self._updates_like(weight, adapters)
-        return add_updates(weight, [self._dropped(adapter) for adapter in adapters])
+        return add_updates(weight, [self._dropped(adapter, weight) for adapter in adapters])
 
     def _updates_like(self, weight: Tensor, adapters: Sequence[str]) -> Tensor:
         """The sum of the updates in the weight's type, distributed as the weight is."""
         zeros = torch.zeros(self.weight_shape, dtype=weight.dtype, device=weight.device)
-        return part_like(add_updates(zeros, [self._dropped(adapter) for adapter in adapters]), weight)
+        return part_like(add_updates(zeros, [self._dropped(adapter, weight) for adapter in adapters]), weight)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""

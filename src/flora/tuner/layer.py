@@ -217,7 +217,7 @@ class FloraLayer(MergeableWeight):
         weight, execution = self.base_parameter, self.tucker_execution[adapters[0]]
         stack = self.kind is RAW and execution != "merged"
         if stack and len(adapters) == 1 and can_fuse() and is_plain(weight):
-            return StandIn.of(weight, *self._dropped(adapters[0]), execution)
+            return StandIn.of(weight, *self._dropped(adapters[0], weight), execution)
         return self._weight_with(adapters)
 
     def _add_beside(self, result: Tensor, adapter: str, args: tuple, kwargs: dict) -> Tensor:
@@ -228,7 +228,7 @@ class FloraLayer(MergeableWeight):
             x = x.to(core.dtype) if getattr(self, "cast_input_dtype_enabled", True) else x
             x = F.dropout(x, self._dropout(adapter))
         else:
-            core, factors = self._dropped(adapter)
+            core, factors = self._dropped(adapter, self.base_parameter)
         factored = cast(Callable[..., Tensor], self.kind.factored)  # `factorable` says so
         update = factored(self.get_base_layer(), core, factors, x, *others, **kwargs)
         return (result + update).to(result.dtype)

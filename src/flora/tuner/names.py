@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from flora.layers.versions import torch_since
 from flora.tuner.peft_compat import AuxiliaryTrainingWrapper
 
 _NAMES: ContextVar[dict[nn.Module, Sequence[str]] | None] = ContextVar("flora_adapter_names", default=None)
 _lock = Lock()
 # older compilers can't read a context variable
-COMPILERS_READ = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+COMPILERS_READ = torch_since(2, 15)
 
 
 def names_for(module: nn.Module) -> Sequence[str] | None:

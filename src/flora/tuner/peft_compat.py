@@ -7,6 +7,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Union, cast
@@ -162,6 +163,10 @@ def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> Non
     class MixedFloraModel(theirs):  # type: ignore[misc,valid-type]
         """A MixedModel that hands FLORA's adapters to ``FloraModel``."""
 
+        def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+            with _all_names_kept(self.model):
+                return super()._unload_and_optionally_merge(*args, **kwargs)
+
     def dispatch(method: str) -> None:
         def by_config(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
             tuner = model_cls if isinstance(config, config_cls) else theirs
@@ -175,7 +180,8 @@ def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> Non
 
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not isinstance(self.peft_config[adapter_name], config_cls):
-            return inject(self, model, adapter_name, *args, **kwargs)
+            with _all_names_kept(self.model):
+                return inject(self, model, adapter_name, *args, **kwargs)
         if type(self) is theirs:
             self.__class__ = MixedFloraModel
         # PeftMixedModel.add_adapter passes itself, which would put "base_model.model." before every layer's name
@@ -183,3 +189,17 @@ def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> Non
             return inject(self, self.model, adapter_name, *args, **kwargs)
 
     theirs.inject_adapter = inject_adapter
+
+
+@contextmanager
+def _all_names_kept(model: Any) -> Iterator[None]:
+    """A layer that the model has under several names keeps them all: PEFT replaces it under the first one only."""
+    names: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BaseTunerLayer) and name.rpartition(".")[2] != "base_layer":
+            names.setdefault(module, []).append(name)
+    yield
+    for first, *others in names.values():
+        for other in others:
+            parent, _, leaf = other.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, model.get_submodule(first))

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SUMS_IN_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # bmm(…, out_dtype=), on CUDA only
+from flora.layers.versions import torch_since
+
+SUMS_IN_FLOAT32 = torch_since(2, 8)  # bmm(…, out_dtype=), on CUDA only
 
 
 def split(tensors: Iterable[Any], sizes: Iterable[int]) -> list[list[Any]]:

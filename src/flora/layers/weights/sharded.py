@@ -90,6 +90,12 @@ def gathered(tensors: Iterable[Any], write: bool = False) -> Iterator[None]:
         yield
 
 
+def make_equal(tensor: Tensor, weight: Any) -> None:
+    """Give all processes that keep parts of a distributed weight the first one's numbers, in place."""
+    for group in weight.device_mesh.get_all_groups():
+        torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(group, 0), group)
+
+
 @torch.no_grad()
 def overwrite(weight: Any, value: Any) -> None:
     """Put the numbers of ``value``, whole or distributed as the weight is, into the weight."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flora.layers.weights.sharded import first_alone_loads, has_fsdp, has_master_copy, is_distributed
+from flora.layers.weights.sharded import first_alone_loads, has_fsdp, has_master_copy, is_distributed, is_flat
 from flora.tuner.data_start.activations import from_activations
 from flora.tuner.data_start.gradient import from_gradient
 from flora.tuner.data_start.reduction import distributed, fill, together
@@ -91,10 +91,11 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
             raise ValueError(
                 f"layer {layer.name!r} is tensor parallel: init='gradient' can start it, got init='activations'"
             )
-        if tuple(space.core.shape) != space.ranks or not isinstance(space.core, nn.Parameter):
+        whole = not is_flat(layer.base_parameter, layer.weight_shape)
+        if not whole or tuple(space.core.shape) != space.ranks or not isinstance(space.core, nn.Parameter):
             raise ValueError(
-                f"layer {layer.name!r}: its core is not whole, since the model is sharded (FSDP1, ZeRO-3); initialize "
-                "before the model is wrapped"
+                f"layer {layer.name!r}: its {'core' if whole else 'weight'} is not whole, since the model is sharded "
+                "(FSDP1, ZeRO-3); initialize before the model is wrapped, and load it without zero.Init"
             )
         if layer.base_parameter.is_meta:
             raise ValueError(f"layer {layer.name!r} has no numbers in memory (offloaded?): a data start needs them")
