@@ -79,7 +79,7 @@ def test_eva_which_moves_ranks_between_layers(tmp_path):
     x = torch.randn(32, 1) + 0.01 * torch.randn(32, 8)  # in one direction, so the first layer needs one rank only
     batches = [{"input": part} for part in x.split(8)]
     as_they_are = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
-    initialize_lora_eva_weights(model, batches, lambda model, batch: model(batch["input"]), **as_they_are)
+    initialize_lora_eva_weights(model, batches, forward_fn=lambda model, batch: model(batch["input"]), **as_they_are)
     assert torch.equal(model(x), base(x)) and model.peft_config["default"].rank_pattern
     with torch.no_grad():
         for parameter in model.parameters():

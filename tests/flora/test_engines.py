@@ -104,3 +104,12 @@ def test_tensor_parallelism_in_bf16_loses_no_small_update(style):
         dist.destroy_process_group()
     torch.testing.assert_close(result[:, :5], want[:, :5], rtol=0, atol=0.03 * want.abs().max().item())
     torch.testing.assert_close(result[:, 5:], 1 + want[:, 5:], rtol=0, atol=2**-8)
+
+
+def test_a_weight_that_an_older_transformers_has_cut_is_refused():
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(4, 2))
+    model[1]._hf_tp_plan = "colwise"
+    reason = r"layer '1' \(Linear\): 'weight' of shape \[2, 4\] is one process's part.* before 5.17"
+    with pytest.raises(ValueError, match=reason):
+        get_peft_model(model, FloraConfig(r=2, target_modules=["0", "1"]))
+    assert type(model[0]) is nn.Linear
