@@ -54,6 +54,8 @@ def read(path: str, images: Iterable[str] = ()) -> dict[str, Records]:
         else:
             files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
             splits = _parquet(files) if files else _folder(place)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # of pyarrow's, the hub's and datasets' many classes
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     for records in splits.values():
