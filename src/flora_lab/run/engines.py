@@ -101,7 +101,9 @@ def on_ray(work: Callable[..., Any], calls: list[tuple], workers: int) -> Ended:
     """
     import ray
 
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    # left to itself, Ray would wait for a cluster of which only a file is left
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(None if ray.is_initialized() else address, ignore_reinit_error=True, log_to_driver=False)
     needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
     remote = ray.remote(work).options(**needs, max_retries=RETRIES)
     waiting, running = list(calls), {}
