@@ -256,4 +256,6 @@ def test_a_locon_is_imported_exactly_or_refused(tensors, originals):
     for name in layers:
         layer = model.base_model.model.get_submodule(name)
         want = literal_delta(tensors, name)
-        torch.testing.assert_close(layer.get_delta_weight("default"), want, rtol=1e-5, atol=1e-6)
+        # terms of either sign may cancel, so an entry is compared with the largest one
+        atol = 1e-6 * max(1.0, want.abs().max().item())
+        torch.testing.assert_close(layer.get_delta_weight("default"), want, rtol=1e-5, atol=atol)

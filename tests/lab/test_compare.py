@@ -32,7 +32,7 @@ def lines(folder):
 
 def plain(folder):
     """Rows without what no two runs share, in a fixed order."""
-    changing = ("seconds", "epoch_seconds", "memory", "machine")
+    changing = ("seconds", "train_seconds", "epoch_seconds", "memory", "machine")
     rows = [{key: value for key, value in json.loads(line).items() if key not in changing} for line in lines(folder)]
     return sorted(rows, key=lambda row: json.dumps([row["method"], row["budget"], row["seed"], row["learning_rate"]]))
 
