@@ -82,11 +82,13 @@ def from_product(left: Tensor, right: Tensor, transposed: bool = False) -> tuple
 
 
 def cut_ranks(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """``tucker.cut_ranks``, computed in float64 and rounded once. Without a rank to cut, the tensors as they are."""
+    """``tucker.cut_ranks``, computed in float64 and rounded once, to float32 at least. Without a rank to cut, the same
+    tensors."""
     if all(factor.shape[1] <= factor.shape[0] for factor in factors):
         return core, list(factors)
-    wide_core, wide_factors = tucker.cut_ranks(core.double(), [factor.double() for factor in factors])
-    return wide_core.to(core.dtype), [factor.to(core.dtype) for factor in wide_factors]
+    dtype = torch.promote_types(core.dtype, torch.float32)
+    core, factors = tucker.cut_ranks(core.double(), [factor.double() for factor in factors])
+    return core.to(dtype), [factor.to(dtype) for factor in factors]
 
 
 def from_stack(a: Tensor, b: Tensor, rank: int, is_transposed: bool) -> tuple[Tensor, list[Tensor]]:
@@ -101,7 +103,8 @@ def from_stack(a: Tensor, b: Tensor, rank: int, is_transposed: bool) -> tuple[Te
         matrices = (right.mT, left) if is_transposed else (left, right.mT)
         spaces.append((core, [expert, *(matrix.double() for matrix in matrices)]))
     core, factors = tucker.block_sum(spaces, [1.0] * experts)
-    return core.to(a.dtype), [factor.to(a.dtype) for factor in factors]
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return core.to(dtype), [factor.to(dtype) for factor in factors]
 
 
 def keys_by_layer(keys: Iterable[str]) -> dict[str, dict[str, str]]:
