@@ -60,12 +60,10 @@ def test_a_judge_that_is_not_there_is_named_before_training(tmp_path):
 
 
 def test_inception_is_loaded_before_training_or_never(tmp_path, monkeypatch):
-    metrics = pytest.importorskip("torchmetrics.image.fid")
-
     def absent(*arguments, **keys):
         raise OSError("no network")
 
-    monkeypatch.setattr(metrics, "FrechetInceptionDistance", absent)
+    monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance", absent)
     job = of_classes(tmp_path, quality=Quality(fid=True))
     with pytest.raises(ValueError, match="task.quality.fid: Inception can't be loaded: no network"):
         job.check(job.splits(0))
@@ -75,7 +73,6 @@ CLASSIFIER = {"model_type": "cifar_resnet", "depth": 8, "widths": [4, 4, 6], "nu
 
 
 def test_the_frechet_distance_is_that_of_two_normal_distributions():
-    pytest.importorskip("torchmetrics")
     from scipy.linalg import sqrtm
 
     model = Pretrained(config=CLASSIFIER).load("AutoModelForImageClassification", ()).eval()
@@ -89,7 +86,6 @@ def test_the_frechet_distance_is_that_of_two_normal_distributions():
 
 
 def test_pictures_of_the_data_are_counted_by_what_a_classifier_sees(tmp_path):
-    pytest.importorskip("torchmetrics")
     quality = Quality(classifier=Pretrained(config=CLASSIFIER), images=6)
     job = of_classes(tmp_path, quality=quality)
     examples, model = job.splits(0)["test"], job.build()
