@@ -46,6 +46,8 @@ NEVER = [
     ("flora/layers/**/*.py", ("peft", "transformers"), True),
     ("flora/tuner/planning/*.py", ("flora.tuner.layer", "flora.tuner.model", "flora.tuner.data_start"), True),
     ("flora_lab/**/*.py", LAZY, False),
+    ("flora_lab/tasks/data/*.py", ("flora_lab.tasks.models", "flora_lab.tasks.evaluation"), True),
+    ("flora_lab/tasks/models/*.py", ("flora_lab.tasks.evaluation",), True),
     ("flora_lab/analysis/measure.py", ("matplotlib",), True),
     *((f"flora_lab/analysis/{name}.py", ("torch",), True) for name in WITHOUT_TORCH),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from flora_lab.analysis import fields, figures
 from flora_lab.analysis.results import summarise
 from flora_lab.tasks.diffusion.quality import MEAN, STD, Quality, _distance, _features, _frechet
 from flora_lab.tasks.diffusion.samples import Samples, judge_samples
-from flora_lab.tasks.pretrained import Pretrained
+from flora_lab.tasks.models.pretrained import Pretrained
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from transformers import (
 
 from flora_lab.methods import METHODS, adapt, adapters, common
 from flora_lab.methods.common import CannotAdapt, head_parameters, trainable
-from flora_lab.tasks.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from flora_lab.tasks.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks for it
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from flora_lab.tasks.glue import SUBSETS, Glue, Sentences
-from flora_lab.tasks.pretrained import Pretrained
+from flora_lab.tasks.models.pretrained import Pretrained
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", '"', "cats", "dogs", "chase", "sleep", "rarely", "0", "1", "2"]
 TINY = {

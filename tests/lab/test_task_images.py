@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import EvalPrediction
 
-from flora_lab.tasks.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
-from flora_lab.tasks.data import Records
+from flora_lab.tasks.data.pictures import open_image
+from flora_lab.tasks.data.records import Records
 from flora_lab.tasks.image_classification import ImageClassification, Images
-from flora_lab.tasks.pictures import open_image
-from flora_lab.tasks.pretrained import Pretrained
+from flora_lab.tasks.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from flora_lab.tasks.models.pretrained import Pretrained
 
 RESNET = Pretrained(config={"model_type": "cifar_resnet", "depth": 8})
 

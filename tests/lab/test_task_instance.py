@@ -9,10 +9,10 @@ from PIL import Image
 from pycocotools import mask
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from flora_lab.tasks import coco
-from flora_lab.tasks.coco_check import run_lengths
+from flora_lab.tasks.data import coco
+from flora_lab.tasks.data.coco_check import run_lengths
 from flora_lab.tasks.instance_segmentation import CocoImages, Detector, InstanceSegmentation
-from flora_lab.tasks.pretrained import Pretrained
+from flora_lab.tasks.models.pretrained import Pretrained
 
 BODY = {"model_type": "cifar_resnet", "depth": 8, "widths": [4, 8, 8]}
 SMALL = {

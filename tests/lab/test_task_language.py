@@ -16,11 +16,12 @@ from flora.cli import main
 from flora_lab.methods import CannotAdapt, adapt
 from flora_lab.run.fit import fit
 from flora_lab.settings import Training
-from flora_lab.tasks.answers import ANSWERS, accuracy
-from flora_lab.tasks.arithmetic import problems
-from flora_lab.tasks.generation import IGNORED, token_accuracy, top_tokens
+from flora_lab.tasks.data.arithmetic import problems
+from flora_lab.tasks.data.tokens import IGNORED
+from flora_lab.tasks.evaluation.answers import ANSWERS, accuracy
+from flora_lab.tasks.evaluation.generation import token_accuracy, top_tokens
 from flora_lab.tasks.language import Language, Texts
-from flora_lab.tasks.language_model import LanguageModel
+from flora_lab.tasks.models.language_model import LanguageModel
 
 CONFIG = {
     "model_type": "llama",

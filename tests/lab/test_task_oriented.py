@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import Trainer, TrainingArguments
 
-from flora_lab.tasks import dota
+from flora_lab.tasks.data import dota
+from flora_lab.tasks.models.pretrained import Pretrained
 from flora_lab.tasks.oriented_detection import AerialImages, OrientedDetection, RotatedDetector
-from flora_lab.tasks.pretrained import Pretrained
 
 WITHOUT = "the extra 'oriented' is not among the test dependencies: it brings OpenCV and an older setuptools"
 needs_package = pytest.mark.skipif(not (find_spec("oriented_det") and find_spec("shapely")), reason=WITHOUT)
@@ -235,7 +235,7 @@ def test_the_smallest_rectangle_holds_a_quadrilateral():
 def test_overlaps_are_torchvisions():
     from torchvision.ops import box_iou
 
-    from flora_lab.tasks.dota_precision import overlap
+    from flora_lab.tasks.evaluation.dota_precision import overlap
 
     one, other = random_boxes(20), random_boxes(30, seed=1)
     degrees = [np.concatenate([boxes[:, :4], -np.degrees(boxes[:, 4:])], 1) for boxes in (one, other)]
@@ -250,7 +250,7 @@ def test_overlaps_are_torchvisions():
 
 def pictures(seed, kinds=2):
     """Truth and detections of three pictures: near the truth, with scores, some missing and some wrong."""
-    from flora_lab.tasks.dota_precision import Boxes
+    from flora_lab.tasks.evaluation.dota_precision import Boxes
 
     draw = np.random.default_rng(seed)
     truth, found = [], []
@@ -274,7 +274,7 @@ def test_precisions_are_those_of_the_package(seed):
         from oriented_det.data.evaluation import Detection, GroundTruth, compute_oriented_map
         from oriented_det.geometry import RBox
 
-    from flora_lab.tasks.dota_precision import precisions
+    from flora_lab.tasks.evaluation.dota_precision import precisions
 
     truth, found = pictures(seed)
     theirs = [{}, {}]
@@ -292,7 +292,7 @@ def test_precisions_are_those_of_the_package(seed):
 
 @needs_package
 def test_precision_of_the_truth_and_of_nothing():
-    from flora_lab.tasks.dota_precision import Boxes, precisions
+    from flora_lab.tasks.evaluation.dota_precision import Boxes, precisions
 
     truth, _ = pictures(0)
     best = [Boxes(one.quads, one.classes, np.ones(len(one.classes))) for one in truth]
@@ -398,7 +398,7 @@ def test_the_head_is_all_but_the_backbone_and_timms_bodies_load(data, tmp_path):
 @needs_package
 def test_boxes_are_drawn_for_the_report(data, tmp_path):
     from flora_lab.analysis.fields import _samples
-    from flora_lab.tasks.oriented_pictures import COLOURS, with_boxes
+    from flora_lab.tasks.evaluation.oriented_pictures import COLOURS, with_boxes
 
     drawn = np.array(with_boxes(Image.new("RGB", (64, 48)), np.array([PLANE] * 2).reshape(2, 4, 2), [2, -1]))
     assert drawn[8, 40:52].tolist() == [[0, 0xE5, 0xFF]] * 12 and COLOURS[1] == "#00e5ff"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, EvalPrediction, Trainer, TrainingArguments
 
-from flora_lab.tasks.pretrained import Pretrained, make_config
+from flora_lab.tasks.models.pretrained import Pretrained, make_config
 from flora_lab.tasks.semantic_segmentation import IGNORED, Scenes, SemanticSegmentation
 
 TINY = {"model_type": "convnextv2", "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "patch_size": 2}

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from flora_lab.methods import adapt
-from flora_lab.tasks.answers import accuracy
-from flora_lab.tasks.dialogues import Dialogues, spread
-from flora_lab.tasks.generation import IGNORED
-from flora_lab.tasks.image_text import ImageTextModel
+from flora_lab.tasks.data.dialogues import Dialogues, spread
+from flora_lab.tasks.data.tokens import IGNORED
+from flora_lab.tasks.evaluation.answers import accuracy
+from flora_lab.tasks.models.image_text import ImageTextModel
 from flora_lab.tasks.visual_instruction import VisualInstruction
 
 TEXT = {

@@ -13,9 +13,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from flora_lab.tasks.backbone import load_backbone, map_layers
-from flora_lab.tasks.pretrained import Pretrained
-from flora_lab.tasks.vit_pyramid import VitPyramid, VitPyramidConfig
+from flora_lab.tasks.models.backbone import load_backbone, map_layers
+from flora_lab.tasks.models.pretrained import Pretrained
+from flora_lab.tasks.models.vit_pyramid import VitPyramid, VitPyramidConfig
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 8, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28,
         "patch_size": 14}  # fmt: skip

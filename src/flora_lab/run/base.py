@@ -18,7 +18,7 @@ from flora_lab.errors import ConfigError
 from flora_lab.run.fit import fit
 from flora_lab.settings import Config
 from flora_lab.tasks import Task
-from flora_lab.tasks.pretrained import load_weights
+from flora_lab.tasks.models.pretrained import load_weights
 
 
 def base_file(config: Config, folder: Path, main: bool, wait: Callable[[], None]) -> Path | None:

@@ -1,7 +1,7 @@
 """The tasks, one file each: the data, the model, and how a prediction is evaluated (``base.Task``).
 
-Shared by them: `data` splits and checks examples, `pictures` reads pictures, `chats` conversations; `pretrained`,
-`language_model` and `backbone` load models; `generation` and `answers` have models answer, and compare.
+What they share lies in rooms: `data` (read, check, split), `models` (load, and put a head on a backbone), `evaluation`
+(compare answers, measure precision) and `diffusion`. Data never import models, and neither imports an evaluation.
 """
 
 from flora_lab.tasks.base import Examples, Task

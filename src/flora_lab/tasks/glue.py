@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path
 from flora_lab.tasks.base import Task
-from flora_lab.tasks.data import Portions, Records, need_columns, need_known, three
-from flora_lab.tasks.glue_data import SUBSETS, Subset, read_hub, read_tsv
-from flora_lab.tasks.pretrained import Pretrained, brief
+from flora_lab.tasks.data.glue import SUBSETS, Subset, read_hub, read_tsv
+from flora_lab.tasks.data.records import Portions, Records, need_columns, need_known, three
+from flora_lab.tasks.models.pretrained import Pretrained, brief
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

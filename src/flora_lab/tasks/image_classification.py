@@ -9,9 +9,9 @@ from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.base import HEADS, Task
-from flora_lab.tasks.data import Records, check_each, need_columns, need_known, source_of, three
-from flora_lab.tasks.pictures import DIGITS, Pictures, open_image, read
-from flora_lab.tasks.pretrained import Pretrained, redraw
+from flora_lab.tasks.data.pictures import DIGITS, Pictures, open_image, read
+from flora_lab.tasks.data.records import Records, check_each, need_columns, need_known, source_of, three
+from flora_lab.tasks.models.pretrained import Pretrained, redraw
 
 if TYPE_CHECKING:
     from torch import Tensor

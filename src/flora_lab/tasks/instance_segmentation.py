@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks import coco
-from flora_lab.tasks.backbone import load_backbone, map_layers
 from flora_lab.tasks.base import Task
-from flora_lab.tasks.data import Records, check_each, padded, three
-from flora_lab.tasks.pictures import Pictures, of_files, open_image
-from flora_lab.tasks.pretrained import Pretrained
+from flora_lab.tasks.data import coco
+from flora_lab.tasks.data.pictures import Pictures, of_files, open_image
+from flora_lab.tasks.data.records import Records, check_each, padded, three
+from flora_lab.tasks.models.backbone import load_backbone, map_layers
+from flora_lab.tasks.models.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -105,7 +105,7 @@ class InstanceSegmentation(Task):
         return coco.read(Path(self.data.path), self.data.drop_empty)
 
     def build(self) -> nn.Module:
-        from flora_lab.tasks.mask_rcnn import MaskRCNN
+        from flora_lab.tasks.models.mask_rcnn import MaskRCNN
 
         classes, keys = len(self.source.categories), self.data
         return MaskRCNN(load_backbone(self.backbone), classes, self.detector, keys.mean, keys.std)

@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks import lm_eval
-from flora_lab.tasks.answers import ANSWERS
-from flora_lab.tasks.chats import Chats, formed
-from flora_lab.tasks.data import Records, three
-from flora_lab.tasks.generation import EVALUATED, IGNORED, TOKENS, Answering, answer_labels, prompts
-from flora_lab.tasks.language_model import LanguageModel
-from flora_lab.tasks.pretrained import brief
+from flora_lab.tasks.data.chats import Chats, formed
+from flora_lab.tasks.data.records import Records, three
+from flora_lab.tasks.data.tokens import IGNORED, answer_labels, prompts
+from flora_lab.tasks.evaluation import lm_eval
+from flora_lab.tasks.evaluation.answers import ANSWERS
+from flora_lab.tasks.evaluation.generation import EVALUATED, TOKENS, Answering
+from flora_lab.tasks.models.language_model import LanguageModel
+from flora_lab.tasks.models.pretrained import brief
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks import dota
-from flora_lab.tasks.backbone import load_backbone, map_layers
 from flora_lab.tasks.base import Task
-from flora_lab.tasks.data import SPLITS, Records, check_each, padded, three
-from flora_lab.tasks.pictures import Pictures, of_files, open_image
-from flora_lab.tasks.pretrained import Pretrained
+from flora_lab.tasks.data import dota
+from flora_lab.tasks.data.pictures import Pictures, of_files, open_image
+from flora_lab.tasks.data.records import SPLITS, Records, check_each, padded, three
+from flora_lab.tasks.models.backbone import load_backbone, map_layers
+from flora_lab.tasks.models.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -133,7 +133,7 @@ class OrientedDetection(Task):
 
     def build(self) -> nn.Module:
         _need_package()
-        from flora_lab.tasks.oriented_rcnn import OrientedDetector
+        from flora_lab.tasks.models.oriented_rcnn import OrientedDetector
 
         return OrientedDetector(load_backbone(self.backbone), len(self.source.classes), self.detector)
 
@@ -154,7 +154,7 @@ class OrientedDetection(Task):
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         """DOTA's Task-1 precisions of whole pictures: "mAP", "AP50", "AP75" (``dota_precision.precisions``)."""
-        from flora_lab.tasks.dota_precision import precisions
+        from flora_lab.tasks.evaluation.dota_precision import precisions
 
         found = self.detections(prediction.label_ids.tolist(), *prediction.predictions)
         return precisions([self.truth(place) for place in found], list(found.values()))
@@ -163,7 +163,7 @@ class OrientedDetection(Task):
         self, model: nn.Module, base: Callable[[], nn.Module], splits: dict[str, Any], folder: Path
     ) -> dict[str, Any]:
         """Tiles of the test split with their boxes, for the report and as PNG in ``folder``."""
-        from flora_lab.tasks.oriented_pictures import samples
+        from flora_lab.tasks.evaluation.oriented_pictures import samples
 
         count = self.data.show
         return {"samples": samples(self, model, splits["test"], folder / "boxes", count)} if count else {}
@@ -172,7 +172,7 @@ class OrientedDetection(Task):
         """The objects of a picture (``dota_precision.Boxes``)."""
         import numpy as np
 
-        from flora_lab.tasks.dota_precision import Boxes
+        from flora_lab.tasks.evaluation.dota_precision import Boxes
 
         image = self.source.images[place]
         quads = np.array(image.quads, dtype="float64").reshape(-1, 4, 2)
@@ -182,7 +182,7 @@ class OrientedDetection(Task):
         """The boxes found in each picture, by its place, from those of its tiles (``OrientedDetector.forward``)."""
         import numpy as np
 
-        from flora_lab.tasks.dota_precision import joined
+        from flora_lab.tasks.evaluation.dota_precision import joined
 
         parts: dict[int, list[tuple[Any, Any, Any]]] = {}
         for number, box, score, kind in zip(numbers, boxes, scores, classes, strict=True):

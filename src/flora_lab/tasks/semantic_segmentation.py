@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks.backbone import load_backbone, map_layers
 from flora_lab.tasks.base import Task
-from flora_lab.tasks.data import Records, check_each, need_columns, three
-from flora_lab.tasks.pictures import open_image, read
-from flora_lab.tasks.pretrained import Pretrained
-from flora_lab.tasks.scenes import IGNORED, Scenes, labels_of, read_pairs
+from flora_lab.tasks.data.pictures import open_image, read
+from flora_lab.tasks.data.records import Records, check_each, need_columns, three
+from flora_lab.tasks.data.scenes import IGNORED, Scenes, labels_of, read_pairs
+from flora_lab.tasks.models.backbone import load_backbone, map_layers
+from flora_lab.tasks.models.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,8 +107,8 @@ class SemanticSegmentation(Task):
     def build(self) -> nn.Module:
         from torch import nn
 
-        from flora_lab.tasks.batch_norm import BatchNorm
-        from flora_lab.tasks.vit_pyramid import VitPyramid
+        from flora_lab.tasks.models.batch_norm import BatchNorm
+        from flora_lab.tasks.models.vit_pyramid import VitPyramid
 
         if self.backbone is None:
             model = self.model.load("AutoModelForSemanticSegmentation", HEADS, num_labels=self.classes)

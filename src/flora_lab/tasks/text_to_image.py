@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import TrainerCallback
 
-    from flora_lab.tasks.data import Records
+    from flora_lab.tasks.data.records import Records
     from flora_lab.tasks.diffusion.denoiser import Denoiser, Frozen
 
 

@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks import lmms_eval
-from flora_lab.tasks.answers import ANSWERS
-from flora_lab.tasks.data import Records, check_each, three
-from flora_lab.tasks.dialogues import Dialogue, Dialogues, dialogue, spread
-from flora_lab.tasks.generation import EVALUATED, IGNORED, TOKENS, Answering, answer_labels
-from flora_lab.tasks.image_text import ImageTextModel
-from flora_lab.tasks.pretrained import brief
+from flora_lab.tasks.data.dialogues import Dialogue, Dialogues, dialogue, spread
+from flora_lab.tasks.data.records import Records, check_each, three
+from flora_lab.tasks.data.tokens import IGNORED, answer_labels
+from flora_lab.tasks.evaluation import lmms_eval
+from flora_lab.tasks.evaluation.answers import ANSWERS
+from flora_lab.tasks.evaluation.generation import EVALUATED, TOKENS, Answering
+from flora_lab.tasks.models.image_text import ImageTextModel
+from flora_lab.tasks.models.pretrained import brief
 
 if TYPE_CHECKING:
     from torch import nn

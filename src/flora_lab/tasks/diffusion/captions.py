@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path
-from flora_lab.tasks.data import SPLITS, Portions, Records, check_each, need_columns, split_name, three
-from flora_lab.tasks.pictures import DIGITS, open_image, read
+from flora_lab.tasks.data.pictures import DIGITS, open_image, read
+from flora_lab.tasks.data.records import SPLITS, Portions, Records, check_each, need_columns, split_name, three
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path
-from flora_lab.tasks.pretrained import brief
+from flora_lab.tasks.models.pretrained import brief
 
 if TYPE_CHECKING:
     from torch import nn

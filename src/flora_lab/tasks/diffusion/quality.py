@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.base import HEADS
-from flora_lab.tasks.pretrained import Pretrained, brief
+from flora_lab.tasks.models.pretrained import Pretrained, brief
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flora.files import replace_file
-from flora_lab.tasks import dota
+from flora_lab.tasks.data import dota
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks.lm_eval import metrics_of
+from flora_lab.tasks.evaluation.lm_eval import metrics_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flora_lab.tasks.data import Records, split_name
-from flora_lab.tasks.pictures import Pictures, open_image
+from flora_lab.tasks.data.pictures import Pictures, open_image
+from flora_lab.tasks.data.records import Records, split_name
 
 IGNORED = 255  # transformers' segmentation losses ignore this label
 

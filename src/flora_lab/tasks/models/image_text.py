@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flora_lab.tasks.dialogues import IMAGE
-from flora_lab.tasks.language_model import LanguageModel
-from flora_lab.tasks.pretrained import Pretrained, brief, make_config
+from flora_lab.tasks.data.dialogues import IMAGE
+from flora_lab.tasks.models.language_model import LanguageModel
+from flora_lab.tasks.models.pretrained import Pretrained, brief, make_config
 
 VICUNA = (  # as LLaVA 1.5 has it
     "{% for message in messages %}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flora_lab.tasks.dota import corners
+from flora_lab.tasks.data.dota import corners
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ def joined(boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray, overlap: 
     import numpy as np
     import torch
 
-    from flora_lab.tasks.oriented_rcnn import rotated_nms
+    from flora_lab.tasks.models.oriented_rcnn import rotated_nms
 
     kept = [np.zeros(0, dtype=int)]
     for number in np.unique(classes):

@@ -34,7 +34,7 @@ class Pretrained:
         import torch
         import transformers
 
-        from flora_lab.tasks import cifar_resnet
+        from flora_lab.tasks.models import cifar_resnet
 
         self.check()
         cifar_resnet.register()

@@ -15,7 +15,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flora_lab.tasks.data import split_name
+from flora_lab.tasks.data.records import split_name
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flora.files import local_path
-from flora_lab.tasks.data import SPLITS, Portions, Records, split_name
+from flora_lab.tasks.data.records import SPLITS, Portions, Records, split_name
 
 DIGITS = "digits"
 

@@ -17,7 +17,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, 
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
-from flora_lab.tasks.pretrained import load_weights
+from flora_lab.tasks.models.pretrained import load_weights
 
 MAPS = 4
 TOWER = r"^(model\.)?vision_(tower|model)\."  # where a vision-language model has its vision transformer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.base import HEADS
-from flora_lab.tasks.pretrained import Pretrained, brief, load_weights, make_config
+from flora_lab.tasks.models.pretrained import Pretrained, brief, load_weights, make_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +23,7 @@ def load_backbone(keys: Pretrained) -> nn.Module:
     """
     from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoConfig, TimmBackboneConfig
 
-    from flora_lab.tasks import cifar_resnet, vit_pyramid
+    from flora_lab.tasks.models import cifar_resnet, vit_pyramid
 
     keys.check()
     cifar_resnet.register()
@@ -66,7 +66,7 @@ def stages(config: Any) -> list[int]:
 def map_layers(model: nn.Module) -> list[str]:
     """Names of what a backbone applies to its maps only: norms, or a pyramid's convolutions. Classifiers lack their
     weights."""
-    from flora_lab.tasks.vit_pyramid import VitPyramid
+    from flora_lab.tasks.models.vit_pyramid import VitPyramid
 
     norms = [name for name, _ in model.named_modules() if name.split(".")[-2:-1] == ["hidden_states_norms"]]
     return norms + [f"{name}.neck" for name, module in model.named_modules() if isinstance(module, VitPyramid)]

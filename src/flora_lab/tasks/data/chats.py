@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flora.files import local_path
-from flora_lab.tasks.arithmetic import ARITHMETIC, problems
-from flora_lab.tasks.data import SPLITS, Portions, Records, split_name
+from flora_lab.tasks.data.arithmetic import ARITHMETIC, problems
+from flora_lab.tasks.data.records import SPLITS, Portions, Records, split_name
 
 ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT's and LLaVA's files spell them
 ENDINGS = (".jsonl", ".json", ".parquet")

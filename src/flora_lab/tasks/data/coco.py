@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks.coco_check import box_is_empty, check_fields, mask_is_empty, short
-from flora_lab.tasks.data import split_name
+from flora_lab.tasks.data.coco_check import box_is_empty, check_fields, mask_is_empty, short
+from flora_lab.tasks.data.records import split_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flora.files import local_path
-from flora_lab.tasks.chats import Chats, conversation
-from flora_lab.tasks.data import Records
-from flora_lab.tasks.generation import IGNORED
-from flora_lab.tasks.pictures import opened
+from flora_lab.tasks.data.chats import Chats, conversation
+from flora_lab.tasks.data.pictures import opened
+from flora_lab.tasks.data.records import Records
+from flora_lab.tasks.data.tokens import IGNORED
 
 IMAGE = "<image>"  # where a picture stands in a text
 FOLDER = "folder of the file"  # column

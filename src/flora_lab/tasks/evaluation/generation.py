@@ -1,19 +1,18 @@
-"""What the tasks on language share: which tokens the loss counts, answers that a model generates, and their texts."""
+"""Tasks whose predictions are answers: generated or token by token, their texts, and how many are right."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks.answers import accuracy
 from flora_lab.tasks.base import Task
-from flora_lab.tasks.language_model import LanguageModel
+from flora_lab.tasks.data.tokens import IGNORED
+from flora_lab.tasks.evaluation.answers import accuracy
+from flora_lab.tasks.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-IGNORED = -100  # label of a token that the loss doesn't count
 TOKENS = "tokens"
 EVALUATED = (
     "tokens: the next token, of answers; or generated answers, by their number, option, whole text or votes (vqa)"
@@ -50,42 +49,6 @@ class Answering(Task):
             return {self.metric: token_accuracy(prediction.predictions, prediction.label_ids)}
         texts = [decoded(self.tokenizer, ids) for ids in (prediction.predictions, prediction.label_ids)]
         return {self.metric: accuracy(self.evaluate, *texts)}
-
-
-def answer_labels(ids: list[int], spans: Iterable[tuple[list[int], list[int]]]) -> list[int]:
-    """``ids`` where an answer is, `IGNORED` elsewhere.
-
-    ``spans``: for each answer the tokens up to its start, and up to its end. Where tokens merge over a border, or a
-    template spells the beginning of a conversation differently, an answer starts or ends where they part from ``ids``.
-
-    Raises ValueError if an answer has no token of its own.
-    """
-    labels = [IGNORED] * len(ids)
-    for before, after in spans:
-        start, end = _common(before, ids), _common(after, ids)
-        if end <= start:
-            raise ValueError(
-                "its answers are not where the chat template puts them alone; set task.data.answers_only=false"
-            )
-        labels[start:end] = ids[start:end]
-    return labels
-
-
-def _common(some: Sequence[int], others: Sequence[int]) -> int:
-    """The number of tokens that both start with."""
-    from trl.data_utils import common_prefix_length
-
-    return common_prefix_length(some, others)
-
-
-def prompts(tokenizer: Any, examples: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    """A batch of prompts, padded on the left, so that answers follow on their right; "labels": the right answers."""
-    import torch
-
-    rows = [{"input_ids": example["prompt"]} for example in examples]
-    batch = dict(tokenizer.pad(rows, padding_side="left", return_tensors="pt"))
-    answers = [torch.tensor(example["answer"]) for example in examples]
-    return {**batch, "labels": torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)}
 
 
 def generate(model: nn.Module, batch: dict[str, Any], tokenizer: Any, new_tokens: int) -> Tensor:

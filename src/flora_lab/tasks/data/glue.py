@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora_lab.tasks.data import Records
+from flora_lab.tasks.data.records import Records
 
 ENTAILS = ("entailment", "not_entailment")
 

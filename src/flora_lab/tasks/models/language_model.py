@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks.pretrained import Pretrained, brief, make_config
+from flora_lab.tasks.models.pretrained import Pretrained, brief, make_config
 
 if TYPE_CHECKING:
     from torch import nn
