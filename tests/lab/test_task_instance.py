@@ -11,6 +11,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from flora_lab.tasks.data import coco
 from flora_lab.tasks.data.coco_check import run_lengths
+from flora_lab.tasks.evaluation import coco_precision
 from flora_lab.tasks.instance_segmentation import CocoImages, Detector, InstanceSegmentation
 from flora_lab.tasks.models.pretrained import Pretrained
 
@@ -203,7 +204,7 @@ def test_a_perfect_detector_has_only_ones(data, capsys):
         for place, image in enumerate(job.source.images[:2])
         for index, number in enumerate(image.classes)
     ]
-    exact = coco.precisions(coco.truth_of(job.source, [0, 1]), segments, "segm", 10)
+    exact = coco_precision.precisions(coco_precision.truth_of(job.source, [0, 1]), segments, "segm", 10)
     assert list(exact.values()) == pytest.approx([1] * 4)
     assert capsys.readouterr().out == ""
 

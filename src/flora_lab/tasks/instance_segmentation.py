@@ -13,6 +13,7 @@ from flora_lab.tasks.base import Task
 from flora_lab.tasks.data import coco
 from flora_lab.tasks.data.pictures import Pictures, of_files, open_image
 from flora_lab.tasks.data.records import Records, check_each, padded, three
+from flora_lab.tasks.evaluation import coco_precision
 from flora_lab.tasks.models.backbone import load_backbone, map_layers
 from flora_lab.tasks.models.pretrained import Pretrained
 
@@ -132,16 +133,16 @@ class InstanceSegmentation(Task):
         detections: dict[str, list[dict[str, Any]]] = {"segm": [], "bbox": []}
         for place, *outputs in zip(places, *prediction.predictions, strict=True):
             boxes, scores, classes, masks = (values[outputs[1] > 0] for values in outputs)
-            pasted = coco.paste(masks, boxes, self.source.images[place])
+            pasted = coco_precision.paste(masks, boxes, self.source.images[place])
             for (left, top, right, bottom), score, number, mask in zip(boxes, scores, classes, pasted, strict=True):
                 common = {"image_id": place, "category_id": int(number), "score": float(score)}
                 detections["segm"].append({**common, "segmentation": mask})
                 detections["bbox"].append(
                     {**common, "bbox": [float(x) for x in (left, top, right - left, bottom - top)]}
                 )
-        truth, most = coco.truth_of(self.source, places), self.detector.detections
-        boxes = coco.precisions(truth, detections["bbox"], "bbox", most)
-        return coco.precisions(truth, detections["segm"], "segm", most) | {
+        truth, most = coco_precision.truth_of(self.source, places), self.detector.detections
+        boxes = coco_precision.precisions(truth, detections["bbox"], "bbox", most)
+        return coco_precision.precisions(truth, detections["segm"], "segm", most) | {
             f"box_{name}": x for name, x in boxes.items()
         }
 
