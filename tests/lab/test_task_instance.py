@@ -9,7 +9,6 @@ from PIL import Image
 from pycocotools import mask
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from flora_lab.tasks.data import coco
 from flora_lab.tasks.data.coco_check import run_lengths
 from flora_lab.tasks.evaluation import coco_precision
 from flora_lab.tasks.instance_segmentation import CocoImages, Detector, InstanceSegmentation
