@@ -1,5 +1,5 @@
 """One training loop for every task and method: transformers' Trainer, with its checkpoints, mixed precision and support
-for several processes. Added here: an interrupted fit resumes, logs go to a folder of ours, one bar shows the progress.
+for several processes. Added here: an interrupted fit resumes, logs go to a folder of ours, one line shows the progress.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from flora.files import replace_file, save_tensors
+from flora_lab.run.progress import Progress
 from flora_lab.settings import Training
 from flora_lab.tasks import Examples, Task
 
@@ -60,13 +61,13 @@ def fit(
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce,
         # the method's and the task's callbacks first: a checkpoint is complete when they have written their part
-        callbacks=[*callbacks, *task.callbacks(folder), checkpoints, progress, *last],
+        callbacks=[*callbacks, *task.callbacks(folder), checkpoints, *last],
         optimizers=(optimizer(args) if optimizer else None, None),
     )
-    trainer.remove_callback(PrinterCallback)  # the bar says it
+    progress.attach(trainer)
     if trainer.is_world_process_zero():
         trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
-    trainer.title, trainer.task = name, task
+    trainer.title, trainer.task, trainer.progress = name, task, progress
     try:
         trainer.train(resume_from_checkpoint=checkpoints.last)
     finally:
@@ -94,11 +95,12 @@ class Fit:
 class _Trainer(Trainer):
     """transformers' Trainer, which says when a run diverges."""
 
-    title, task, diverged = "", Task(), False
+    title, task, progress, diverged = "", Task(), Progress(), False
     LOOK = 10  # steps between two looks at an accelerator, since each waits for it
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        self.progress.add(loss)
         if not self.diverged:
             step = self.state.global_step + 1
             first = self.__dict__.setdefault("_first", torch.zeros((), dtype=torch.long, device=loss.device))
@@ -255,33 +257,3 @@ def load_statistics(model: nn.Module, file: Path) -> None:
     buffers = dict(model.named_buffers())
     for name, tensor in load_file(file).items():
         buffers[name].copy_(tensor)
-
-
-class Progress(TrainerCallback):
-    """One bar per fit, which ends with the last validation metric."""
-
-    def __init__(self, name: str, metric: str, shown: bool):
-        self.name, self.metric, self.shown = name, metric, shown
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            desc=f"{self.name:>10}",
-            initial=state.global_step,
-            total=state.max_steps,
-            unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 60,  # fewer lines in a log file
-            disable=not (self.shown and state.is_world_process_zero),
-        )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if f"eval_{self.metric}" in metrics:  # of the validation split; the test split has its own prefix
-            self.bar.set_postfix_str(f"{self.metric} {metrics[f'eval_{self.metric}']:.3f}", refresh=False)
-
-    def close(self) -> None:
-        """End the bar's line, also after an error."""
-        if self.bar is not None:
-            self.bar.close()

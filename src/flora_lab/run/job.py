@@ -13,6 +13,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import flora
 from flora.files import full_disk, replace_file
@@ -34,6 +35,7 @@ from flora_lab.run.engines import ENGINES
 from flora_lab.run.fit import no_accelerator
 from flora_lab.run.folder import FILES, FOLDERS, KEYS, MARK, Folder, Trial
 from flora_lab.run.mirror import Mirror
+from flora_lab.run.progress import Line, numbers
 from flora_lab.run.trial import run
 from flora_lab.settings import Config, build_config, one_line
 
@@ -112,8 +114,8 @@ class Job(Folder):
         ended = self._ended()
         left = {trial: folder for trial, folder in trials.items() if trial not in ended}
         failures: dict[Trial, str] = {}
-        shown = {"total": len(trials), "initial": len(trials) - len(left), "unit": "run"}
-        with tqdm(**shown, disable=not (bar and self.main)) as progress:
+        line = Line("runs", len(trials), len(trials) - len(left), shown=bool(left) and bar and self.main)
+        with closing(line):
             for trial, result in self._results(left, file, engine, min(workers, len(left))):
                 try:
                     row = result()
@@ -125,9 +127,8 @@ class Job(Folder):
                     failures[trial] = f"{type(error).__name__}: {one_line(error)}"
                     continue
                 self.add(row)
-                progress.update()
-                value = row["validation"][row["metric"]]
-                progress.set_postfix_str(f"{trial.variant}, {trial.budget or ''} {row['metric']} {value:.3f}")
+                of_run = row["train_loss"], trial.learning_rate, row["memory"], row["validation"][row["metric"]]
+                line.advance(f"{line.fitted(trial.variant)}: {numbers(*of_run)}")
         return failures
 
     def _results(
