@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import runpy
 import sys
 import warnings
@@ -16,29 +17,35 @@ from fastapi.testclient import TestClient
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_pipelines import stable_diffusion
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ResNetConfig,
 )
 
 from flora import FloraConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+TRANSFORMER = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
 
-def words(folder: str) -> None:
+def words(folder: str, **options: str) -> None:
     """A tokenizer with one token for each word that the examples use."""
     text = "a fine film well done I liked it dull badly left early The core is small, and the weight large."
-    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", *dict.fromkeys(text.split())])}
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *dict.fromkeys(text.split())])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", **options).save_pretrained(folder)
 
 
 def language_model(folder: str) -> LlamaForCausalLM:
@@ -57,6 +64,42 @@ def qlora() -> list[str]:
     language_model("model")
     words("model")
     return ["out", "--model", "model", "--steps", "2"]
+
+
+def sft() -> list[str]:
+    language_model("model")
+    words("model", eos_token="[EOS]", chat_template="{% for one in messages %}{{ one['content'] }} {% endfor %}")
+    return ["out", "--model", "model", "--budget", "0.5", "--steps", "2"]
+
+
+def dreambooth() -> list[str]:
+    stable_diffusion().save_pretrained("pipeline")
+    Path("photos").mkdir()
+    for number in range(2):
+        Image.fromarray(np.full((24, 32, 3), 90 * number, np.uint8)).save(f"photos/{number}.png")
+    return ["photos", "out", "--model", "pipeline", "--budget", "3000", "--steps", "2"]
+
+
+def detection() -> list[str]:
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])
+    sizes = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in TRANSFORMER.items()}
+    none = dict.fromkeys(("use_timm_backbone", "use_pretrained_backbone"), False)
+    config = DetrConfig(backbone_config=backbone, d_model=16, num_queries=3, backbone=None, **sizes, **none)
+    DetrForObjectDetection(config).save_pretrained("model")
+    DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 48}).save_pretrained("model")
+    Path("pictures").mkdir()
+    for number in range(2):
+        Image.fromarray(np.full((30, 40, 3), 90 * number, np.uint8)).save(f"pictures/{number}.png")
+    content = {
+        "images": [{"id": 7 + n, "file_name": f"{n}.png", "width": 40, "height": 30} for n in range(2)],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 9, "bbox": [4, 5, 12, 9], "area": 108, "iscrowd": 0},
+            {"id": 2, "image_id": 7, "category_id": 3, "bbox": [20, 5, 10, 20], "area": 200, "iscrowd": 0},
+        ],
+    }
+    Path("boxes.json").write_text(json.dumps(content))
+    return ["pictures", "boxes.json", "out", "--model", "model", "--budget", "0.5", "--steps", "2"]
 
 
 def image_folder() -> list[str]:
@@ -114,7 +157,10 @@ def mixed() -> list[str]:
 
 WRITES = {
     "text_classifier": (text_classifier, "adapter_model.safetensors"),
+    "sft": (sft, "adapter_model.safetensors"),
     "qlora": (qlora, "adapter_model.safetensors"),
+    "dreambooth": (dreambooth, "adapter/adapter_model.safetensors"),
+    "detection": (detection, "adapter_model.safetensors"),
     "image_folder": (image_folder, "adapter_model.safetensors"),
     "medical_3d": (medical_3d, "adapter_model.safetensors"),
     "train": (train, "adapter_model.safetensors"),
