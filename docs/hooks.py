@@ -5,6 +5,7 @@ A file that the repository already has stays the one place of its content: READM
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
 from collections.abc import Iterator
@@ -35,14 +36,15 @@ def _written(entry: Any) -> Any:
     ((title, target),) = entry.items()
     if isinstance(target, list):
         return {title: [one for one in map(_written, target) if one]}
-    return entry if target in (*PAGES, "command-line.md") or Path(ROOT, "docs", target).is_file() else None
+    return entry if target in (*PAGES, *MADE) or Path(ROOT, "docs", target).is_file() else None
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that are made from other files, and that of the command line."""
+    """Add the pages that are made from other files, and from the code."""
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=Path(ROOT, source).read_text(encoding="utf-8")))
-    files.append(File.generated(config, "command-line.md", content=command_line()))
+    for page, content in MADE.items():
+        files.append(File.generated(config, page, content=content()))
     return files
 
 
@@ -55,9 +57,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def link(match: re.Match) -> str:
         mark, text, address = match.groups()
         path, hash_, anchor = address.partition("#")
-        if "://" in address or not path or (own == "command-line.md"):
+        if "://" in address or not path or own in MADE:
             return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if target.split("/")[0] == "examples":
+            target, hash_, anchor = "docs/examples.md", "#", Path(target).stem
         inside = pages.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
         if inside is None:
             return text
@@ -75,6 +79,23 @@ def config_fields() -> str:
 
     rows = [f"| `{key}` | {text.replace('|', chr(92) + '|')} |" for key, text in described_keys(FloraFields)]
     return "\n".join(["| field | meaning [default] |", "|---|---|", *rows])
+
+
+def examples() -> str:
+    """The page with every script of examples/: what its docstring says, and its code."""
+    parts = [
+        "# Examples\n\nWhole scripts of under 100 lines. Clone the repository to run them; `make notebooks` makes a notebook "
+        "from each.\n"
+    ]
+    for script in sorted(Path(ROOT, "examples").glob("*.py")):
+        if script.stem == "notebooks":
+            continue
+        about, *body = ast.parse(source := script.read_text(encoding="utf-8")).body
+        code = "".join(source.splitlines(keepends=True)[body[0].lineno - 1 :])
+        text = ast.literal_eval(about.value).strip()
+        title = script.stem.replace("_", " ").capitalize()
+        parts.append(f"## {title} {{#{script.stem}}}\n\n{text}\n\n```python\n{code}```\n")
+    return "\n".join(parts)
 
 
 def command_line() -> str:
@@ -101,3 +122,6 @@ def _helps(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
         inner = command.get_command(context, name)
         if inner is not None:
             yield from _helps(inner, f"{path} {name}")
+
+
+MADE = {"examples.md": examples, "command-line.md": command_line}  # pages that are made from code
