@@ -83,10 +83,7 @@ def config_fields() -> str:
 
 def examples() -> str:
     """The page with every script of examples/: what its docstring says, and its code."""
-    parts = [
-        "# Examples\n\nWhole scripts of under 100 lines. Clone the repository to run them; `make notebooks` makes a notebook "
-        "from each.\n"
-    ]
+    parts = ["# Examples\n\nScripts of under 100 lines. `make notebooks` makes a notebook from each.\n"]
     for script in sorted(Path(ROOT, "examples").glob("*.py")):
         if script.stem == "notebooks":
             continue

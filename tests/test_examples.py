@@ -17,7 +17,6 @@ from fastapi.testclient import TestClient
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_pipelines import stable_diffusion
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 from flora import FloraConfig
+from tiny_pipelines import stable_diffusion
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRANSFORMER = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}

@@ -7,12 +7,12 @@ import re
 
 import numpy as np
 import pytest
-import tiny_pipelines as pipelines
 import torch
 from PIL import Image
 from test_task_text_to_image import of_classes
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, Dinov2Config, Dinov2Model
 
+import tiny_pipelines as pipelines
 from flora_lab.analysis import fields, figures
 from flora_lab.analysis.results import summarise
 from flora_lab.tasks.diffusion.quality import MEAN, STD, Quality, _distance, _features, _frechet

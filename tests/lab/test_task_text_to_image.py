@@ -8,7 +8,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import tiny_pipelines as pipelines
 import torch
 import yaml
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from test_task_images import encoded
 from torch.nn import functional as F
 
+import tiny_pipelines as pipelines
 from commands import flora
 from flora_lab.methods import METHODS, CannotAdapt, adapt
 from flora_lab.run.fit import Checkpoints
