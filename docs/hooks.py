@@ -10,6 +10,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import click
@@ -23,6 +24,7 @@ PAGES = {  # of the site, and the file that each is made from
     "changelog.md": "CHANGELOG.md",
 }
 FIELDS = "<!-- fields of FloraConfig -->"
+WIDTH = 84  # columns of the page's code blocks on a desktop
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -100,7 +102,7 @@ def command_line() -> str:
     from flora.cli import COMPLETION, SECTIONS, main
 
     head = "# The command line\n\nA mistake prints one line that names it, with exit code 2.\n\n"
-    parts = [f"{head}```text\n{COMPLETION}\n```\n"]
+    parts = [f"{head}```text\n{fill(COMPLETION, WIDTH)}\n```\n"]
     for section, names in SECTIONS.items():
         parts.append(f"## {section}\n")
         for name in names:
@@ -111,7 +113,7 @@ def command_line() -> str:
 
 
 def _helps(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
-    context = click.Context(command, info_name=f"flora {path}", terminal_width=100, max_content_width=100)
+    context = click.Context(command, info_name=f"flora {path}", terminal_width=WIDTH, max_content_width=WIDTH)
     if not isinstance(command, click.Group):
         yield path, command.get_help(context)
         return
