@@ -243,7 +243,9 @@ def open_tensors(path: str | os.PathLike) -> Iterator[safe_open]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ValueError if the file holds anything else."""
+    """Read a JSON object. Raises ValueError if there is no file, or it holds anything else."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

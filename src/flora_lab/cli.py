@@ -50,14 +50,18 @@ class Interrupted(click.ClickException):
 
 
 @contextmanager
-def job_errors() -> Iterator[None]:
+def job_errors(*mistakes: type[Exception]) -> Iterator[None]:
     """A user's mistake, and a full disk, become one line and exit code 2; trials that failed, a line each and exit code
-    1."""
+    1.
+
+    Args:
+        mistakes: further errors that are a user's mistake in this command.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted: the next start goes on where this one stopped") from error
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, *mistakes) as error:
         raise Refused(f"{error}{hint(str(error))}") from error
     except TrialsFailed as error:
         raise click.ClickException(str(error)) from error
@@ -148,13 +152,10 @@ def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys
 @click.option("--peft", metavar="FOLDER", help="Results of PEFT's method_comparison, for a table with them: peft.md.")
 def analyse(folders: tuple[str, ...], out: str, into: str | None, peft: str | None) -> None:
     """Make one report of the comparisons in FOLDERS: tables and figures, on a page that needs no network."""
-    with job_errors():
+    with job_errors(ValueError):  # a line that is not a valid row
         from flora_lab.analysis import analyse as run
 
-        try:
-            click.echo(str(run(folders, out, into, peft)))
-        except ValueError as error:  # a line that is not a valid row
-            raise Refused(str(error)) from error
+        click.echo(str(run(folders, out, into, peft)))
 
 
 @click.command(short_help="Fetch the data and weights of a job.")
@@ -167,13 +168,9 @@ def data(what: tuple[str, ...]) -> None:
     """
     from flora_lab.sources import SOURCES, fetch, names_in, place
 
-    try:
+    with job_errors(ValueError):
         for name in [name for one in what for name in names_in(one)]:
             click.echo(fetch(name))
-    except (ValueError, OSError) as error:
-        raise Refused(str(error)) from error
-    except ModuleNotFoundError as error:
-        raise Refused(f"{error.name} is not installed: pip install 'flora-peft[train]'") from error
     if not what:
         for name, source in SOURCES.items():
             click.echo(

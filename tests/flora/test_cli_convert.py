@@ -109,6 +109,11 @@ def test_a_tilde_is_the_home_folder_in_every_path(folder, monkeypatch):
 
 MISTAKES = {
     "no_folder": ("export lora nowhere OUT/x", "nowhere"),
+    "no_adapter": ("export lora base OUT/x", "base has no adapter in it: there is no adapter_config.json"),
+    "no_adapter_to_merge": ("merge base base OUT/x", "base has no adapter in it: there is no adapter_config.json"),
+    "no_adapter_to_show": ("show base", "base has no adapter in it: there is no adapter_config.json"),
+    "no_adapter_to_import": ("import lora base OUT/x", "base has no adapter in it: there is no adapter_config.json"),
+    "a_file": ("export lora adapter/adapter_model.safetensors OUT/x", "is a file; an adapter's folder is needed"),
     "no_model": ("export lora adapter OUT/y --verify ./nowhere", "no such file or folder"),
     "two_sizes": ("compress adapter OUT/x --rank 2 --energy 0.5", "energy"),
     "no_number": ("compress adapter OUT/x --budget many", "--budget many"),

@@ -128,7 +128,7 @@ def test_layers_without_a_lora_form_can_be_saved_whole(tmp_path):
 SPOILT = {
     "no_config": (
         lambda folder: (folder / "adapter_config.json").unlink(),
-        "adapter_config.json is not an adapter's config",
+        "has no adapter in it: there is no adapter_config.json",
     ),
     "other_method": (lambda folder: edit(folder, peft_type="LOHA"), "peft_type 'LOHA'; 'FLORA' is needed"),
     "no_kinds": (lambda folder: edit(folder, weights=None), "load the adapter onto its model"),

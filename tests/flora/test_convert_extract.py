@@ -545,7 +545,7 @@ def test_rounding_refuses_bad_sizes(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             compress(tmp_path / "large", tmp_path / "small", **size)
-    with pytest.raises(ValueError, match="is not an adapter's config"):
+    with pytest.raises(ValueError, match="has no adapter in it: there is no adapter_config.json"):
         compress(tmp_path, tmp_path / "small", rank=1)
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
 

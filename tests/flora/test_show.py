@@ -101,7 +101,12 @@ def test_the_table_says_which_layers_matter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "named"), [(None, "no such file"), ({"peft_type": "IA3"}, "'IA3'"), ("x", "not a whole JSON")]
+    ("content", "named"),
+    [
+        (None, "no such file"),
+        ({"peft_type": "IA3"}, "has peft_type 'IA3'; 'FLORA' or 'LORA' is needed"),
+        ("x", "not a whole JSON"),
+    ],
 )
 def test_what_cannot_be_shown_is_one_line(content, named, tmp_path):
     if content is not None:

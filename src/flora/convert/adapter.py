@@ -197,16 +197,23 @@ def adapter_folder(source: str | Path) -> Path:
     return local_path(source) or from_hub(str(source), ["adapter_*"])
 
 
-def read_config(folder: Path, peft_type: str) -> dict[str, Any]:
-    """The ``adapter_config.json`` of a PEFT adapter. Raises ValueError if its type is not ``peft_type``."""
+def read_config(folder: Path, *peft_types: str) -> dict[str, Any]:
+    """The ``adapter_config.json`` of a PEFT adapter.
+
+    Raises:
+        ValueError: if there is no adapter in ``folder``, or one of another type than ``peft_types``.
+    """
     path = folder / CONFIG
-    try:
-        content = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not an adapter's config: {error}") from error
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is a file; an adapter's folder is needed"
+            if folder.is_file()
+            else f"{folder} has no adapter in it: there is no {CONFIG}"
+        )
+    content = read_json(path)
     actual = content.get("peft_type")
-    if actual != peft_type:
-        raise ValueError(f"{path} has peft_type {actual!r}; {peft_type!r} is needed")
+    if actual not in peft_types:
+        raise ValueError(f"{path} has peft_type {actual!r}; {' or '.join(map(repr, peft_types))} is needed")
     return content
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from flora import tucker
-from flora.convert.adapter import Adapter, adapter_folder
+from flora.convert.adapter import Adapter, adapter_folder, read_config
 from flora.convert.locon import ALPHA, DOWN, MID, UP, check_ends, scale_of
 from flora.convert.lora_import import import_lora
 from flora.convert.products import from_product, keys_by_layer
-from flora.files import CONFIG, open_tensors, read_json, user_path
+from flora.files import open_tensors, user_path
 from flora.page import Row, page
 from flora.text import sizes, table
 
@@ -137,8 +137,8 @@ def show(adapter: str | Path) -> Shown:
         weights = [_shown(*update) for update in updates]
     else:
         folder = adapter_folder(adapter)
-        form = {"FLORA": "FLoRA", "LORA": "LoRA"}.get(str(read_json(folder / CONFIG).get("peft_type")), "")
-        if form != "LoRA":  # ``Adapter.open`` names any other type
+        form = {"FLORA": "FLoRA", "LORA": "LoRA"}[read_config(folder, "FLORA", "LORA")["peft_type"]]
+        if form == "FLoRA":
             weights = [_shown(*update) for update in _of_flora(folder)]
         else:
             with tempfile.TemporaryDirectory() as scratch:
