@@ -377,6 +377,24 @@ def test_merging_quantizes_anew_and_unmerging_is_exact(base, safe):
         assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["nf4", "nested"])
+def test_merging_into_four_bits_that_a_kernel_for_cpus_has_put_into_another_order(nested):
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    model = get_peft_model(Net(Base("nf4", four_bit("nf4", nested))), config(scale=5.0))
+    (layer,) = layers(model)
+    weight = layer.base_layer.weight
+    wanted = dense_of(layer.base_layer, "weight") + delta(layer.space("default")).detach()
+    assert weight.quant_state.dtype == torch.float32
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    with pytest.warns(UserWarning, match="has quantized 1 weights anew"):
+        model.merge_adapter()
+    at_once = dense_of(four_bit("nf4", nested)(linear_of(wanted)), "weight")
+    merged = dense_of(layer.base_layer, "weight")
+    assert layer.base_layer.weight.quant_state.dtype == torch.float32
+    assert (merged - wanted).norm() <= 1.1 * (at_once - wanted).norm()
+
+
 class Abstract(nn.Module):
     """The class that gptqmodel's kernels inherit from."""
 

@@ -9,12 +9,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from click.testing import CliRunner
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from flora.cli import main
+from flora.layers.weights.storage import dense_of
 from flora_lab.methods import CannotAdapt, adapt
 from flora_lab.run.fit import fit
+from flora_lab.run.saved import in_standard_order
 from flora_lab.settings import Training
 from flora_lab.tasks.data.arithmetic import problems
 from flora_lab.tasks.data.tokens import IGNORED
@@ -478,3 +481,23 @@ def test_a_job_on_a_base_in_four_bits(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert [row["way"] for row in rows] == ["lora", "flora"]
     assert all(row["loaded_difference"] < 0.2 for row in rows)  # logits of 5; bitsandbytes has a kernel for evaluation
+    assert all(row["merged_difference"] < 1 for row in rows)  # merging quantizes anew
+
+
+def test_lora_merges_into_four_bits_what_it_has_evaluated(tmp_path):
+    model = LanguageModel(name=str(tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=64)))
+    model.load_in_4bit = True
+    options = {"init_lora_weights": False, "lora_alpha": 1}
+    adapted = adapt("lora", model.build("AutoModelForCausalLM"), [], 1200, options, target_modules="all-linear").model
+    layers = [module for module in adapted.modules() if hasattr(module, "lora_A")]
+    with torch.no_grad():
+        wanted = [dense_of(layer.base_layer, "weight") + layer.get_delta_weight("default") for layer in layers]
+        for layer in layers:  # what the first evaluation does on some CPUs
+            weight = layer.base_layer.weight
+            if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+                weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+        in_standard_order(adapted)
+        with pytest.warns(UserWarning, match="Merge lora module to 4-bit"):
+            adapted.merge_adapter()
+    for layer, dense in zip(layers, wanted, strict=True):  # nf4 is off by 9 %
+        assert (dense_of(layer.base_layer, "weight") - dense).norm() < 0.15 * dense.norm()

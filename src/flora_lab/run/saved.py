@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flora.files import save_tensors
+from flora.layers.weights.storage import dense_of, pack
 from flora_lab.run.fit import load_statistics, statistics
 from flora_lab.tasks import Examples, Task
 
@@ -46,6 +47,18 @@ def save(model: nn.Module, folder: Path, about: str = "") -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def in_standard_order(model: nn.Module) -> None:
+    """Put 4-bit weights back into the order that bitsandbytes quantized them in.
+
+    On CPUs with AVX-512 for bfloat16 its first evaluation puts them into another. PEFT merges its own adapters as if it
+    had not, and the merged weights are noise (seen with bitsandbytes 0.50 and PEFT 0.21).
+    """
+    for module in model.modules():
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            pack(module, "weight", dense_of(module, "weight"))
+
+
 @torch.no_grad()
 def round_trip(
     task: Task, trained: peft.PeftModel, base: nn.Module, folder: Path, examples: Examples
@@ -68,6 +81,7 @@ def round_trip(
     from_disk = outputs(loaded)
     with warnings.catch_warnings():  # that a quantized weight is rounded anew; the difference says by how much
         warnings.filterwarnings("ignore", "Merge .* module to|merging has quantized", UserWarning)
+        in_standard_order(loaded)
         merged = loaded.merge_and_unload()
     return {
         "loaded_difference": largest(outputs(trained), from_disk),

@@ -19,7 +19,7 @@ def bnb_4bit(layer: Layer, name: str, dense: Tensor) -> None:
     """bitsandbytes' nf4 and fp4, with the block size and the nesting that the layer has."""
     old = getattr(layer, name)
     options = {key: getattr(old, key) for key in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
-    number = old.quant_state.dtype
+    number = getattr(old.quant_state, "original_dtype", old.quant_state.dtype)  # its kernel for CPUs makes it bfloat16
     new = type(old)(dense.to("cpu", number), requires_grad=False, module=layer, **options)
     setattr(layer, name, new.to(old.device))
 
