@@ -20,7 +20,8 @@ class MergeableModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, FloraLayer))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's. Raises ValueError before any layer is merged if one cannot be."""
+        """As PEFT's, but the weights from before are kept for ``unmerge_adapter``: as many bytes again. Raises
+        ValueError before any layer is merged if one cannot be."""
         self._check_merge_allowed()
         self.check_unchanged()
         self._check_finite(adapter_names, safe_merge)
