@@ -32,7 +32,7 @@ FILES = ("ddp", *(("zero1", "zero2", "zero3") if importlib.util.find_spec("deeps
 
 
 def train(out: Path) -> None:
-    sys.argv = [str(SCRIPT), str(out)]
+    sys.argv, torch.utils.data.DataLoader = [str(SCRIPT), str(out)], InOrder
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
@@ -41,17 +41,18 @@ def tell(**keys: object) -> None:
     accelerate.Accelerator = partial(accelerate.Accelerator, **keys)
 
 
-class BothBatches(DataLoader):
-    """The batches of two processes, in the order that accelerate draws for several."""
+class InOrder(DataLoader):
+    """Batches in the order of the data, so that one process can take those of two at once."""
+
+    at_once = 1
 
     def __init__(self, dataset: list, batch_size: int, shuffle: bool) -> None:
-        super().__init__(dataset, 2 * batch_size, shuffle)
-        self.sampler.generator = torch.Generator()
+        super().__init__(dataset, self.at_once * batch_size)
 
 
 def alone(rank: int, folder: Path) -> None:
     tell(cpu=True)
-    torch.utils.data.DataLoader = BothBatches
+    InOrder.at_once = 2
     train(folder / "alone")
 
 
