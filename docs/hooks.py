@@ -24,7 +24,7 @@ PAGES = {  # of the site, and the file that each is made from
     "changelog.md": "CHANGELOG.md",
 }
 FIELDS = "<!-- fields of FloraConfig -->"
-WIDTH = 84  # columns of the page's code blocks on a desktop
+WIDTH = 80  # columns of the page's code blocks on a desktop
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 

@@ -189,5 +189,6 @@ def fetch(name: str) -> str:
     try:
         source.fetch(path)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())} ({source.about})") from error
+        reason = getattr(error, "reason", error)  # urllib wraps it
+        raise ValueError(f"{name}: {' '.join(str(reason).split())} ({source.about})") from error
     return f"{name}: {path}"
