@@ -37,14 +37,15 @@ def test_the_first_step_moves_the_weight_by_a_fixed_share_of_its_size(shape, ran
 
 @pytest.mark.parametrize("init", ["factor", "activations", "gradient"])
 @pytest.mark.parametrize(("shape", "ranks"), SHAPES)
-def test_the_default_starts_orthonormal(shape, ranks, init):
+def test_the_default_starts_orthonormal_with_a_core_of_order_one(shape, ranks, init):
     space = CoreSpace(shape, ranks, dtype=torch.float64)
     start(space, init, 0)
     for factor in space.factors[1:]:
         torch.testing.assert_close(factor.mT @ factor, torch.eye(factor.shape[1], dtype=torch.float64))
     rows = space.core.reshape(ranks[0], -1)
     rows = rows if rows.shape[0] <= rows.shape[1] else rows.mT
-    torch.testing.assert_close(rows @ rows.mT, torch.eye(rows.shape[0], dtype=torch.float64))
+    torch.testing.assert_close(rows @ rows.mT, rows.shape[1] * torch.eye(rows.shape[0], dtype=torch.float64))
+    assert rows.square().mean().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("init", [name for name in STARTS if name != "random"])
@@ -58,7 +59,7 @@ def test_every_start_leaves_the_update_zero_and_something_to_learn(init):
 
 
 def test_a_weight_of_zeros_still_has_a_scale():
-    assert unified_scale(torch.zeros(8, 16), (2, 2), 0, "factor") == pytest.approx(GROWTH)
+    assert unified_scale(torch.zeros(8, 16), (2, 2), 0, "factor") == pytest.approx(GROWTH / math.sqrt(2))
 
 
 def test_an_explicit_scale_is_taken_as_it_is():

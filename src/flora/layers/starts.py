@@ -7,16 +7,21 @@ The scale. Adam moves an entry by about the learning rate η in a step, whatever
 numbers decide how fast the update grows and turns.
 
 *Growth.* In the first step only the zero part moves, its entries to ±η. With orthonormal columns in every inner factor
-and orthonormal rows in the core's output unfolding, delta = s · A⁽ᵒ⁾ Vᵀ with V (F, r_o) orthonormal, hence
+and a core whose output unfolding is g times orthonormal rows, delta = s g · A⁽ᵒ⁾ Vᵀ with V (F, r_o) orthonormal, hence
 
-    rms(delta) = s η √(r_o / F),    and    rms(delta) / rms(W) = c η √r_o    for    s = c · rms(W) · √F.
+    rms(delta) = s g η √(r_o / F),    and    rms(delta) / rms(W) = c η √r_o    for    s = c · rms(W) · √F / g.
 
 Shape, order and backbone drop out. LoRA with alpha = 2 r, Kaiming's A of rms 1/√(3 F) and a weight of rms 1/√F grows by
 1.15 η √r in the same step, and by up to 2 η √r for PyTorch's own linear layers, whose rms is 1/√(3 F).
 
 *Turning.* An inner column of length 1 with I_n entries turns by η √I_n in a step, as a row of LoRA's A, of length 1/√3,
 turns by η √(3 F). Columns with entries of order one would turn by η only: they are all but frozen, and the update keeps
-the random subspace of its start. So numbers start with columns of length one, and s takes up the rest.
+the random subspace of its start. So inner factors start with columns of length one, and s takes up the rest.
+
+*Calm.* LoRA's update is a product of two parts that grow. A core with rows of length one would be a third: coherent
+steps add η √(r_o p) to its length of one each, p the product of the other ranks, and training breaks down at half of
+LoRA's rate. So the core's entries start with a mean square of one, g = √max(r_o, p): a step changes them by η of their
+size, which is next to nothing, and the update grows as LoRA's does. The core still learns, only not before the factors.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ def unified_scale(weight: Tensor, ranks: Sequence[int], output_mode: int, init: 
 
     With it, the first step of a learning rate η moves the weight by c · η · √q of its own size, where q is the smaller
     of r_o and the product of the other ranks, and c is ``GROWTH``, or 1 for the gradient start. For ``init="factor"``
-    that is s = c · rms(W) · √F.
+    that is s = c · rms(W) · √(F / max(r_o, p)), p the product of the ranks but r_o.
 
     A weight of zeros has no size of its own, and counts as one drawn with variance 1 / F. A large weight is sampled at
     some 2¹⁶ evenly spread entries, which gives its root mean square to half a percent.
@@ -99,9 +104,10 @@ def orthonormal_(matrix: Tensor) -> None:
 
 
 def fill_core(space: CoreSpace, rows: Tensor, output_mode: int) -> None:
-    """Set the core, also a distributed one, by its output unfolding (r_o, product of the other ranks)."""
+    """Set the core, also a distributed one, to entries of order one in the directions of ``rows``: its output unfolding
+    (r_o, product of the other ranks), whose rows or columns are orthonormal."""
     first, *others = space.ranks[output_mode], *space.ranks[:output_mode], *space.ranks[output_mode + 1 :]
-    core = rows.to(space.core.dtype).reshape(first, *others).movedim(0, output_mode)
+    core = (math.sqrt(max(rows.shape)) * rows).to(space.core.dtype).reshape(first, *others).movedim(0, output_mode)
     space.core.copy_(part_like(core, space.core))
 
 
@@ -139,11 +145,11 @@ def _random(space: CoreSpace, output_mode: int) -> None:
     """Nothing zero, for ``init_weights=False``. Under "auto" delta has 0.3 · GROWTH of the weight's size."""
     for factor in space.factors:
         orthonormal_(factor)
-    space.core.normal_(std=0.3 * math.sqrt(space.shape[output_mode] / prod(space.ranks)))
+    space.core.normal_(std=0.3 * math.sqrt(space.shape[output_mode] / _width(space.ranks, output_mode)))
 
 
 def _reach_of_factor(shape: Sequence[int], ranks: Sequence[int], output_mode: int) -> float:
-    return math.sqrt(_width(ranks, output_mode) * shape[output_mode] / prod(shape))
+    return math.sqrt(prod(ranks) * shape[output_mode] / prod(shape))
 
 
 def _reach_of_core(shape: Sequence[int], ranks: Sequence[int], output_mode: int) -> float:
