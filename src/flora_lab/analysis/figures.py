@@ -192,8 +192,8 @@ def trained(rows: Sequence[Row], metric: str, path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- all jobs
 
 GAIN = (
-    "0 is head only, 1 is full fine-tuning (the worst and the best method where those were not run, or where full "
-    "fine-tuning is not above head only); test means over seeds, every task at the budget that most methods ran."
+    "0 is head only, 1 is full fine-tuning; test means over seeds, at the budget that most methods ran. A task is left "
+    "out if it did not run both, or if full fine-tuning is not above head only."
 )
 
 
@@ -250,26 +250,26 @@ def gains(results: Sequence[Result]) -> Picture | None:
 
 
 def _gains(results: Sequence[Result]) -> tuple[list[str], dict[Style, list[float]]]:
-    """The jobs that compare several variants, and of every variant that all have, its normalised gain on each.
+    """The jobs with full fine-tuning above head only, and of every variant that all have, its normalised gain on each.
 
     No variants for fewer than three jobs.
     """
-    jobs = {job: of for job, of in by_job(results).items() if len({result.variant for result in of}) > 1}
+    jobs: list[str] = []
     found: dict[str, list[float]] = {}  # by label: a variant's name may differ between jobs
     style: dict[str, Style] = {}
-    for of in jobs.values():
+    for job, of in by_job(results).items():
         kept, _ = at_main_budget(of)
         ends = {result.method: result.mean for result in kept if result.style.plain}
-        means = [result.mean for result in kept]
-        low, high = ends.get("head", min(means)), ends.get("full", max(means))
-        if high <= low:
-            low, high = min(means), max(means)
+        low, high = ends.get("head", math.nan), ends.get("full", math.nan)
+        if not high > low:
+            continue
+        jobs.append(job)
         for result in kept:
             style[result.label] = result.style
-            found.setdefault(result.label, []).append((result.mean - low) / (high - low) if high > low else 0.0)
+            found.setdefault(result.label, []).append((result.mean - low) / (high - low))
     complete = [style[label] for label in found if len(found[label]) == len(jobs) and style[label].method not in ENDS]
     complete = sorted(complete, key=lambda style: style.order) if len(jobs) >= 3 else []
-    return list(jobs), {style: found[style.label] for style in complete}
+    return jobs, {style: found[style.label] for style in complete}
 
 
 def _means(results: Iterable[Result], points: Callable[[Row], list[tuple[float, float]]]) -> Curves:
