@@ -19,9 +19,9 @@ turns by η √(3 F). Columns with entries of order one would turn by η only: t
 the random subspace of its start. So inner factors start with columns of length one, and s takes up the rest.
 
 *Calm.* LoRA's update is a product of two parts that grow. A core with rows of length one would be a third: each of many
-steps in one direction adds up to η √(r_o p) to its norm, p the product of the other ranks, and training can break down at
-a rate that LoRA bears. So the core's entries start with a mean square of one, g = √max(r_o, p): a step changes them by η
-of their size, and the update grows as LoRA's does. The core learns, too, but more slowly than the factors.
+steps in one direction adds up to η √(r_o p) to its norm, p the product of the other ranks, and training can break down
+at a rate that LoRA bears. So the core's entries start with a mean square of one, g = √max(r_o, p): a step changes them
+by η of their size, and the update grows as LoRA's does. The core learns, too, but more slowly than the factors.
 """
 
 from __future__ import annotations
