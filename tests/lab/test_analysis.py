@@ -248,7 +248,8 @@ def comparison(jobs=("cifar-shift", "cola", "camvid"), budgets=(10_000, 30_000, 
             more["spectra"]["core"] = [math.exp(-i / 20) for i in range(32)]
         for budget in budgets if METHODS[variant.split("-")[0]].size else [None]:
             size = {"full": 414_912, "head": 0, "bitfit": 2032}.get(variant, budget)
-            level = 0.6 + 0.02 * n + 0.01 * budgets.index(budget or budgets[0])
+            place = len(variants) if variant == "full" else n
+            level = 0.6 + 0.02 * place + 0.01 * budgets.index(budget or budgets[0])
             rows += grid(variant, budget, seeds=seeds, level=level, job=job, adapter_parameters=size, **more)
     for job, scale in itertools.product(jobs, (0.04, 0.4, 4)):
         rows += grid(f"flora-{scale:g}", budgets[0], seeds=seeds, level=0.8, job=job)
