@@ -6,6 +6,7 @@
 PEFT's table has a row per method and model. Each model's targets are kept, once, and options of other methods dropped.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -32,9 +33,12 @@ TEST_CASES = _for_flora(TEST_CASES)
 
 def main(source: Path, arguments: list[str]) -> int:
     tests = source / "tests"
-    text = (tests / "test_custom_models.py").read_text()
+    table = tests / "test_custom_models.py"
+    if not table.is_file():
+        raise SystemExit(f"{table}: no such file; the folder of PEFT's sources is needed")
+    text = table.read_text()
     if text.count(ANCHOR) != 1:
-        raise SystemExit(f"{tests}: its table is not where it was in PEFT 0.21.2")
+        raise SystemExit(f"{table}: its table is not where it was in PEFT 0.21.2")
     (tests / "test_swapped.py").write_text(text.replace(ANCHOR, SWAP + "\n\n" + ANCHOR))
     (source / "flora.ini").write_text("[pytest]\n")  # without PEFT's coverage and markers
     command = ["pytest", "-c", "flora.ini", "--rootdir=.", "tests/test_swapped.py", "-k", "FLORA", *arguments]
@@ -45,4 +49,7 @@ def main(source: Path, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the folder of PEFT's sources; what follows is for pytest")
+    options, others = parser.parse_known_args()
+    sys.exit(main(options.source.resolve(), others))

@@ -104,8 +104,10 @@ def orthonormal_(matrix: Tensor) -> None:
 
 
 def fill_core(space: CoreSpace, rows: Tensor, output_mode: int) -> None:
-    """Set the core, also a distributed one, to entries of order one in the directions of ``rows``: its output unfolding
-    (r_o, product of the other ranks), whose rows or columns are orthonormal."""
+    """Set the core, also a distributed one: its output unfolding becomes ``rows``, scaled to entries of order one.
+
+    ``rows`` (r_o, product of the other ranks) has orthonormal rows, or orthonormal columns if it is tall.
+    """
     first, *others = space.ranks[output_mode], *space.ranks[:output_mode], *space.ranks[output_mode + 1 :]
     core = (math.sqrt(max(rows.shape)) * rows).to(space.core.dtype).reshape(first, *others).movedim(0, output_mode)
     space.core.copy_(part_like(core, space.core))

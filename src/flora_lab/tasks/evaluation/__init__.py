@@ -1,1 +1,1 @@
-"""How predictions become numbers and pictures: answers compared, precisions, and harnesses of others."""
+"""How predictions become numbers and pictures: for texts, for boxes and masks, and by harnesses of other projects."""

@@ -1,4 +1,4 @@
-"""Tasks whose predictions are answers: generated or token by token, their texts, and how many are right."""
+"""Tasks that are evaluated by answers: how a model generates them, their texts, and how many are right."""
 
 from __future__ import annotations
 
