@@ -85,6 +85,9 @@ class Comparison:
             "above": 0,
         },
     )
+    rate_seeds: int = field(
+        default=1, metadata={"help": "how many seeds try all rates; the best mean is chosen", "least": 1}
+    )
     engine: str = field(default="local", metadata={"help": "local or ray", "choices": ("local", "ray")})
     workers: int = field(default=1, metadata={"help": "trials that run at the same time", "least": 1})
     norms: int = field(default=0, metadata={"help": "how often to measure the updates per trial", "least": 0})

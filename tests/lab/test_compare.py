@@ -70,6 +70,13 @@ def test_the_other_seeds_run_with_what_did_best_on_validation(finished):
         assert other["learning_rate"] in [r["learning_rate"] for r in tried if r["validation"]["accuracy"] == best]
 
 
+def test_several_seeds_can_choose_the_rate(tmp_path):
+    keys = [*SHORT, "comparison.seeds=[0,1,2]", "comparison.rates=[1,3]", "comparison.rate_seeds=2"]
+    assert flora_compare(*with_methods(tmp_path, "head"), *keys).exit_code == 0
+    runs = [(row["seed"], round(row["learning_rate"], 6)) for row in plain(tmp_path)]
+    assert runs[:4] == [(0, 0.1), (0, 0.3), (1, 0.1), (1, 0.3)] and [seed for seed, _ in runs[4:]] == [2]
+
+
 def test_it_ends_with_a_table_and_a_report(finished):
     folder, _job, result = finished
     assert "FLoRA" in result.output and "LoRA" in result.output and "results.jsonl" in result.output
@@ -173,6 +180,7 @@ def test_what_was_left_out_runs_once_it_can(tmp_path):
         (["--budgets", "many"], "comparison.budgets"),
         (["--budgets", "0"], "comparison.budgets=[0]: expected at least 1"),
         (["comparison.rates=[]"], "comparison.rates=[]"),
+        (["comparison.rate_seeds=4"], "comparison.rate_seeds=4: there are 3 seeds"),
         (["comparison.rates=[1,0]"], "comparison.rates=[1.0, 0.0]: expected a number above 0"),
         (["--engine", "slurm"], "slurm"),
         (["--seeds", "99999999999"], "comparison.seeds=[99999999999]: expected at most 4294967295"),

@@ -99,8 +99,8 @@ def finite(value: float) -> float:
 def summarise(rows: Iterable[Row]) -> list[Result]:
     """The results of all trials; jobs and variants in the order of their first row, budgets ascending after none.
 
-    Learning rate: of the seed with the most rates (the first such seed), the rate with the best validation metric, the
-    lower of equals; the test split is not looked at. p: two-sided paired t-test on the test metric over common seeds
+    Learning rate: of the seeds with the most rates, the rate with the best mean validation metric, the lower of equals;
+    the test split is not looked at. p: two-sided paired t-test on the test metric over common seeds
     (paper, section 5) against FLoRA at the same budget; for a method without a budget, at the ``main_budget``. p is
     None with fewer than two common seeds, or if all differences are equal.
     """
@@ -118,14 +118,16 @@ def summarise(rows: Iterable[Row]) -> list[Result]:
 
 
 def _at_best_rate(trials: Sequence[Row], style: Style) -> Result:
-    seeds: dict[int, list[Row]] = {}
+    seeds: dict[int, dict[float, Row]] = {}
     for row in trials:
-        seeds.setdefault(row["seed"], []).append(row)
-    grid = max(seeds.values(), key=len)
-    best = max(grid, key=lambda row: (finite(score(row, "validation")), -row["learning_rate"]))
-    kept = sorted((row for row in trials if row["learning_rate"] == best["learning_rate"]), key=lambda row: row["seed"])
-    rates = tuple(sorted({row["learning_rate"] for row in grid}))
-    return Result(best["job"], style, best["budget"], best["metric"], best["learning_rate"], rates, kept)
+        seeds.setdefault(row["seed"], {})[row["learning_rate"]] = row
+    rates = tuple(sorted(max(seeds.values(), key=len)))
+    searched = [rows for rows in seeds.values() if rows.keys() == set(rates)]
+    means = {rate: statistics.fmean(finite(score(rows[rate], "validation")) for rows in searched) for rate in rates}
+    best = max(rates, key=lambda rate: (means[rate], -rate))
+    kept = sorted((row for row in trials if row["learning_rate"] == best), key=lambda row: row["seed"])
+    first = kept[0]
+    return Result(first["job"], style, first["budget"], first["metric"], best, rates, kept)
 
 
 def _tested(result: Result, job: Sequence[Result]) -> Result:

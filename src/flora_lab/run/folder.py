@@ -75,6 +75,10 @@ def check_comparison(config: Config, variants: Iterable[str]) -> None:
         values = getattr(config.comparison, name)
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"comparison.{name}={values}: expected one or more different values")
+    if config.comparison.rate_seeds > len(config.comparison.seeds):
+        raise ConfigError(
+            f"comparison.rate_seeds={config.comparison.rate_seeds}: there are {len(config.comparison.seeds)} seeds"
+        )
 
 
 class Folder:
@@ -200,16 +204,22 @@ class Folder:
 
 
 def grid(config: Config, pairs: Iterable[Pair]) -> list[Trial]:
-    """The first seed's trials: every learning rate."""
-    seed, rates, pairs = config.comparison.seeds[0], config.comparison.rates, list(pairs)
-    return [Trial(*pair, seed, learning_rate(config, pair[0]) * rate) for rate in rates for pair in pairs]
+    """The trials that choose a learning rate: all rates with each of the first seeds."""
+    keys, pairs = config.comparison, list(pairs)
+    seeds = keys.seeds[: keys.rate_seeds]
+    return [
+        Trial(*pair, seed, learning_rate(config, pair[0]) * rate)
+        for seed in seeds
+        for rate in keys.rates
+        for pair in pairs
+    ]
 
 
 def others(config: Config, pairs: Iterable[Pair], rows: Iterable[Row]) -> list[Trial]:
     """The other seeds' trials, at the learning rate that did best on the validation split."""
-    rows = list(rows)
+    rows, keys = list(rows), config.comparison
     best = {pair: _best_rate(rows, pair) for pair in pairs}
-    return [Trial(*pair, seed, rate) for seed in config.comparison.seeds[1:] for pair, rate in best.items()]
+    return [Trial(*pair, seed, rate) for seed in keys.seeds[keys.rate_seeds :] for pair, rate in best.items()]
 
 
 def _best_rate(rows: Iterable[Row], pair: Pair) -> float:
