@@ -1,7 +1,8 @@
 """`flora compare`: variants × budgets × seeds, as the paper compares (section 5.3, Tables 1 to 3).
 
-Each variant at each budget is tried with its grid of learning rates on the first seed, or `rate_seeds` of them; the
-best on the validation split runs with the other seeds. Every variant gets the same number of trials, and the test split chooses nothing.
+Each variant at each budget is tried with its grid of learning rates on the first seed, or on `rate_seeds` of them; the
+best on the validation split runs with the other seeds. Every variant gets the same number of trials, and the test split
+chooses nothing.
 """
 
 from __future__ import annotations
