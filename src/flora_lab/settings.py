@@ -81,12 +81,13 @@ class Comparison:
     rates: list[float] = field(
         default_factory=lambda: [0.3, 1, 3],
         metadata={
-            "help": "multiples of a variant's learning rate; the first seed tries all, validation chooses",
+            "help": "multiples of a variant's learning rate; rate_seeds try all, validation chooses",
             "above": 0,
         },
     )
     rate_seeds: int = field(
-        default=1, metadata={"help": "how many seeds try all rates; the best mean is chosen", "least": 1}
+        default=1,
+        metadata={"help": "how many of the seeds, from the first, try all rates; their mean decides", "least": 1},
     )
     engine: str = field(default="local", metadata={"help": "local or ray", "choices": ("local", "ray")})
     workers: int = field(default=1, metadata={"help": "trials that run at the same time", "least": 1})

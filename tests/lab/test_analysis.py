@@ -266,8 +266,8 @@ def test_the_best_on_validation_is_chosen_the_lower_of_equals():
 
 
 def test_the_best_mean_of_the_seeds_with_all_rates_is_chosen():
-    rows = [row(seed=seed, rate=rate, value=value) for rate, *values in ((1e-2, 0.7, 0.5), (1e-3, 0.6, 0.7))
-            for seed, value in enumerate(values)]  # fmt: skip
+    values = {1e-2: (0.7, 0.5), 1e-3: (0.6, 0.7)}  # of seeds 0 and 1
+    rows = [row(seed=seed, rate=rate, value=values[rate][seed]) for rate in values for seed in (0, 1)]
     rows += [row(seed=2, rate=1e-2, value=0.9)]
     assert [(run["seed"], run["learning_rate"]) for run in chosen(rows)] == [(0, 1e-3), (1, 1e-3)]
 

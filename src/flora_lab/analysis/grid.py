@@ -47,7 +47,7 @@ def grid(results: Sequence[Result]) -> Picture | None:
     axes.set_axis_off()
     chart.suppressComposite = True  # in SVG each picture keeps its own pixels
     same = "pictures" if given else "prompts and starting noise"
-    caption = f"The same {same} for all; {at}, at the best learning rate of the first seed."
+    caption = f"The same {same} for all; {at}, at each method's chosen learning rate, with its first seed."
     return Picture(results[0].job, "pictures", "Pictures", caption, chart, colours=None)
 
 

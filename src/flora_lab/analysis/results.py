@@ -99,10 +99,10 @@ def finite(value: float) -> float:
 def summarise(rows: Iterable[Row]) -> list[Result]:
     """The results of all trials; jobs and variants in the order of their first row, budgets ascending after none.
 
-    Learning rate: of the seeds with the most rates, the rate with the best mean validation metric, the lower of equals;
-    the test split is not looked at. p: two-sided paired t-test on the test metric over common seeds
-    (paper, section 5) against FLoRA at the same budget; for a method without a budget, at the ``main_budget``. p is
-    None with fewer than two common seeds, or if all differences are equal.
+    Learning rate: the best by the mean validation metric of the seeds that tried the most rates, the lower of equals;
+    the test split is not looked at. p: two-sided paired t-test on the test metric over common seeds (paper, section 5)
+    against FLoRA at the same budget; for a method without a budget, at the ``main_budget``. p is None with fewer than
+    two common seeds, or if all differences are equal.
     """
     rows = list(rows)
     style = styles(rows)
