@@ -22,6 +22,7 @@ from flora_lab.settings import Training
 from flora_lab.tasks.data.arithmetic import problems
 from flora_lab.tasks.data.tokens import IGNORED
 from flora_lab.tasks.evaluation.answers import ANSWERS, accuracy
+from flora_lab.tasks.evaluation.forgetting import Passages
 from flora_lab.tasks.evaluation.generation import token_accuracy, top_tokens
 from flora_lab.tasks.language import Language, Texts
 from flora_lab.tasks.models.language_model import LanguageModel
@@ -87,7 +88,8 @@ def tiny_keys(folder, path):
             for n in range(24)
         ],
     }[path.stem]
-    lines(folder / "data" / "train.jsonl", rows)
+    data = lines(folder / "data" / "train.jsonl", rows)
+    other = [f"task.forgetting={{path: {data}, column: query, characters: 5}}"] if path.stem == "metamathqa" else []
     lines(folder / "test" / "test.jsonl", sums(8) if path.stem == "metamathqa" else rows[:8])
     return [
         f"task.model.name={tiny_model(folder / 'model', max_position_embeddings=256)}",
@@ -96,6 +98,7 @@ def tiny_keys(folder, path):
         f"task.data.path={folder / 'data'}",
         f"task.data.test_path={folder / 'test'}",
         "task.data.test_subset=null",
+        *other,
         "training.gradient_checkpointing=false",
         "training.mixed_precision='no'",
         "training.eval_steps=null",
@@ -438,6 +441,42 @@ def test_lm_eval_is_asked_after_training(tmp_path, monkeypatch):
     job.lm_eval = ["arc_hard"]
     with pytest.raises(ValueError, match="lm-eval has no task 'arc_hard'"):
         job.check(job.splits(0))
+
+
+def test_forgetting_is_the_rise_of_the_loss_per_token_of_the_long_texts(tmp_path):
+    rows = [{"text": "fine"}] * 9
+    job = task(lines(tmp_path / "rows.jsonl", rows))
+    settings = job.decisive()
+    texts = ["short", "a text of nineteen.", "a longer text, which is cut", "x" * 9]
+    file = lines(tmp_path / "other.jsonl", [{"text": text} for text in texts])
+    job.forgetting = Passages(str(file), characters=9, examples=2, max_length=20)
+    assert job.decisive() == settings
+    model, base = job.build(), job.build()
+    total, count = [0.0, 0.0], 0
+    for text in ("a text of nineteen.", "a longer text, whic"):
+        ids = torch.tensor([[*job.tokenizer(text)["input_ids"]]])
+        count += ids.numel() - 1
+        for place, one in enumerate((model, base)):
+            total[place] += one(input_ids=ids, labels=ids).loss.item() * (ids.numel() - 1)
+    found = job.judge(model, lambda: base, {}, tmp_path)["test"]
+    assert found == {"forgetting": pytest.approx((total[0] - total[1]) / count, rel=1e-4)}
+    assert job.judge(base, lambda: base, {}, tmp_path) == {"test": {"forgetting": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"path": ""}, "task.forgetting.path: expected a file"),
+        ({"column": "words"}, "other.jsonl, line 1: no text in column 'words'"),
+        ({"characters": 5}, "other.jsonl: no text of 5 characters (task.forgetting.characters)"),
+    ],
+)
+def test_other_texts_that_say_nothing_are_refused_before_training(keys, message, tmp_path):
+    job = task(lines(tmp_path / "rows.jsonl", [{"text": "fine"}] * 9))
+    job.forgetting = Passages(**{"path": str(lines(tmp_path / "other.jsonl", [{"text": "long"}])), **keys})
+    with pytest.raises(ValueError) as error:
+        job.check(job.splits(0))
+    assert message in str(error.value)
 
 
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ COLUMNS = [
     "experiment",
     "test accuracy",
     "train loss",
+    "forgetting",
     "train time",
     "total time",
     "accelerator memory, max",
@@ -25,7 +26,9 @@ COLUMNS = [
 ]
 NOTE = (
     "In bold: rows of ours, at their best learning rate, seed by seed; the others are PEFT's. Times in seconds, of "
-    "training without evaluation and of everything. Machines may differ."
+    "training without evaluation and of everything. Machines may differ. Forgetting is how much the loss of other "
+    "texts rises: ours of each next token, but PEFT's script has taken that of the token just read. Compare it among "
+    "rows of ours, or among PEFT's."
 )
 
 
@@ -46,6 +49,7 @@ def _of_row(row: Row, label: str) -> Sequence[Any]:
         f"{label}, seed {row['seed']}",
         score(row, "test"),
         row.get("train_loss"),
+        row["test"].get("forgetting"),
         row.get("train_seconds"),
         row.get("seconds"),
         row.get("memory_reserved") or row.get("memory"),
@@ -66,6 +70,7 @@ def _of_file(file: Path) -> Sequence[Any] | None:
             run["experiment_name"],
             next(value for name, value in last.items() if name.startswith("test ")),
             last["train loss"],
+            last.get("forgetting"),
             train["train_time"],
             run["total_time"],
             train["accelerator_memory_max"],
@@ -85,15 +90,19 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _cells(values: Sequence[Any]) -> list[str]:
-    name, accuracy, loss, train, total, memory, parameters, file_size = values
-    shown = "–" if loss is None or not math.isfinite(loss) else f"{loss:.3f}"
+    name, accuracy, loss, forgetting, train, total, memory, parameters, file_size = values
     return [
         name,
         f"{accuracy:.3f}",
-        shown,
+        _number(loss),
+        _number(forgetting),
         seconds(train),
         seconds(total),
         size(memory),
         f"{parameters:,}",
         size(file_size),
     ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def base_file(config: Config, folder: Path, main: bool, wait: Callable[[], None]
     task = config.task.source_task()
     if task is None:
         return None
-    keys = {"task": asdict(task), "pretraining": config.pretraining.decisive(), "seed": config.seed}
+    keys = {"task": task.decisive(), "pretraining": config.pretraining.decisive(), "seed": config.seed}
     file = Path(config.cache, f"{task.name}-{digest(keys)}.safetensors")
     if not file.exists():
         _pretrain(config, task, file, folder, main, wait)

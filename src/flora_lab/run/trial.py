@@ -167,7 +167,7 @@ def _settings(config: Config) -> str:
     source = config.pretraining.decisive() if config.task.source_task() else None
     # a row has its own learning rate; the other two do not change its numbers
     training = replace(config.training, learning_rate=1.0, eval_batch_size=None, loaders=0)
-    return digest([asdict(config.task), training.decisive(), source, config.target_modules, config.seed])
+    return digest([config.task.decisive(), training.decisive(), source, config.target_modules, config.seed])
 
 
 def _evaluate(outcome: Fit, data: dict[str, Examples]) -> dict[str, dict[str, float]]:

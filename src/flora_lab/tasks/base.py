@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -30,11 +31,16 @@ class Task:
 
     metric: ClassVar[str]  # the number of `metrics` to report and to choose by; higher is better
     targets: ClassVar[str] = "all-weights"  # what to adapt, unless the YAML has `target_modules`
+    judging: ClassVar[Sequence[str]] = ()  # keys that only add numbers to a row
     reduce: ClassVar[Callable[[Any, Any], Any] | None] = None  # logits, labels -> what `metrics` needs of a batch
 
     def source_task(self) -> Task | None:
         """The same task on the data that the base model is trained on first; None if the model is pre-trained."""
         return None
+
+    def decisive(self) -> dict[str, Any]:
+        """The keys on which a trial's numbers depend."""
+        return {key: value for key, value in asdict(self).items() if key not in self.judging}
 
     def splits(self, seed: int) -> dict[str, Examples]:
         """ "train", "validation" and "test". Raises ValueError naming the columns or labels that are wrong."""

@@ -16,6 +16,7 @@ from flora_lab.tasks.data.records import Records, three
 from flora_lab.tasks.data.tokens import IGNORED, answer_labels, prompts
 from flora_lab.tasks.evaluation import lm_eval
 from flora_lab.tasks.evaluation.answers import ANSWERS
+from flora_lab.tasks.evaluation.forgetting import Passages, forgotten
 from flora_lab.tasks.evaluation.generation import EVALUATED, TOKENS, Answering
 from flora_lab.tasks.models.language_model import LanguageModel
 from flora_lab.tasks.models.pretrained import brief
@@ -64,8 +65,12 @@ class Language(Answering):
     lm_eval: list[str] = field(
         default_factory=list, metadata={"help": "tasks of lm-eval, such as arc_easy, to test on after training"}
     )
+    forgetting: Passages | None = field(
+        default=None, metadata={"help": "other texts, to measure how much their loss rises"}
+    )
 
     targets = "all-linear"
+    judging = ("forgetting",)
 
     def source_task(self) -> Language | None:
         return self.source and replace(self, data=self.source, source=None)
@@ -90,6 +95,8 @@ class Language(Answering):
     def check(self, splits: dict[str, Tokens]) -> None:
         """Every example was tokenized, and so checked, when it was read: see whether the model knows every token."""
         lm_eval.check(self.lm_eval)
+        if self.forgetting:
+            self.forgetting.read()
         known, size = self.model.config_of_text.vocab_size, len(self.tokenizer)
         for tokens in splits.values():
             for index in range(len(tokens)) if size > known else ():
@@ -208,7 +215,10 @@ class Language(Answering):
         return self.model.build("AutoModelForCausalLM")
 
     def judge(self, model: nn.Module, base: Any, splits: Any, folder: Path) -> dict[str, Any]:
-        return {"test": lm_eval.evaluate(model, self.tokenizer, self.lm_eval)}
+        numbers = lm_eval.evaluate(model, self.tokenizer, self.lm_eval)
+        if self.forgetting:
+            numbers |= forgotten(model, base, self.tokenizer, self.forgetting, self.model.positions)
+        return {"test": numbers}
 
 
 @dataclass

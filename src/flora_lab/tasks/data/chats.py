@@ -45,9 +45,9 @@ class Chats(Portions):
         """The rows of "train", and of "validation" and "test" where the source has them. Raises ValueError."""
         if not self.path:
             raise ValueError("task.data.path: expected a file, a folder, or a name on the hub")
-        splits = _read(self.path, self.subset)
+        splits = read_rows(self.path, self.subset)
         if self.test_path:
-            other = _read(self.test_path, self.test_subset)
+            other = read_rows(self.test_path, self.test_subset)
             test = other.pop("test", None) or other.pop("train")
             splits = {
                 "train": splits["train"],
@@ -66,7 +66,7 @@ class Chats(Portions):
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _read(path: str, subset: str | None) -> dict[str, Records]:
+def read_rows(path: str, subset: str | None) -> dict[str, Records]:
     """Raises ValueError naming ``path``, or file and line."""
     import datasets
 

@@ -1,0 +1,68 @@
+"""Forgetting: by how much a fine-tuned language model is worse at texts that its data are not about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flora_lab.tasks.data.chats import read_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Passages:
+    """The texts: the first long ones of the test split, or of train if there is no other."""
+
+    path: str = field(default="", metadata={"help": "a file, a folder, or a name on the hub", "path": True})
+    subset: str | None = field(default=None, metadata={"help": "of a data set on the hub"})
+    column: str = field(default="text", metadata={"help": "the texts' column"})
+    examples: int = field(default=100, metadata={"help": "how many texts", "least": 1})
+    characters: int = field(default=500, metadata={"help": "leave out shorter texts", "least": 1})
+    max_length: int = field(default=768, metadata={"help": "tokens per text; the rest is cut", "least": 2})
+
+    def read(self) -> list[str]:
+        """Raises ValueError naming the source, or the row that has no text."""
+        if not self.path:
+            raise ValueError("task.forgetting.path: expected a file, a folder, or a name on the hub")
+        splits = read_rows(self.path, self.subset)
+        records = splits.get("test") or splits["train"]
+        texts: list[str] = []
+        for index in range(len(records)):
+            row = records[index]
+            text = row.get(self.column) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise ValueError(f"{records.name(index)}: no text in column {self.column!r}")
+            if len(text) >= self.characters:
+                texts.append(text)
+            if len(texts) == self.examples:
+                break
+        if not texts:
+            raise ValueError(f"{self.path}: no text of {self.characters} characters (task.forgetting.characters)")
+        return texts
+
+
+def loss(model: nn.Module, tokenizer: Any, texts: list[str], most: int) -> float:
+    """The mean cross entropy of the next token, in nats, over all tokens of ``texts``, each cut at ``most`` tokens."""
+    import torch
+
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([tokenizer(text, truncation=True, max_length=most)["input_ids"]], device=device)
+            logits = model(input_ids=ids).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:], reduction="sum").item()
+            count += ids.shape[1] - 1
+    return total / count
+
+
+def forgotten(model: nn.Module, base: Any, tokenizer: Any, keys: Passages, positions: int | None) -> dict[str, float]:
+    """{"forgetting": the loss of ``model`` minus that of ``base()``, the model before the training}."""
+    most = min(keys.max_length, positions or keys.max_length)
+    texts, device = keys.read(), next(model.parameters()).device
+    after = loss(model, tokenizer, texts, most)
+    model.cpu()  # one model at a time fits where training did
+    return {"forgetting": after - loss(base().to(device), tokenizer, texts, most)}
