@@ -37,8 +37,7 @@ def test_a_data_start_has_the_size_of_the_default_at_any_scale(init, scale):
         space = layers(model)[0].space("default")
         space.factors[0].data = torch.eye(5)[:, :2]  # orthonormal, so that delta has the size of the rest
         sizes.append(space.delta().norm().item())
-    growth = STARTS["factor"].growth / STARTS[init].growth if scale == "auto" else 1.0
-    assert sizes[0] == pytest.approx(growth * sizes[1], rel=1e-5)
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-5)
 
 
 def started(case, init):

@@ -22,6 +22,10 @@ the random subspace of its start. So inner factors start with columns of length 
 steps in one direction adds up to η √(r_o p) to its norm, p the product of the other ranks, and training can break down
 at a rate that LoRA bears. So the core's entries start with a mean square of one, g = √max(r_o, p): a step changes them
 by η of their size, and the update grows as LoRA's does. The core learns, too, but more slowly than the factors.
+
+*Small weights.* After t steps in one direction both parts have grown. LoRA's update then has a size of 2 √r (η t)²,
+whatever the weight's; this one has c · rms(W) √F · √r_o (η t)². So that a small weight learns no more slowly than with
+LoRA, its rms counts as 2 / √F at least, which puts 2 c in the place of LoRA's 2.
 """
 
 from __future__ import annotations
@@ -38,24 +42,24 @@ from flora import tucker
 from flora.layers.core_space import CoreSpace
 from flora.layers.weights.sharded import part_like
 
-GROWTH = math.sqrt(2)  # the c above: between LoRA's, and level with it on six tasks
+GROWTH = math.sqrt(2)  # the c above
+LEAST = 2.0  # the least rms(W) · √F; docs/search has other values of both
 
 
 def unified_scale(weight: Tensor, ranks: Sequence[int], output_mode: int, init: str) -> float:
     """``scale="auto"``: one rule for every start and backbone, in place of the paper's s in {0.04, 0.4, 4}.
 
-    With it, the first step of a learning rate η moves the weight by c · η · √q of its own size, where q is the smaller
-    of r_o and the product of the other ranks, and c is ``GROWTH``, or 1 for the gradient start. For ``init="factor"``
-    that is s = c · rms(W) · √(F / max(r_o, p)), p the product of the ranks but r_o.
+    With it, the first step of a learning rate η moves the weight by c · η · √q of its size, where q is the smaller of
+    r_o and the product of the other ranks, c is ``GROWTH``, and the size is rms(W), but ``LEAST`` / √F at least. For
+    ``init="factor"`` that is s = c · max(rms(W) · √F, ``LEAST``) / √max(r_o, p), p the product of the ranks but r_o.
 
-    A weight of zeros has no size of its own, and counts as one drawn with variance 1 / F. A large weight is sampled at
-    some 2¹⁶ evenly spread entries, which gives its root mean square to half a percent.
+    A large weight is sampled at some 2¹⁶ evenly spread entries, which gives its root mean square to half a percent.
     """
     numbers = weight.detach().reshape(-1)
     sample = numbers[:: numbers.numel() >> 16 | 1]  # an odd step, so as not to follow a column
-    rms = _rms(sample) or _rms(numbers) or math.sqrt(weight.shape[output_mode] / numbers.numel())
-    chosen = STARTS[init]
-    return chosen.growth * rms * math.sqrt(_width(ranks, output_mode)) / chosen.reach(weight.shape, ranks, output_mode)
+    size = max(_rms(sample), LEAST * math.sqrt(weight.shape[output_mode] / numbers.numel()))
+    reach = STARTS[init].reach(weight.shape, ranks, output_mode)
+    return GROWTH * size * math.sqrt(_width(ranks, output_mode)) / reach
 
 
 def _rms(numbers: Tensor) -> float:
@@ -81,13 +85,11 @@ class Start:
     Args:
         fill: fills a core space, given its output mode.
         reach: (shape, ranks, output mode) -> rms(delta) at s = 1 when the entries of the zero part are ±1.
-        growth: the c of ``scale="auto"``.
         from_data: whether ``flora.initialize`` fills it anew.
     """
 
     fill: Callable[[CoreSpace, int], None]
     reach: Callable[[Sequence[int], Sequence[int], int], float]
-    growth: float = GROWTH
     from_data: bool = False
 
 
@@ -144,7 +146,7 @@ def _official_normal(space: CoreSpace, output_mode: int) -> None:
 
 
 def _random(space: CoreSpace, output_mode: int) -> None:
-    """Nothing zero, for ``init_weights=False``. Under "auto" delta has 0.3 · GROWTH of the weight's size."""
+    """Nothing zero, for ``init_weights=False``. Under "auto" delta has 0.3 · ``GROWTH`` of the weight's size."""
     for factor in space.factors:
         orthonormal_(factor)
     space.core.normal_(std=0.3 * math.sqrt(space.shape[output_mode] / _width(space.ranks, output_mode)))
@@ -163,8 +165,7 @@ STARTS = {
     "factor": Start(_factor, _reach_of_factor),
     # like "factor" until flora.initialize has seen a batch
     "activations": Start(_factor, _reach_of_factor, from_data=True),
-    # each step then follows the loss, and needs to be shorter
-    "gradient": Start(_factor, _reach_of_factor, growth=1.0, from_data=True),
+    "gradient": Start(_factor, _reach_of_factor, from_data=True),
     "official": Start(_official, lambda shape, ranks, output_mode: 3 ** (-len(shape) / 2)),
     "official-normal": Start(_official_normal, lambda shape, ranks, output_mode: prod(0.02 * r**0.5 for r in ranks)),
     "random": Start(_random, _reach_of_factor),
