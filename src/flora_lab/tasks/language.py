@@ -96,7 +96,7 @@ class Language(Answering):
         """Every example was tokenized, and so checked, when it was read: see whether the model knows every token."""
         lm_eval.check(self.lm_eval)
         if self.forgetting:
-            self.forgetting.read()
+            self.forgetting.read(self.tokenizer, self.model.positions)
         known, size = self.model.config_of_text.vocab_size, len(self.tokenizer)
         for tokens in splits.values():
             for index in range(len(tokens)) if size > known else ():
@@ -217,7 +217,7 @@ class Language(Answering):
     def judge(self, model: nn.Module, base: Any, splits: Any, folder: Path) -> dict[str, Any]:
         numbers = lm_eval.evaluate(model, self.tokenizer, self.lm_eval)
         if self.forgetting:
-            numbers |= forgotten(model, base, self.tokenizer, self.forgetting, self.model.positions)
+            numbers |= forgotten(model, base, self.forgetting.read(self.tokenizer, self.model.positions))
         return {"test": numbers}
 
 

@@ -22,20 +22,24 @@ class Passages:
     characters: int = field(default=500, metadata={"help": "leave out shorter texts", "least": 1})
     max_length: int = field(default=768, metadata={"help": "tokens per text; the rest is cut", "least": 2})
 
-    def read(self) -> list[str]:
-        """Raises ValueError naming the source, or the row that has no text."""
+    def read(self, tokenizer: Any, positions: int | None) -> list[list[int]]:
+        """The tokens of each text, for a model of so many positions. Raises ValueError naming the source, or the row
+        that has no text, or only one token."""
         if not self.path:
             raise ValueError("task.forgetting.path: expected a file, a folder, or a name on the hub")
         splits = read_rows(self.path, self.subset)
         records = splits.get("test") or splits["train"]
-        texts: list[str] = []
+        most = min(self.max_length, positions or self.max_length)
+        texts: list[list[int]] = []
         for index in range(len(records)):
             row = records[index]
             text = row.get(self.column) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 raise ValueError(f"{records.name(index)}: no text in column {self.column!r}")
             if len(text) >= self.characters:
-                texts.append(text)
+                texts.append(tokenizer(text, truncation=True, max_length=most)["input_ids"])
+                if len(texts[-1]) < 2:
+                    raise ValueError(f"{records.name(index)}: one token, which has no next one to tell")
             if len(texts) == self.examples:
                 break
         if not texts:
@@ -43,8 +47,8 @@ class Passages:
         return texts
 
 
-def loss(model: nn.Module, tokenizer: Any, texts: list[str], most: int) -> float:
-    """The mean cross entropy of the next token, in nats, over all tokens of ``texts``, each cut at ``most`` tokens."""
+def loss(model: nn.Module, texts: list[list[int]]) -> float:
+    """The mean cross entropy of the next token, in nats, over all tokens of ``texts``."""
     import torch
 
     device = next(model.parameters()).device
@@ -52,17 +56,16 @@ def loss(model: nn.Module, tokenizer: Any, texts: list[str], most: int) -> float
     model.eval()
     with torch.no_grad():
         for text in texts:
-            ids = torch.tensor([tokenizer(text, truncation=True, max_length=most)["input_ids"]], device=device)
-            logits = model(input_ids=ids).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:], reduction="sum").item()
-            count += ids.shape[1] - 1
+            ids = torch.tensor(text, device=device)
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum").item()
+            count += len(text) - 1
     return total / count
 
 
-def forgotten(model: nn.Module, base: Any, tokenizer: Any, keys: Passages, positions: int | None) -> dict[str, float]:
+def forgotten(model: nn.Module, base: Any, texts: list[list[int]]) -> dict[str, float]:
     """{"forgetting": the loss of ``model`` minus that of ``base()``, the model before the training}."""
-    most = min(keys.max_length, positions or keys.max_length)
-    texts, device = keys.read(), next(model.parameters()).device
-    after = loss(model, tokenizer, texts, most)
+    device = next(model.parameters()).device
+    after = loss(model, texts)
     model.cpu()  # one model at a time fits where training did
-    return {"forgetting": after - loss(base().to(device), tokenizer, texts, most)}
+    return {"forgetting": after - loss(base().to(device), texts)}
