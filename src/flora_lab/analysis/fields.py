@@ -90,15 +90,15 @@ def _samples(value: Any) -> bool:
     return all(_list(_jpeg, len(value["prompts"]))(value.get(name)) for name in ("images", "base"))
 
 
+TIMES = ("seconds", "train_seconds", "epoch_seconds")
+MEMORY = ("memory", "memory_reserved", "memory_reserved_mean")
+
 ACCEPTED: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "a string": (("job", "metric", "variant", "method", "settings", "left_out", "machine"), _text),
     "a whole number": (("seed", "adapter_parameters", "head_parameters"), _whole),
     "a whole number or null": (("budget",), lambda value: value is None or _whole(value)),
     "a number above 0": (("learning_rate",), _above_zero),
-    "a number": (
-        ("epochs", "seconds", "train_seconds", "epoch_seconds", "memory", "memory_reserved", "train_loss"),
-        _number,
-    ),
+    "a number": (("epochs", "train_loss", *TIMES, *MEMORY), _number),
     "an object": (("options",), lambda value: isinstance(value, dict)),
     "a list of strings": (("notes",), _list(_text)),
     "a list of pairs of numbers": (("curve",), _list(_list(_number, 2))),

@@ -21,6 +21,7 @@ COLUMNS = [
     "train time",
     "total time",
     "accelerator memory, max",
+    "mean",
     "trainable parameters",
     "file size",
 ]
@@ -28,7 +29,7 @@ NOTE = (
     "In bold: rows of ours, at their best learning rate, seed by seed; the others are PEFT's. Times in seconds, of "
     "training without evaluation and of everything. Machines may differ. Forgetting is how much the loss of other "
     "texts rises: ours of each next token, but PEFT's script has taken that of the token just read. Compare it among "
-    "rows of ours, or among PEFT's."
+    "rows of ours, or among PEFT's. The mean is over the steps of training, of what PyTorch reserves."
 )
 
 
@@ -53,6 +54,7 @@ def _of_row(row: Row, label: str) -> Sequence[Any]:
         row.get("train_seconds"),
         row.get("seconds"),
         row.get("memory_reserved") or row.get("memory"),
+        row.get("memory_reserved_mean"),
         row["adapter_parameters"] + row["head_parameters"],
         row.get("bytes"),
     )
@@ -74,6 +76,7 @@ def _of_file(file: Path) -> Sequence[Any] | None:
             train["train_time"],
             run["total_time"],
             train["accelerator_memory_max"],
+            train.get("accelerator_memory_reserved_avg"),
             train["num_trainable_params"],
             train["file_size"],
         )
@@ -90,7 +93,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _cells(values: Sequence[Any]) -> list[str]:
-    name, accuracy, loss, forgetting, train, total, memory, parameters, file_size = values
+    name, accuracy, loss, forgetting, train, total, most, mean, parameters, file_size = values
     return [
         name,
         f"{accuracy:.3f}",
@@ -98,7 +101,8 @@ def _cells(values: Sequence[Any]) -> list[str]:
         _number(forgetting),
         seconds(train),
         seconds(total),
-        size(memory),
+        size(most),
+        size(mean),
         f"{parameters:,}",
         size(file_size),
     ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 
 def machine() -> str:
@@ -23,9 +25,27 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def reserved_memory() -> int | None:
-    """Bytes: the most that PyTorch held of the accelerator's memory, as PEFT's method comparison counts it."""
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+class Reserved(TrainerCallback):
+    """What PyTorch holds of the accelerator's memory in a fit, in bytes, as PEFT's method comparison counts it.
+
+    A fit that was interrupted counts from its last start.
+    """
+
+    def __init__(self) -> None:
+        self.total, self.steps = 0, 0
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        if torch.cuda.is_available():
+            self.total += torch.cuda.memory_reserved()
+            self.steps += 1
+
+    def numbers(self) -> dict[str, float | None]:
+        """The most, and the mean over the steps."""
+        return {
+            "memory_reserved": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
+            "memory_reserved_mean": self.total / self.steps if self.steps else None,
+        }
 
 
 def peak_memory() -> int | None:

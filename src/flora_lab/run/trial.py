@@ -25,7 +25,7 @@ from flora_lab.methods import METHODS, AdaptedModel, adapt, head_parameters
 from flora_lab.run.base import base_model, digest
 from flora_lab.run.fit import Fit, fit, steps
 from flora_lab.run.folder import Trial
-from flora_lab.run.machine import machine, peak_memory, reserved_memory, reset_peak
+from flora_lab.run.machine import Reserved, machine, peak_memory, reset_peak
 from flora_lab.run.mirror import Mirror, PushCheckpoints
 from flora_lab.run.saved import round_trip, save
 from flora_lab.settings import Config
@@ -49,7 +49,8 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
     adapted = set_up(config, trial.variant, trial.budget, base, steps(keys, data["train"]))
     if adapted.start:
         adapted.start(_batches(task, data["train"], keys.batch_size, trial.seed))
-    callbacks = [*adapted.callbacks, *filter(None, [norms])]
+    reserved = Reserved()
+    callbacks = [*adapted.callbacks, *filter(None, [norms]), reserved]
     logs = Path(config.output, "logs", folder.name)
     last = [PushCheckpoints(mirror, folder)]
     reset_peak()
@@ -67,7 +68,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         bar,
         last,
     )
-    memory, reserved = peak_memory(), reserved_memory()
+    memory = {"memory": peak_memory(), **reserved.numbers()}
     row = {
         **subject(config, trial.variant, trial.budget),
         "seed": trial.seed,
@@ -77,8 +78,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         **sizes,
         "epochs": keys.epochs,
         **_times(outcome, norms),
-        "memory": memory,
-        "memory_reserved": reserved,
+        **memory,
         "notes": adapted.notes,
         "curve": _curve(outcome, task.metric),
         "norms": norms.records if norms else [],
