@@ -4,6 +4,7 @@ python examples/image_folder.py photos OUTPUT --model convnextv2_tiny
 """
 
 import argparse
+from itertools import islice
 
 import timm
 import torch
@@ -42,7 +43,7 @@ def main() -> None:
         images, labels = batch
         return torch.nn.functional.cross_entropy(model(images), labels)
 
-    flora.initialize(model, [batch for batch, _ in zip(batches, range(8), strict=False)], loss=loss)
+    flora.initialize(model, list(islice(batches, 32)), loss=loss)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     step = 0
     while step < given.steps:

@@ -9,7 +9,7 @@ from torch import nn
 
 from flora import FloraConfig
 from flora.layers.core_space import CoreSpace
-from flora.layers.starts import GROWTH, LEAST, STARTS, start, unified_scale
+from flora.layers.starts import LEAST, STARTS, start, unified_scale
 from reference import layers
 
 SHAPES = [((64, 32), (8, 8)), ((96, 1, 7, 7), (12, 1, 4, 4)), ((8, 24, 40), (4, 6, 6)), ((256,), (16,))]
@@ -36,7 +36,7 @@ def test_the_first_step_moves_the_weight_by_a_fixed_share_of_its_size(shape, ran
         moved.data = torch.randn_like(moved).sign()
         squares.append(space.delta().square().mean().item() / counted**2)
     width = min(ranks[0], math.prod(ranks[1:]))
-    assert math.sqrt(sum(squares) / len(squares)) == pytest.approx(GROWTH * math.sqrt(width), rel=0.2)
+    assert math.sqrt(sum(squares) / len(squares)) == pytest.approx(STARTS[init].growth * math.sqrt(width), rel=0.2)
 
 
 @pytest.mark.parametrize("init", ["factor", "activations", "gradient"])

@@ -26,6 +26,10 @@ by η of their size, and the update grows as LoRA's does. The core learns, too, 
 *Small weights.* After t steps in one direction both parts have grown. LoRA's update then has a size of 2 √r (η t)²,
 whatever the weight's; this one has c · rms(W) √F · √r_o (η t)². So that a small weight learns no more slowly than with
 LoRA, its rms counts as 2 / √F at least, which puts 2 c in the place of LoRA's 2.
+
+*Starts from data.* Their directions are those in which the gradient, or the inputs, agree from batch to batch. There a
+step of Adam is followed by others of the same sign more often than in a random direction, and the update grows faster
+at the same c. They have half of it: on text the whole is too much (docs/search).
 """
 
 from __future__ import annotations
@@ -43,23 +47,24 @@ from flora.layers.core_space import CoreSpace
 from flora.layers.weights.sharded import part_like
 
 GROWTH = math.sqrt(2)  # the c above
-LEAST = 2.0  # the least rms(W) · √F; docs/search has other values of both
+GROWTH_FROM_DATA = GROWTH / 2
+LEAST = 2.0  # the least rms(W) · √F; docs/search has other values of all three
 
 
 def unified_scale(weight: Tensor, ranks: Sequence[int], output_mode: int, init: str) -> float:
     """``scale="auto"``: one rule for every start and backbone, in place of the paper's s in {0.04, 0.4, 4}.
 
     With it, the first step of a learning rate η moves the weight by c · η · √q of its size, where q is the smaller of
-    r_o and the product of the other ranks, c is ``GROWTH``, and the size is rms(W), but ``LEAST`` / √F at least. For
-    ``init="factor"`` that is s = c · max(rms(W) · √F, ``LEAST``) / √max(r_o, p), p the product of the ranks but r_o.
+    r_o and the product of the other ranks, c is ``Start.growth``, and the size is rms(W), but ``LEAST`` / √F at least.
+    For ``init="factor"`` that is s = c · max(rms(W) · √F, ``LEAST``) / √max(r_o, p), p the product of the other ranks.
 
     A large weight is sampled at some 2¹⁶ evenly spread entries, which gives its root mean square to half a percent.
     """
     numbers = weight.detach().reshape(-1)
     sample = numbers[:: numbers.numel() >> 16 | 1]  # an odd step, so as not to follow a column
     size = max(_rms(sample), LEAST * math.sqrt(weight.shape[output_mode] / numbers.numel()))
-    reach = STARTS[init].reach(weight.shape, ranks, output_mode)
-    return GROWTH * size * math.sqrt(_width(ranks, output_mode)) / reach
+    chosen = STARTS[init]
+    return chosen.growth * size * math.sqrt(_width(ranks, output_mode)) / chosen.reach(weight.shape, ranks, output_mode)
 
 
 def _rms(numbers: Tensor) -> float:
@@ -91,6 +96,11 @@ class Start:
     fill: Callable[[CoreSpace, int], None]
     reach: Callable[[Sequence[int], Sequence[int], int], float]
     from_data: bool = False
+
+    @property
+    def growth(self) -> float:
+        """The c of ``scale="auto"``."""
+        return GROWTH_FROM_DATA if self.from_data else GROWTH
 
 
 def orthonormal_(matrix: Tensor) -> None:

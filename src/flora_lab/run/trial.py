@@ -31,7 +31,7 @@ from flora_lab.run.saved import round_trip, save
 from flora_lab.settings import Config
 from flora_lab.tasks import Examples, Task
 
-START_BATCHES = 8
+START_BATCHES = 32
 
 
 def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool = True) -> Row:

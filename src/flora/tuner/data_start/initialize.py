@@ -40,7 +40,7 @@ def initialize(
 
     Args:
         model: with the adapter in it, not merged.
-        batches: a few batches of training data. All of them are kept in memory.
+        batches: some 32 batches of training data, which are kept in memory. Too few show chance directions.
         adapter: its name.
         loss: ``loss(model, batch)`` -> scalar; by default ``model(**batch).loss``. For "activations" anything that runs
             the model on a batch; by default ``model(**batch)``, or ``model(batch)`` for a tensor.
@@ -58,7 +58,7 @@ def initialize(
     with together():
         layers = _layers_to_start(model, adapter, overwrite)
         if not (batches := list(batches)):
-            raise ValueError("no batches were given; a few are needed for a data start")
+            raise ValueError("no batches were given; a data start needs some")
     with undisturbed(model), _counted_as_started(layers, adapter):
         seed, process = _common_seed()
         if layers[0].space(adapter).init == "activations":

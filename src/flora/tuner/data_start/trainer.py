@@ -23,7 +23,7 @@ class Initialize(TrainerCallback):
         options: further arguments of ``flora.initialize``.
     """
 
-    def __init__(self, batches: int = 8, adapter: str = "default", **options: Any) -> None:
+    def __init__(self, batches: int = 32, adapter: str = "default", **options: Any) -> None:
         self.batches, self.adapter, self.options = batches, adapter, options
 
     def on_train_begin(
