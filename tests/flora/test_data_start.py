@@ -41,6 +41,19 @@ def test_a_data_start_has_the_size_of_the_default_at_any_scale(init, scale):
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("init", ["core", "factor", "official", "official-normal"])
+def test_the_automatic_scale_suits_the_start_that_was_made(init):
+    scales = []
+    for each in ("gradient", init):
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), FloraConfig(r=2, target_modules=["0"], init=each))
+        for overwrite in (False, True):
+            batches, loss = [torch.randn(8, 6)], lambda model, x: model(x).square().sum()
+            flora.initialize(model, batches, loss=loss, overwrite=overwrite)
+        scales.append(layers(model)[0].space("default").scale)
+    assert scales[0] == scales[1]
+
+
 def started(case, init):
     torch.manual_seed(0)
     model, base, args = build(case, init=init, init_weights=True)
@@ -348,6 +361,13 @@ def test_initialize_refuses_and_changes_nothing(init):
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge"):
         flora.initialize(model, [torch.ones(2, 4)], loss=loss)
+
+
+def test_initialize_refuses_layers_that_share_factors():
+    config = FloraConfig(r=2, target_modules=["0", "1"], stack="layers")
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config)
+    with pytest.raises(ValueError, match=r"layer '0' shares factors \(stack\)"):
+        flora.initialize(model, [torch.ones(2, 4)], loss=lambda model, x: model(x).sum())
 
 
 def test_the_gradient_start_refuses_what_has_no_gradient():

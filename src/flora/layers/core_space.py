@@ -32,6 +32,7 @@ class CoreSpace(nn.Module):
 
     scale: Tensor
     init = "factor"  # the config's, for a data start
+    scaled_for: str | None = None  # the start that scale="auto" was solved for
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
     parameter_shapes: tuple[tuple[int, ...], ...]

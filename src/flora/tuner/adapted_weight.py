@@ -169,14 +169,12 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         output_mode = kinds.output_mode(self.roles)
         with loaded(layer), gathered([self.base_parameter]):
             device = self.base_parameter.device
-            if scale == "auto":
-                if device.type == "meta":
-                    raise ValueError('scale="auto" needs the numbers of a weight, and this one is on the meta device')
-                scale = of_first_process(unified_scale(whole(self.frozen_weight), ranks, output_mode, init))
-        space = CoreSpace(self.weight_shape, ranks, float(scale), device=device, dtype=weight_dtype)
+            number = self._unified_scale(ranks, init) if scale == "auto" else float(scale)
+        space = CoreSpace(self.weight_shape, ranks, number, device=device, dtype=weight_dtype)
+        space.scaled_for = init if scale == "auto" else None
         if scales is not None:
             space.written_down = scales, self.name
-            space.set_scale(float(scale))
+            space.set_scale(number)
         start(space, init, output_mode)
         self.kind.after_start(layer, space)
         self.tucker_space[adapter_name] = space
@@ -184,6 +182,18 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         self.tucker_dropout[adapter_name] = dropout
         self.tucker_execution[adapter_name] = execution
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _unified_scale(self, ranks: Sequence[int], init: str) -> float:
+        if self.base_parameter.is_meta:
+            raise ValueError('scale="auto" needs the numbers of a weight, and this one is on the meta device')
+        return of_first_process(unified_scale(whole(self.frozen_weight), ranks, kinds.output_mode(self.roles), init))
+
+    def suit_scale(self, adapter: str, init: str) -> None:
+        """Under ``scale="auto"`` give the adapter the scale of another start, which it has now."""
+        space = self.space(adapter)
+        if space.scaled_for not in (None, init):
+            space.set_scale(self._unified_scale(space.ranks, init))
+            space.scaled_for = init
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self.tucker_space and not self.space(adapter_name).core.is_meta:

@@ -32,7 +32,8 @@ def initialize(
     "activations" needs no labels. It starts from the directions in which the inputs of each layer vary (their centred
     second moments), and leaves half of each rank random. The model only runs forward. Any other ``init``, above all
     "gradient", starts from the gradient of the loss, to which an untrained head gives no direction: whatever else is
-    trained (a new head, biases) is first trained for some steps, and put back in the end.
+    trained (a new head, biases) is first trained for some steps, and put back in the end. ``scale="auto"`` is then that
+    of the gradient start.
 
     The model runs in training mode, as the first step will: dropout and batch normalization act on what a layer gets.
     Its mode, gradients, running statistics and the state of the random numbers are as before afterwards. Weights are
@@ -61,12 +62,14 @@ def initialize(
             raise ValueError("no batches were given; a data start needs some")
     with undisturbed(model), _counted_as_started(layers, adapter):
         seed, process = _common_seed()
-        if layers[0].space(adapter).init == "activations":
+        kind = "activations" if layers[0].space(adapter).init == "activations" else "gradient"
+        if kind == "activations":
             starts = from_activations(model, layers, adapter, batches, loss or _run, seed, process)
         else:
             starts = from_gradient(model, layers, adapter, batches, loss or _its_loss, seed, warmup_steps, warmup_rate)
     for layer, (rows, factors) in zip(layers, starts, strict=True):
         fill(layer, adapter, rows, factors)
+        layer.suit_scale(adapter, kind)
 
 
 def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[FloraLayer]:
@@ -82,6 +85,8 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
         space = layer.space(adapter)
         if layer.merged:
             raise ValueError(f"adapter {adapter!r}: unmerge before initializing")
+        if space.stack is not None:
+            raise ValueError(f"layer {layer.name!r} shares factors (stack): a data start is for layers by themselves")
         if has_master_copy(space.core):
             raise ValueError(
                 f"layer {layer.name!r}: DeepSpeed's optimizer has a copy of its core, which the next step would put "
