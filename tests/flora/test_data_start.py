@@ -1,6 +1,8 @@
 """``flora.initialize``: the starts from data, against dense float64 references."""
 
 import math
+import weakref
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -302,6 +304,34 @@ def test_a_missing_data_start_is_said_once(init):
     model = headed(init).train()
     flora.initialize(model, pairs(), loss=cross_entropy)
     model(x)
+
+
+class Made(Sequence):
+    """Batches that are made when they are asked for, and how many of them were alive at once."""
+
+    def __init__(self):
+        self.alive, self.most = weakref.WeakSet(), 0
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        batch = torch.randn(2, 4, generator=torch.Generator().manual_seed(range(5)[index]))
+        self.alive.add(batch)
+        self.most = max(self.most, len(self.alive))
+        return batch
+
+
+@every_start
+def test_a_sequence_is_read_batch_by_batch(init):
+    starts, made = [], Made()
+    for batches in (made, list(Made())):
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), FloraConfig(r=2, target_modules=["0"], init=init))
+        flora.initialize(model, batches, loss=lambda model, x: model(x).square().sum())
+        starts.append(layers(model)[0].space("default").factors[1])
+    torch.testing.assert_close(*starts)
+    assert made.most <= 2  # the last one, and the next
 
 
 @every_start

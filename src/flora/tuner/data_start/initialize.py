@@ -41,7 +41,8 @@ def initialize(
 
     Args:
         model: with the adapter in it, not merged.
-        batches: some 32 batches of training data, which are kept in memory. Too few show chance directions.
+        batches: some 32 batches of training data; too few show chance directions. A sequence is read several times, the
+            items of another iterable are kept in memory.
         adapter: its name.
         loss: ``loss(model, batch)`` -> scalar; by default ``model(**batch).loss``. For "activations" anything that runs
             the model on a batch; by default ``model(**batch)``, or ``model(batch)`` for a tensor.
@@ -58,7 +59,8 @@ def initialize(
         model = model.module  # its own averaging would miss the parameters that are frozen
     with together():
         layers = _layers_to_start(model, adapter, overwrite)
-        if not (batches := list(batches)):
+        batches = batches if isinstance(batches, Sequence) else list(batches)
+        if not batches:
             raise ValueError("no batches were given; a data start needs some")
     with undisturbed(model), _counted_as_started(layers, adapter):
         seed, process = _common_seed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -41,8 +41,21 @@ class Initialize(TrainerCallback):
             generator=torch.Generator().manual_seed(args.seed + args.process_index),
             collate_fn=train_dataloader.collate_fn,
         )
-        batches = [_on_device(batch, args.device) for batch in islice(loader, self.batches)]
+        batches = _OnDevice(list(islice(loader, self.batches)), args.device)
         initialize(model, batches, self.adapter, **self.options)
+
+
+class _OnDevice(Sequence):
+    """Batches, each of which is on the device only while it is used."""
+
+    def __init__(self, batches: Sequence[Any], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _on_device(self.batches[index], self.device)
 
 
 def _on_device(batch: Any, device: torch.device) -> Any:
