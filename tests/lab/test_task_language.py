@@ -73,7 +73,7 @@ def tiny_model(folder, template=TEMPLATE, **sizes):
 def tiny_keys(folder, path):
     """Overrides with which a language YAML runs on next to nothing; ``test_train`` uses them too."""
     size = [f"task.model.config.{key}={value}" for key, value in CONFIG.items() if key.endswith(("layers", "size"))]
-    short = ["training.batch_size=4", "training.eval_batch_size=4", "task.new_tokens=2", "budget=300"]
+    short = ["training.batch_size=4", "training.eval_batch_size=4", "task.new_tokens=2", "budget=500"]
     if path.stem == "arithmetic":
         counts = [
             f"task.{part}.{split}_examples=8"
