@@ -33,7 +33,8 @@ def test_made_anew_the_tables_stay_as_they_are(tmp_path):
     files = [file for file in FILES if file.parent.name == "diffusion"]
     analyse(files, tmp_path, page)
     assert page.read_text(encoding="utf-8") == (DOCS / "results.md").read_text(encoding="utf-8")
-    lost = page.read_text(encoding="utf-8").replace(" 0.1358 |", " 9.9999 |")
+    number = tables.further(summarise(read(files[:1]))).lines[0][2]
+    lost = page.read_text(encoding="utf-8").replace(f" {number} |", " 9.9999 |")
     assert "9.9999" in lost
     page.write_text(lost, encoding="utf-8")
     analyse(files, tmp_path, page)
