@@ -73,8 +73,9 @@ def adapted(engine: type[Alone], folder: Path, seed: int = 1, method: str = "flo
 
 
 def llama(folder: Path, **options: Any) -> LlamaForCausalLM:
-    """A language model, from files as tensor parallelism needs it."""
-    if not (folder / "llama").exists():
+    """A language model, from files as tensor parallelism needs it. transformers writes weights in the first process
+    only, so no other may make the folder."""
+    if not (dist.is_initialized() and dist.get_rank()) and not (folder / "llama").exists():
         sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
         made = LlamaForCausalLM(LlamaConfig(vocab_size=12, **sizes, num_key_value_heads=2, max_position_embeddings=16))
         made.save_pretrained(folder / "llama")
