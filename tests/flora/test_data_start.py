@@ -29,7 +29,7 @@ every_start = pytest.mark.parametrize("init", DATA_STARTS)
 @pytest.mark.parametrize("scale", ["auto", 0.4])
 @every_start
 def test_a_data_start_has_the_size_of_the_default_at_any_scale(init, scale):
-    """Under "auto" its own c apart."""
+    """Under "auto", where each start has a c of its own, in units of that c."""
     sizes = []
     for each in ("factor", init):
         config = FloraConfig(r=2, target_modules=["0"], scale=scale, init=each)

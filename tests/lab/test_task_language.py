@@ -469,7 +469,7 @@ def test_forgetting_is_the_rise_of_the_loss_per_token_of_the_long_texts(tmp_path
         ({"path": ""}, "task.forgetting.path: expected a file"),
         ({"column": "words"}, "other.jsonl, line 1: no text in column 'words'"),
         ({"characters": 5}, "other.jsonl: no text of 5 characters (task.forgetting.characters)"),
-        ({"characters": 1, "max_length": 1}, "other.jsonl, line 1: one token, which has no next one to tell"),
+        ({"characters": 1, "max_length": 1}, "other.jsonl, line 1: a single token, so there is no next one to predict"),
     ],
 )
 def test_other_texts_that_say_nothing_are_refused_before_training(keys, message, tmp_path):

@@ -189,7 +189,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         return of_first_process(unified_scale(whole(self.frozen_weight), ranks, kinds.output_mode(self.roles), init))
 
     def suit_scale(self, adapter: str, init: str) -> None:
-        """Under ``scale="auto"`` give the adapter the scale of another start, which it has now."""
+        """Under ``scale="auto"`` set the scale for the start ``init``, which the adapter has now."""
         space = self.space(adapter)
         if space.scaled_for not in (None, init):
             space.set_scale(self._unified_scale(space.ranks, init))

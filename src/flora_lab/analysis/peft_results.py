@@ -21,7 +21,7 @@ COLUMNS = [
     "train time",
     "total time",
     "accelerator memory, max",
-    "mean",
+    "accelerator memory, mean",
     "trainable parameters",
     "file size",
 ]

@@ -41,8 +41,8 @@ def initialize(
 
     Args:
         model: with the adapter in it, not merged.
-        batches: some 32 batches of training data; too few show chance directions. A sequence is read several times, the
-            items of another iterable are kept in memory.
+        batches: some 32 batches of training data; with too few, the directions are chance. A sequence is read several
+            times; of any other iterable all batches are kept in memory.
         adapter: its name.
         loss: ``loss(model, batch)`` -> scalar; by default ``model(**batch).loss``. For "activations" anything that runs
             the model on a batch; by default ``model(**batch)``, or ``model(batch)`` for a tensor.
@@ -88,7 +88,7 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
         if layer.merged:
             raise ValueError(f"adapter {adapter!r}: unmerge before initializing")
         if space.stack is not None:
-            raise ValueError(f"layer {layer.name!r} shares factors (stack): a data start is for layers by themselves")
+            raise ValueError(f"layer {layer.name!r} shares factors (stack): a data start needs layers that share none")
         if has_master_copy(space.core):
             raise ValueError(
                 f"layer {layer.name!r}: DeepSpeed's optimizer has a copy of its core, which the next step would put "

@@ -39,7 +39,7 @@ class Passages:
             if len(text) >= self.characters:
                 texts.append(tokenizer(text, truncation=True, max_length=most)["input_ids"])
                 if len(texts[-1]) < 2:
-                    raise ValueError(f"{records.name(index)}: one token, which has no next one to tell")
+                    raise ValueError(f"{records.name(index)}: a single token, so there is no next one to predict")
             if len(texts) == self.examples:
                 break
         if not texts:
