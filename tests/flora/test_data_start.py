@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import flora
 from cases import CASES
@@ -18,6 +19,7 @@ from flora.layers.kinds import output_mode
 from flora.layers.starts import STARTS
 from flora.tucker import leading_vectors, project, unfold
 from flora.tuner.data_start import activations
+from flora.tuner.data_start.reduction import Products
 from reference import first, layers, name_in_base, run
 from test_contract import CLOSE, build
 
@@ -116,6 +118,36 @@ def test_two_passes_over_a_long_mode_find_what_the_whole_gradient_gives():
     factor = layers(model)[0].space("default").factors[1]
     span = leading_vectors(unfold((left * values) @ right.mT, 1), 4)
     torch.testing.assert_close(factor @ factor.mT, span @ span.mT, rtol=1e-6, atol=1e-7)
+
+
+class Shared(nn.Sequential):
+    """Calls a layer, changes what it gives in place, and reads the layer's weight once more."""
+
+    def forward(self, x):
+        return self[0](x).relu_() + nn.functional.linear(x.flip(-1), self[0].weight)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(220, 150)),
+        lambda: nn.Sequential(Conv1D(150, 220)),
+        lambda: Shared(nn.Linear(220, 150)),
+    ],
+)
+@every_start
+def test_a_linear_layer_starts_as_if_its_parts_were_formed(make, init, monkeypatch):
+    """They are not: see ``Products``."""
+    found = []
+    for products in (Products.suit, staticmethod(lambda layer: False)):
+        monkeypatch.setattr(Products, "suit", products)
+        torch.manual_seed(0)
+        model = get_peft_model(make().double(), FloraConfig(r=4, target_modules=["0"], init=init))
+        flora.initialize(model, torch.randn(3, 7, 220).double().unbind(), loss=lambda m, x: m(x).sin().sum())
+        (layer,) = layers(model)
+        factor = layer.space("default").factors[1 - output_mode(layer.roles)]
+        found.append(factor @ factor.mT)  # signs are free
+    torch.testing.assert_close(*found)
 
 
 # ---------------------------------------------------------------------------------------------------- the activations
@@ -375,6 +407,19 @@ def refused(init, message, batches, loss=None, adapter="default"):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(p.requires_grad for n, p in model.named_parameters() if "tucker" not in n)
     assert not layers(model)[0].space("default").started and hooks(model) == counts
+
+
+def test_the_gradient_start_refuses_an_input_that_is_changed_in_place():
+    class Careless(nn.Sequential):
+        def forward(self, x):
+            x = x + 0
+            y = self[0](x)
+            x += 1
+            return y
+
+    model = get_peft_model(Careless(nn.Linear(6, 5)), FloraConfig(target_modules=["0"], init="gradient"))
+    with pytest.raises(ValueError, match="input of layer '0' was changed in place after its call"):
+        flora.initialize(model, [torch.randn(8, 6)], loss=lambda model, x: model(x).sum())
 
 
 @every_start

@@ -270,10 +270,9 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""
         return self.space(adapter).delta() * self.tucker_scaling[adapter]
 
-    def with_zeros(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+    def with_zeros(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Zeros in the place of a quantized weight (I_1, …, I_N), and the output of the layer without its bias: the
         gradient of a weight does not depend on its numbers. The kind of layer must have a ``plain`` form."""
-        x = args[0] if args else next(iter(kwargs.values()))
         zeros = torch.zeros(self.weight_shape, device=x.device, requires_grad=True)
         plain = cast(Callable[..., Tensor], self.kind.plain)
         return zeros, plain(self.get_base_layer(), x.float() if x.is_floating_point() else x, zeros, None)

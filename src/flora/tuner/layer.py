@@ -233,6 +233,10 @@ class FloraLayer(MergeableWeight):
         update = factored(self.get_base_layer(), core, factors, x, *others, **kwargs)
         return (result + update).to(result.dtype)
 
+    def input_of(self, args: tuple, kwargs: dict) -> Tensor:
+        """The layer's input among the arguments of a call."""
+        return self._input_first(args, kwargs)[0][0]
+
     def _input_name(self, kwargs: dict) -> str:
         """The keyword that the layer's input was passed by; a subclass may give it another name."""
         return self.kind.input_name if self.kind.input_name in kwargs or not kwargs else next(iter(kwargs))

@@ -7,7 +7,8 @@ second moments Σ (z − z̄)(z − z̄)ᵀ, mode by mode, and the core with tho
 The layer's own forward is run again with random numbers R in the place of its output's gradient: the gradient of its
 weight is D = R Z, random sums of the inputs, whose moments are those of Z in expectation. So one way suits every kind
 of layer, with its own padding, groups and dilation, and attention and stacked experts too, whose inputs can't be seen
-from outside. Numbers of R that sum to zero over the positions of a batch centre the inputs.
+from outside. Numbers of R that sum to zero over the positions of a batch centre the inputs. A linear layer's D = R Z is
+no more than that product, and needs no second run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from flora.layers.kinds import output_mode
 from flora.layers.weights.parameters import run_with_weights
 from flora.layers.weights.sharded import whole
-from flora.tuner.data_start.reduction import BASIS, SPARE, Reduction, Start, two_passes
+from flora.tuner.data_start.reduction import BASIS, SPARE, Products, Reduction, Start, two_passes
 from flora.tuner.layer import FloraLayer
 
 SHARE = 0.5  # of each rank; the rest stays random, for what the inputs do not show
@@ -110,6 +111,10 @@ class _Sketch:
         """Hook: add the inputs of one call."""
         if self.busy:  # this is the second run
             return
+        if self.place.called is self.layer and Products.suit(self.layer):
+            numbers = torch.cat([self._numbers(output) for _ in range(self.repeats)], -1)
+            self.reduction.add(Products.of(numbers, self.layer.input_of(args, kwargs)))
+            return
         self.busy = True
         try:
             with torch.enable_grad():
@@ -125,7 +130,7 @@ class _Sketch:
     def _run_again(self, args: tuple, kwargs: dict) -> tuple[Tensor, Any]:
         """The weight that a gradient is taken of, and the output."""
         if self.layer.is_quantized:
-            return self.layer.with_zeros(args, kwargs)
+            return self.layer.with_zeros(self.layer.input_of(args, kwargs))
         weight, module = whole(self.layer.base_parameter.detach()).requires_grad_(), self.place.module
         sharded = {name: p for name, p in module.named_parameters() if hasattr(p, "full_tensor")}  # by FSDP2, by itself
         weights = {name: whole(p.detach()) for name, p in sharded.items()} | {self.place.weight: weight}
@@ -133,8 +138,12 @@ class _Sketch:
 
     def _sums(self, y: Tensor, weight: Tensor) -> Tensor | None:
         """As many random sums of inputs as there are outputs, in the weight's shape."""
+        numbers = self._numbers(y).to(y.dtype)
+        return torch.autograd.grad(y, weight, numbers, retain_graph=True, allow_unused=True)[0]
+
+    def _numbers(self, y: Tensor) -> Tensor:
+        """Random numbers in the place of an output."""
         numbers = torch.randn(y.shape, generator=self.generator, device=y.device, dtype=torch.float32)
         channels = max(0, y.ndim - 1 - self.layer.roles.count("kernel"))
         positions = [mode for mode in range(y.ndim) if mode != channels]
-        numbers = numbers - numbers.mean(positions, keepdim=True) if positions else numbers
-        return torch.autograd.grad(y, weight, numbers.to(y.dtype), retain_graph=True, allow_unused=True)[0]
+        return numbers - numbers.mean(positions, keepdim=True) if positions else numbers

@@ -1,19 +1,31 @@
 """``init="gradient"``: a start from the gradient of the loss over a few batches.
 
 For every adapted weight, D is the gradient of the mean loss, so the first step follows it as well as the ranks allow.
+A weight's gradient is taken as soon as autograd has it. That of a linear layer and of a quantized weight is not left to
+autograd: it follows from the layer's input and the gradient of its output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flora.tuner.data_start.reduction import Reduction, Start, averaged, distributed, most, together, two_passes
+from flora.tuner.data_start.reduction import (
+    Products,
+    Reduction,
+    Start,
+    averaged,
+    distributed,
+    most,
+    together,
+    two_passes,
+)
 from flora.tuner.layer import FloraLayer
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -99,14 +111,10 @@ def _pass(model: nn.Module, reductions: Sequence[Reduction], batches: Sequence[A
     handles: list[Any] = []
     plain = [reduction.layer.base_parameter for reduction in reductions if not reduction.layer.is_quantized]
     try:
+        for weight in plain:
+            weight.requires_grad_(True)
         for reduction in reductions:
-            if reduction.layer.is_quantized:
-                base = reduction.layer.get_base_layer()
-                handles.append(base.register_forward_hook(_watcher(reduction), with_kwargs=True))
-            else:
-                weight = reduction.layer.base_parameter
-                weight.requires_grad_(True)
-                handles.append(weight.register_post_accumulate_grad_hook(_taker(reduction)))
+            handles += _take_gradients(reduction)
         for number in range(most(len(batches))):
             with together(), torch.enable_grad():
                 value = _finite_loss(model, batches[number], loss) if number < len(batches) else None
@@ -117,6 +125,26 @@ def _pass(model: nn.Module, reductions: Sequence[Reduction], batches: Sequence[A
             handle.remove()
         for weight in plain:
             weight.grad = None
+
+
+def _take_gradients(reduction: Reduction) -> list[Any]:
+    """Hook a reduction into its layer. Returns the handles of the hooks."""
+    layer, base, weight = reduction.layer, reduction.layer.get_base_layer(), reduction.layer.base_parameter
+    watcher = partial(base.register_forward_hook, _watcher(reduction), with_kwargs=True)
+    if layer.is_quantized:
+        return [watcher()]
+    handles = [weight.register_post_accumulate_grad_hook(_taker(reduction))]
+    if Products.suit(layer):  # a call of the layer needs no gradient of the weight. Whoever else reads the weight does
+        handles += [
+            base.register_forward_pre_hook(lambda *_: _need_gradient(weight, False)),
+            watcher(),
+            base.register_forward_hook(lambda *_: _need_gradient(weight, True)),
+        ]
+    return handles
+
+
+def _need_gradient(weight: Tensor, needed: bool) -> None:
+    weight.requires_grad_(needed)
 
 
 def _taker(reduction: Reduction) -> Callable[[Tensor], None]:
@@ -130,19 +158,32 @@ def _taker(reduction: Reduction) -> Callable[[Tensor], None]:
     return take
 
 
-def _watcher(reduction: Reduction) -> Callable[..., None]:
-    """A hook on a layer whose quantized weight can have no gradient: what it would be follows from the layer's input
-    and the gradient of its output."""
+def _watcher(reduction: Reduction) -> Callable[..., Tensor | None]:
+    """A hook on a layer that adds the gradient of its weight, which has none of its own."""
+    layer = reduction.layer
 
-    def watch(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def watch(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():  # a checkpoint will run the layer again
+            return None
+        x = layer.input_of(args, kwargs)
+        version = x._version
+
         def take(gradient: Tensor) -> None:
-            with torch.enable_grad():
-                weight, again = reduction.layer.with_zeros(args, kwargs)
-            reduction.add(torch.autograd.grad(again, weight, gradient.to(again.dtype))[0])
+            if x._version != version:
+                raise ValueError(f"the input of layer {layer.name!r} was changed in place after its call")
+            reduction.add(_gradient_of_weight(layer, x, gradient))
 
-        if torch.is_grad_enabled():  # else a checkpoint will run the layer again
-            if not output.requires_grad:  # nothing before it is trained
-                output.requires_grad_()
-            output.register_hook(take)
+        is_first = not output.requires_grad  # nothing before the layer is trained
+        output.requires_grad_().register_hook(take)
+        return output.clone() if is_first else None  # a leaf may not be changed in place, as an activation might do
 
     return watch
+
+
+def _gradient_of_weight(layer: FloraLayer, x: Tensor, gradient: Tensor) -> Products | Tensor:
+    """From the layer's input and the gradient of its output."""
+    if Products.suit(layer):
+        return Products.of(gradient, x)
+    with torch.enable_grad():
+        weight, again = layer.with_zeros(x)
+    return torch.autograd.grad(again, weight, gradient.to(again.dtype))[0]

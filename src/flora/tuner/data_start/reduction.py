@@ -7,7 +7,8 @@ unfolding are the rows of the core; the output factor is zero, so that no output
 D itself is never kept. Two passes over the batches reduce it as its parts arrive (randomized SVD: Halko, Martinsson and
 Tropp, 2011). The first finds, for every long mode, a basis Qₙ a few times wider than the rank. The second sums
 B = D ×ₙ Qₙᵀ over n ≠ o, and HOSVD of the small B does the rest. A mode no longer than its basis would be keeps Qₙ = 1,
-so small layers are exact and take one pass.
+so small layers are exact and take one pass. The parts of a linear layer's D are not even formed. They are products of
+inputs and of numbers at the outputs, and a thin basis is multiplied with one of the two first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ from torch import Tensor
 from flora import tucker
 from flora.layers.kinds import output_mode
 from flora.layers.starts import fill_core
-from flora.layers.weights.sharded import has_engine, part_like, whole
+from flora.layers.weights.sharded import has_engine, is_distributed, part_like, whole
 from flora.tuner.layer import FloraLayer
 
 Factors = list[Tensor | None]  # None for the output mode
@@ -31,6 +33,26 @@ Start = tuple[Tensor, Factors]  # rows of the core's output unfolding, and facto
 
 BASIS = 4  # columns of a basis per rank
 SPARE = 32  # extra columns of a basis
+
+
+class Products(NamedTuple):
+    """A summand of a linear layer's D that is not formed: outer products of ``output`` (positions, out) and ``input``
+    (positions, in), summed over the positions."""
+
+    output: Tensor
+    input: Tensor
+
+    @classmethod
+    def of(cls, output: Tensor, x: Tensor) -> Products:
+        """Of numbers at a layer's output (…, out), and its input (…, in)."""
+        dtype = torch.promote_types(torch.promote_types(output.dtype, x.dtype), torch.float32)
+        return cls(*(part.detach().reshape(-1, part.shape[-1]).to(dtype) for part in (output, x)))
+
+    @staticmethod
+    def suit(layer: FloraLayer) -> bool:
+        """Whether a layer's D is such a sum: it computes as its class does, and sees whole inputs and outputs."""
+        linear = layer.kind.is_matrix and layer.kind.can_factor(layer.get_base_layer())
+        return linear and (layer.is_quantized or not is_distributed(layer.base_parameter))
 
 
 class Reduction:
@@ -67,8 +89,11 @@ class Reduction:
         self.needs_bases = bool(self.widths)
 
     @torch.no_grad()
-    def add(self, part: Tensor) -> None:
+    def add(self, part: Tensor | Products) -> None:
         """Add a summand of D."""
+        if isinstance(part, Products):
+            self._add_products(part)
+            return
         part = whole(part)
         part = part.to_dense() if part.is_sparse else part
         part = part.to(torch.promote_types(part.dtype, torch.float32))
@@ -78,6 +103,16 @@ class Reduction:
                 self._add(mode, rows @ self._random(mode, rows.shape[1], width, rows))
         else:
             self._add(-1, tucker.project(part, self.bases))
+
+    def _add_products(self, part: Products) -> None:
+        mode = 1 - self.output_mode
+        if self.needs_bases:
+            random = self._random(mode, part.output.shape[1], self.widths[mode], part.output)
+            self._add(mode, part.input.mT @ (part.output @ random))
+        else:
+            basis = self.bases[mode]
+            inputs = part.input if basis is None else part.input @ basis
+            self._add(-1, part.output.mT @ inputs if mode else inputs.mT @ part.output)
 
     def _add(self, key: int, term: Tensor) -> None:
         self.sums[key] = term if key not in self.sums else self.sums[key].add_(term)
