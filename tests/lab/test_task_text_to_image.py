@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -15,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_task_images import encoded
 from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny_pipelines as pipelines
 from commands import flora
 from flora_lab.methods import METHODS, CannotAdapt, adapt
 from flora_lab.run.fit import Checkpoints
-from flora_lab.tasks.diffusion.callbacks import Averaging
+from flora_lab.tasks.diffusion import callbacks
 from flora_lab.tasks.diffusion.captions import Captions, read_captions
 from flora_lab.tasks.diffusion.denoiser import CONDITIONS, _flux
 from flora_lab.tasks.diffusion.files import export
@@ -382,23 +384,67 @@ def test_every_method_adapts_a_u_net_or_says_why_not(tmp_path, method):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def test_the_average_is_evaluated_and_kept_and_the_last_weights_train_on():
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.ones_(model.weight)
-    callback, state = Averaging(0.9), type("State", (), {"global_step": 0})
-    callback.on_train_begin(None, state, None, model=model)
-    average, steps = 1.0, 0
-    for value in (2.0, 4.0):
-        model.weight.data.fill_(value)
-        callback.on_step_end(None, state, None, model=model)
-        decay = min(0.9, (1 + steps) / (10 + steps)) if steps else 0.0  # diffusers' start: early weights count less
-        average, steps = decay * average + (1 - decay) * value, steps + 1
-    callback.on_epoch_end(None, state, None, model=model)
-    assert model.weight.item() == pytest.approx(average) and average != 4
-    callback.on_evaluate(None, state, None, model=model)
-    assert model.weight.item() == 4
-    callback.on_train_end(None, state, None, model=model)
-    assert model.weight.item() == pytest.approx(average)
+class Slope(torch.nn.Module):
+    """One weight, which SGD of rate 1 raises by 1 per step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, labels):
+        return {"loss": -self.weight * x.mean(), "prediction": x}
+
+
+class Weights(TrainerCallback):
+    """The weight after each step, and the one that each evaluation sees."""
+
+    def __init__(self):
+        self.trained, self.evaluated = [], {}
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.trained.append(model.weight.item())
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        self.evaluated[state.global_step] = model.weight.item()
+
+
+def trained(folder, interval, *added):
+    """A slope after three epochs of four steps, evaluated after each epoch or ``interval``."""
+    args = TrainingArguments(
+        str(folder), num_train_epochs=3, per_device_train_batch_size=1, learning_rate=1.0, max_grad_norm=0.0,
+        lr_scheduler_type="constant", optim="sgd", use_cpu=True, report_to="none", disable_tqdm=True,
+        eval_strategy="steps" if interval else "epoch", save_strategy="no", **interval,
+    )  # fmt: skip
+    data, model = [{"x": torch.ones(1), "labels": 0}] * 4, Slope()
+    Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=list(added)).train()
+    return model
+
+
+@pytest.mark.parametrize(("interval", "due"), [({}, (4, 8, 12)), ({"eval_steps": 3}, (3, 6, 9, 12))])
+def test_the_average_is_evaluated_and_kept_and_the_last_weights_train_on(tmp_path, interval, due):
+    weights = Weights()  # the first callback, so that it sees an evaluation's weights before they are put back
+    model = trained(tmp_path, interval, weights, callbacks.Averaging(0.9))
+    averages, average = {}, 0.0
+    for step in range(1, 13):
+        decay = min(0.9, step / (9 + step)) if step > 1 else 0.0  # diffusers' start: early weights count less
+        average = averages[step] = decay * average + (1 - decay) * step
+    assert weights.trained == [*range(12)]
+    assert weights.evaluated == pytest.approx({step: averages[step] for step in due})
+    assert model.weight.item() == pytest.approx(average) and average != 12
+
+
+@pytest.mark.parametrize(
+    ("interval", "due"),
+    [({}, {1: 4, 2: 8, 3: 12}), ({"eval_steps": 3}, {1: 6, 2: 9, 3: 12}), ({"eval_steps": 8}, {2: 8, 3: 12})],
+)
+def test_an_epoch_s_pictures_are_made_at_the_first_evaluation_after_it(tmp_path, interval, due, monkeypatch):
+    def plain(model):
+        return SimpleNamespace(sample=lambda *_: (model.weight / 255).detach().expand(1, 1, 2, 2))
+
+    monkeypatch.setattr(callbacks, "plain", plain)
+    trained(tmp_path, interval, callbacks.SampleEpochs(Samples(prompts=["a"]), tmp_path))
+    made = {path.parent.name: np.unique(Image.open(path)).item() for path in tmp_path.rglob("*.png")}
+    assert made == {f"epoch-{epoch}": step for epoch, step in due.items()}
 
 
 def test_an_interrupted_training_goes_on_with_its_average_and_the_same_noise(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_task_glue
@@ -27,7 +28,7 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_task_images import parquet
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from flora.cli import main
 from flora_lab.methods import METHODS, Method
@@ -313,6 +314,29 @@ def test_tied_weights_are_saved_once(tmp_path):
     model[1].weight = model[0].weight
     save(model, tmp_path / "trained")
     assert set(load_file(tmp_path / "trained" / "model.safetensors")) == {"0.weight", "0.bias", "1.bias"}
+
+
+def test_an_epoch_s_seconds_are_those_of_its_steps(tmp_path, monkeypatch):
+    now = 0.0
+
+    def after(seconds, event, **given):
+        nonlocal now
+        now += seconds
+        getattr(checkpoints, f"on_{event}")(args, state, None, **given)
+
+    monkeypatch.setattr("flora_lab.run.fit.time", SimpleNamespace(perf_counter=lambda: now))
+    args, state = SimpleNamespace(output_dir=tmp_path), TrainerState(epoch=0, global_step=3)
+    (tmp_path / "checkpoint-3").mkdir()
+    checkpoints = Checkpoints(tmp_path)
+    after(7, "epoch_begin")
+    after(2, "step_end")
+    after(2, "step_end")
+    after(50, "evaluate", metrics={"eval_runtime": 30})  # and pictures for 20
+    after(60, "save", model=torch.nn.Linear(1, 1))
+    after(2, "step_end")
+    after(0, "epoch_end")
+    after(90, "evaluate", metrics={})
+    assert checkpoints.epochs == [6] and checkpoints.seconds() == 213
 
 
 def _train_and_be_killed(keys):

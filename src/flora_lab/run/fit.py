@@ -213,7 +213,7 @@ class Checkpoints(TrainerCallback):
                 if not (checkpoint / self.MARK).exists():
                     shutil.rmtree(checkpoint)
         self.started = time.perf_counter() - before
-        self.epoch_started, self.whole_epoch = self.started, False
+        self.epoch_started, self.stopped, self.whole_epoch = self.started, self.started, False
         self.epochs: list[float] = []
 
     def seconds(self) -> float:
@@ -226,8 +226,16 @@ class Checkpoints(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.epoch_started, self.whole_epoch = time.perf_counter(), float(state.epoch or 0).is_integer()
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        self.epoch_started += metrics.get("eval_runtime", 0)
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stopped = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Do not count, as the epoch's, the time since its last step: of an evaluation, its pictures, a checkpoint."""
+        now = time.perf_counter()
+        self.epoch_started, self.stopped = self.epoch_started + now - self.stopped, now
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.whole_epoch:
@@ -241,6 +249,7 @@ class Checkpoints(TrainerCallback):
                 save_tensors(folder / self.STATISTICS, moved)
             with replace_file(folder / self.MARK) as file:
                 file.write_text(json.dumps({"seconds": self.seconds()}))
+        self._leave_out()
 
 
 def statistics(model: nn.Module) -> dict[str, torch.Tensor]:

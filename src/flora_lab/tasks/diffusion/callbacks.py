@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from safetensors import safe_open
@@ -38,12 +39,17 @@ class Averaging(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         self.average.step(_trained(model).values())
+        self._swap_if_evaluated(control, model)
 
     def on_epoch_end(self, args, state, control, model, **kwargs):
-        """The evaluation comes next."""
-        self.average.store(_trained(model).values())
-        self.average.copy_to(_trained(model).values())
-        self.swapped = True
+        self._swap_if_evaluated(control, model)
+
+    def _swap_if_evaluated(self, control, model: nn.Module) -> None:
+        """An evaluation comes next if the Trainer's own callback, which runs before all others, has asked for it."""
+        if control.should_evaluate:
+            self.average.store(_trained(model).values())
+            self.average.copy_to(_trained(model).values())
+            self.swapped = True
 
     def on_evaluate(self, args, state, control, model, **kwargs):
         """The checkpoint comes next."""
@@ -72,17 +78,18 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class SampleEpochs(TrainerCallback):
-    """Leaves pictures in FOLDER/epoch-N as each epoch is evaluated."""
+    """Leaves pictures in FOLDER/epoch-N at the first evaluation after the end of epoch N."""
 
     def __init__(self, keys: Samples, folder: Path):
-        self.keys, self.folder, self.due = keys, folder, False
+        self.keys, self.folder = keys, folder
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.due = True
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.shown = math.floor(state.epoch or 0)
 
     def on_evaluate(self, args, state, control, model, **kwargs):
-        if self.due and state.is_world_process_zero:
+        epoch = math.floor(state.epoch)
+        if epoch > self.shown and state.is_world_process_zero:
             prompts, seeds = self.keys.pairs(self.keys.prompts)
             made = plain(model).sample(prompts, seeds, self.keys)
-            write(made, prompts, seeds, self.folder / f"epoch-{round(state.epoch)}")
-        self.due = False
+            write(made, prompts, seeds, self.folder / f"epoch-{epoch}")
+        self.shown = epoch

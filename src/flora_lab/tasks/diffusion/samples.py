@@ -37,7 +37,9 @@ class Samples:
     steps: int = field(default=30, metadata={"help": "of the sampler", "least": 1})
     guidance: float = field(default=7.5, metadata={"help": "of pipelines; 1: none", "least": 0})
     batch: int = field(default=4, metadata={"help": "pictures at a time", "least": 1})
-    every_epoch: bool = field(default=False, metadata={"help": "also after each epoch of a training"})
+    every_epoch: bool = field(
+        default=False, metadata={"help": "also during training, at the first evaluation after each epoch"}
+    )
 
     def __post_init__(self):
         for name in ("prompts", "drift_prompts"):
