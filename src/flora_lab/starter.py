@@ -24,6 +24,10 @@ TASK_KEYS: dict[str, dict[str, Any]] = {
         "model": {"name": "timm/convnextv2_tiny"},
         "data": {"path": "photos", "size": 224, "augment": True},
     },
+    "text_classification": {
+        "model": {"name": "microsoft/deberta-v3-base"},
+        "data": {"path": "texts", "max_length": 128},
+    },
     "glue": {
         "subset": "sst2",
         "model": {"name": "sentence-transformers/all-MiniLM-L6-v2"},
@@ -58,6 +62,7 @@ TASK_KEYS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS = {
     "image_classification": "photos/CLASS/NAME.jpg, or photos/SPLIT/CLASS/NAME.jpg with train, validation and test",
+    "text_classification": "texts/train.csv with the columns text and label; test.csv likewise (or .jsonl, .parquet)",
     "glue": "sentences/train.tsv and sentences/dev.tsv, with the columns sentence and label, 0 or 1",
     "semantic_segmentation": "scenes/images/NAME.jpg, and scenes/annotations/NAME.png whose pixels are class numbers",
     "instance_segmentation": "coco/train.json and coco/val.json in COCO's format, pictures in coco/train and coco/val",
@@ -76,6 +81,7 @@ HEAD = "  head: {learning_rate: 1e-2}  # the new head alone\n"
 ADAPTERS = "  lora: {}\n  flora: {}\n"
 GRADIENT = "  flora-gradient: {method: flora, options: {init: gradient}}  # for convolutional networks\n"
 VARIANTS = {
+    "text_classification": FULL + HEAD + ADAPTERS,
     "glue": FULL + HEAD + ADAPTERS,
     "text_to_image": ADAPTERS + "  flora-activations: {method: flora, options: {init: activations}}\n",
     "language": ADAPTERS,

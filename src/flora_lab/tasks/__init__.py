@@ -11,12 +11,14 @@ from flora_lab.tasks.instance_segmentation import InstanceSegmentation
 from flora_lab.tasks.language import Language
 from flora_lab.tasks.oriented_detection import OrientedDetection
 from flora_lab.tasks.semantic_segmentation import SemanticSegmentation
+from flora_lab.tasks.text_classification import TextClassification
 from flora_lab.tasks.text_to_image import TextToImage
 from flora_lab.tasks.visual_instruction import VisualInstruction
 
 TASKS: dict[str, type[Task]] = {
     "image_classification": ImageClassification,
     "glue": Glue,
+    "text_classification": TextClassification,
     "semantic_segmentation": SemanticSegmentation,
     "instance_segmentation": InstanceSegmentation,
     "text_to_image": TextToImage,

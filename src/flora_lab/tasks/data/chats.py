@@ -1,4 +1,4 @@
-"""Conversations, prompts with their answers, and texts: read from JSON lines, JSON, parquet or the hub, row by row.
+"""Conversations, prompts with their answers, and texts: read from files or the hub, row by row.
 
 A row is brought to one of TRL's forms: {"messages": [{"role", "content"}, …]}, {"prompt", "completion"}, or {"text"}.
 """
@@ -15,9 +15,10 @@ from typing import Any
 from flora.files import local_path
 from flora_lab.tasks.data.arithmetic import ARITHMETIC, problems
 from flora_lab.tasks.data.records import SPLITS, Portions, Records, split_name
+from flora_lab.tasks.data.tables import SEPARATORS, read_table
 
 ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT's and LLaVA's files spell them
-ENDINGS = (".jsonl", ".json", ".parquet")
+ENDINGS = (".jsonl", ".json", ".parquet", *SEPARATORS)
 FORMS = "messages, conversations, prompt and completion, or text"
 
 
@@ -28,7 +29,7 @@ class Chats(Portions):
     path: str = field(
         default="",
         metadata={
-            "help": "JSON lines, JSON or parquet: a file, a folder of splits, or a name on the hub",
+            "help": "JSON lines, JSON, CSV, TSV or parquet: a file, a folder of splits, or a name on the hub",
             "path": True,
         },
     )
@@ -97,7 +98,7 @@ def _files(place: Path) -> dict[str, Records]:
     for file in files:
         names = (re.split(r"[-_.]", file.stem)[0], file.absolute().parent.name) if len(files) > 1 else ()
         split = next((split for split in map(split_name, names) if split in SPLITS), "train")
-        for where, row in _parquet(file) if file.suffix == ".parquet" else _json(file):
+        for where, row in _parquet(file) if file.suffix == ".parquet" else _text_rows(file):
             rows.setdefault(split, []).append(row)
             places.setdefault(split, []).append(where)
     if not rows:
@@ -105,8 +106,8 @@ def _files(place: Path) -> dict[str, Records]:
     return {split: Records(rows[split], places[split].__getitem__) for split in rows}
 
 
-def _json(file: Path) -> list[tuple[str, Any]]:
-    """Every row of JSON lines, or of a JSON list, with its place."""
+def _text_rows(file: Path) -> list[tuple[str, Any]]:
+    """Every row of JSON lines, a JSON list or a table, with its place."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -114,6 +115,8 @@ def _json(file: Path) -> list[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{file}, line {line}: {error.reason}; expected UTF-8") from error
+    if file.suffix in SEPARATORS:
+        return read_table(file, text)
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)

@@ -1,0 +1,102 @@
+"""Classes of your own texts, or pairs of texts, for any sequence classifier of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from flora_lab.tasks.data.chats import read_rows
+from flora_lab.tasks.data.records import Portions, Records, need_known, three
+from flora_lab.tasks.models.pretrained import Pretrained
+from flora_lab.tasks.sentences import SentenceTask
+
+
+@dataclass
+class LabelledTexts(Portions):
+    path: str = field(
+        default="",
+        metadata={
+            "help": "JSON lines, JSON, CSV, TSV or parquet: a file, a folder of splits, or a name on the hub",
+            "path": True,
+        },
+    )
+    subset: str | None = field(default=None, metadata={"help": "of a data set on the hub"})
+    text: str = field(default="text", metadata={"help": "column of the texts"})
+    pair: str | None = field(default=None, metadata={"help": "column of the second texts, if each example has two"})
+    label: str = field(default="label", metadata={"help": "column of the classes, names or whole numbers"})
+    max_length: int = field(default=128, metadata={"help": "tokens per example, at most", "least": 8})
+
+
+@dataclass
+class TextClassification(SentenceTask):
+    name: str = field(default="text_classification", metadata={"help": "the task"})
+    model: Pretrained = field(default_factory=lambda: Pretrained(name="microsoft/deberta-v3-base"))
+    data: LabelledTexts = field(default_factory=LabelledTexts)
+
+    measures = ("accuracy", "macro_f1")
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return tuple(name for name in (self.data.text, self.data.pair) if name)
+
+    def label(self, given: Any) -> int:
+        return self.classes.index(given)
+
+    def splits(self, seed: int) -> dict[str, Records]:
+        splits = three(self._records, self.data, seed, self.data.path)
+        need_known(splits, "labels", lambda label: f"class {self.classes[label]!r}")
+        return splits
+
+    @cached_property
+    def _examples(self) -> dict[str, Records]:
+        """The columns of texts, and "label" with the name of the class. A test split without labels is left out."""
+        import datasets
+
+        if not self.data.path:
+            raise ValueError("task.data.path: expected a file, a folder, or a name on the hub")
+        found = {}
+        for split, records in read_rows(self.data.path, self.data.subset).items():
+            if split == "test" and not any(_is_labelled(row, self.data.label) for row in records.dataset):
+                continue
+            names = getattr(getattr(records.dataset, "features", {}).get(self.data.label), "names", None)
+            rows = [self._example(records.name(index), row, names) for index, row in enumerate(records.dataset)]
+            columns = {name: [row[name] for row in rows] for name in (*self.columns, "label")}
+            found[split] = Records(datasets.Dataset.from_dict(columns), records.name)
+        return found
+
+    def _example(self, place: str, row: Any, names: Sequence[str] | None) -> dict[str, str]:
+        """A row's texts and the name of its class. ``names``: of classes that are given as numbers.
+
+        Raises ValueError naming ``place``.
+        """
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{place}: {row!r:.80} is not an object of columns")
+        for column in (*self.columns, self.data.label):
+            if column not in row:
+                raise ValueError(f"{place} has no column {column!r}, but {', '.join(row)}")
+        for column in self.columns:
+            if not isinstance(row[column], str):
+                raise ValueError(f"{place}: column {column!r} is {type(row[column]).__name__}, not text")
+        label = row[self.data.label]
+        if not _is_labelled(row, self.data.label) or not isinstance(label, str | int):
+            raise ValueError(f"{place}: {self.data.label}={label!r}; expected the name of a class, or a whole number")
+        return {**{name: row[name] for name in self.columns}, "label": names[label] if names else str(label)}
+
+    @cached_property
+    def classes(self) -> Sequence[str]:
+        """In the order of their numbers, else of their names. Raises ValueError if there is one only."""
+        found = {name for records in self._examples.values() for name in records.dataset["label"]}
+        if len(found) < 2:
+            raise ValueError(f"{self.data.path} has the class {', '.join(found)} only; expected two or more")
+        return sorted(found, key=int if all(name.isdecimal() for name in found) else None)
+
+    @cached_property
+    def _records(self) -> dict[str, Records]:
+        return {split: self.tokenized(records) for split, records in self._examples.items()}
+
+
+def _is_labelled(row: Mapping[str, Any], column: str) -> bool:
+    """The hub marks test splits with labels that are not public by -1."""
+    return row.get(column) not in (None, "", -1)
