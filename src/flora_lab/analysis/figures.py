@@ -23,6 +23,7 @@ from flora_lab.analysis.drawing import (
     folded,
     mean_bars,
     pen,
+    ticks_at,
 )
 from flora_lab.analysis.fields import Row
 from flora_lab.analysis.grid import grid
@@ -166,7 +167,11 @@ def spectra(results: Sequence[Result]) -> Picture | None:
         return None
     chart, *axes_of = canvas(panels=len(panels), height=3.0 * len(panels))
     for axes, (part, place, lines) in zip(axes_of, panels, strict=True):
+        longest = max(points[-1][0] for points in lines.values())
+        axes.set_xscale("log" if longest > 1 else "linear")  # ranks differ by far
         draw(axes, lines, log=True)
+        if longest > 1:
+            ticks_at(axes, [2**n for n in range(int(math.log2(longest)) + 1)])
         axes.set(xlabel=place, ylabel=f"{part}: value / largest")
     caption = (
         "Singular values over the largest, means over weights, modes and seeds. Update: along its two longest modes, "
