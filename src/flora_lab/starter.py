@@ -15,9 +15,19 @@ from flora_lab.tasks import TASKS
 WIDTH = 110
 # what a first job sets; all other keys are there as comments, with their defaults
 COMMON: dict[str, Any] = {
-    "budget": 100_000,
+    "budget": 300_000,  # as all budgets here: half of it still suffices for rank 1 on the task's model
     "training": {"epochs": 10, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 20, "mixed_precision": "bf16"},
     "comparison": {"seeds": [0, 1, 2], "rates": [0.3, 1, 3]},
+}
+# where a task's first job differs
+JOB_KEYS: dict[str, dict[str, Any]] = {
+    "glue": {"budget": 100_000},
+    "text_to_image": {"budget": 2_500_000, "training": {"batch_size": 4, "learning_rate": 1e-4}},
+    "language": {"budget": 2_000_000, "training": {"epochs": 2, "batch_size": 4, "learning_rate": 2e-4}},
+    "visual_instruction": {
+        "budget": 20_000_000,
+        "training": {"epochs": 1, "batch_size": 4, "learning_rate": 2e-4, "gradient_checkpointing": True},
+    },
 }
 TASK_KEYS: dict[str, dict[str, Any]] = {
     "image_classification": {
@@ -45,6 +55,7 @@ TASK_KEYS: dict[str, dict[str, Any]] = {
         "model": {"name": "stable-diffusion-v1-5/stable-diffusion-v1-5", "gradient_checkpointing": True},
         "data": {"path": "pictures", "size": 512},
         "noise": {"snr_gamma": 5},
+        "samples": {"prompts": ["a lighthouse at dusk", "a fox in the snow"]},
     },
     "language": {
         "model": {"name": "Qwen/Qwen3-0.6B", "dtype": "bfloat16"},
@@ -87,18 +98,16 @@ VARIANTS = {
     "language": ADAPTERS,
     "visual_instruction": ADAPTERS,
 }
-SMALL_STEPS = ("text_to_image", "language", "visual_instruction")  # nothing in their models is new
 
 
 def starter(task: str) -> str:
     """The YAML's text. ``task``: a key of TASKS."""
-    keys: dict[str, Any] = {"output": f"runs/{task}", **COMMON}
-    if task in SMALL_STEPS:
-        keys["training"] = COMMON["training"] | {"batch_size": 4, "learning_rate": 1e-4}
+    own = JOB_KEYS.get(task, {})
+    keys = {"output": f"runs/{task}", **COMMON, **own, "training": COMMON["training"] | own.get("training", {})}
     head = [
         f"# {task}, written by `flora init`. A key after a # has its default; take the # away to set it.",
         f"# Train:    flora train {task}.yaml",
-        f"# Compare:  flora compare {task}.yaml --budgets 50000,100000",
+        f"# Compare:  flora compare {task}.yaml --budgets {keys['budget'] // 2},{keys['budget']}",
         f"# The data: {LAYOUTS[task]}",
         "",
         "task:",

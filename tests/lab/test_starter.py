@@ -9,16 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from click.testing import CliRunner
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from torch import nn
 
 from commands import assert_refused, flora
+from flora import FloraConfig, plan
 from flora.keys import described_keys
 from flora_lab import sources
 from flora_lab.cli import data, init
+from flora_lab.methods import adapt
 from flora_lab.settings import Config, load_config
 from flora_lab.sources import SOURCES, download, names_in, place
+from flora_lab.starter import starter
 from flora_lab.tasks import TASKS
+from flora_lab.tasks.models.backbone import load_backbone, map_layers
+from flora_lab.tasks.models.pretrained import Pretrained
 
 TREE = "8203d870b5aede67918b366345b05368a44d7074"  # what git has for two files, 1.png of "one" and 2.png of "two"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -43,6 +51,76 @@ def test_init_writes_every_key_with_its_help_and_its_default(task, tmp_path, mon
     Path("plain.yaml").write_text("task:" + plain)
     assert load_config("plain.yaml") == load_config(f"{task}.yaml")
     assert_refused(call(init, task), f"{task}.yaml exists already")
+
+
+def backbone(**config):
+    """Alone, since what stands behind it is trained in full."""
+    return nn.ModuleDict({"backbone": load_backbone(Pretrained(config=config))})
+
+
+CONVNEXT = {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}
+QWEN = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}  # fmt: skip
+CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 336, "patch_size": 14}  # fmt: skip
+# the models of `flora init`, by the sizes that their makers published, and their numbers of weights
+MODELS = {
+    ("image_classification", "timm/convnextv2_tiny"): (
+        lambda: hf.TimmWrapperForImageClassification(
+            hf.TimmWrapperConfig(architecture="convnextv2_tiny", num_labels=1000)
+        ),
+        28_635_496,
+    ),
+    ("glue", "sentence-transformers/all-MiniLM-L6-v2"): (
+        lambda: hf.BertForSequenceClassification(
+            hf.BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+        ),
+        22_713_986,
+    ),
+    ("semantic_segmentation", "facebook/convnextv2-tiny-22k-224"): (
+        lambda: backbone(model_type="convnextv2", **CONVNEXT),
+        27_867_840,
+    ),
+    ("instance_segmentation", "timm/convnextv2_tiny"): (
+        lambda: backbone(model_type="timm_backbone", backbone="convnextv2_tiny"),
+        27_864_960,
+    ),
+    ("oriented_detection", "timm/convnextv2_tiny"): (
+        lambda: backbone(model_type="timm_backbone", backbone="convnextv2_tiny"),
+        27_864_960,
+    ),
+    ("text_to_image", "stable-diffusion-v1-5/stable-diffusion-v1-5"): (
+        lambda: nn.ModuleDict({"unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768)}),
+        859_520_964,
+    ),
+    ("language", "Qwen/Qwen3-0.6B"): (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**QWEN)), 596_049_920),
+    ("visual_instruction", "llava-hf/llava-1.5-7b-hf"): (
+        lambda: hf.LlavaForConditionalGeneration(
+            hf.LlavaConfig(text_config=hf.LlamaConfig(vocab_size=32064), vision_config=hf.CLIPVisionConfig(**CLIP))
+        ),
+        7_063_427_072,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rank_1_on_the_task_s_model_fits_every_budget_of_the_first_job(name, tmp_path):
+    text = starter(name)
+    (tmp_path / "job.yaml").write_text(text)
+    config = load_config(tmp_path / "job.yaml")
+    task = config.task
+    dense = hasattr(task, "backbone")
+    build, size = MODELS[name, (task.backbone if dense else task.model).name]
+    with torch.device("meta"):
+        model = build()
+    assert sum(parameter.numel() for parameter in model.parameters()) == size
+    head, targets = map_layers(model) if dense else task.head(model), task.targets_of(model)
+    request = {"target_modules": targets, "modules_to_save": head or None}
+    least = plan(model, FloraConfig(r=1, kernel_rank=1, **request)).total
+    with torch.device("meta"):
+        least = max(least, adapt("lora", model, head, 0, {"r": 1}, target_modules=targets).parameters)
+    budgets = [int(budget) for budget in re.search(r"--budgets (\S+)", text)[1].split(",")]
+    assert config.budget in budgets and least <= min(budgets)
 
 
 def test_init_of_no_task():
