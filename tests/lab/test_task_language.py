@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from flora.cli import main
 from flora.layers.weights.storage import dense_of
-from flora_lab.methods import CannotAdapt, adapt
+from flora_lab.methods import METHODS, CannotAdapt, adapt
 from flora_lab.run.fit import fit
 from flora_lab.run.saved import in_standard_order
 from flora_lab.settings import Training
@@ -390,11 +390,18 @@ def test_a_base_in_four_bits_gets_the_ranks_of_the_dense_one(tmp_path):
         LanguageModel(config=CONFIG, load_in_4bit=True)
 
 
-def test_frozen_weights_may_have_16_bits_and_adapters_have_32(tmp_path):
-    model = LanguageModel(name=str(tiny_model(tmp_path / "model")), dtype="bfloat16").build("AutoModelForCausalLM")
-    adapted = adapt("flora", model, [], 600, {}, target_modules="all-linear").model
-    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in adapted.parameters()}
-    assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
+ADAPTERS = [method for method in METHODS if method not in ("full", "head", "bitfit")]
+FEW_BITS = [(name, False) for name in ADAPTERS] + [(name, True) for name in ("lora", "flora", "houlsby", "pfeiffer")]
+
+
+@pytest.mark.parametrize(("method", "four"), FEW_BITS)
+def test_frozen_weights_may_have_few_bits_and_adapters_have_32(method, four, tmp_path):
+    name = str(tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=64))
+    model = LanguageModel(name=name, dtype="bfloat16", load_in_4bit=four).build("AutoModelForCausalLM")
+    adapted = adapt(method, model, [], 3000, {}, target_modules="all-linear").model
+    assert {parameter.dtype for parameter in adapted.parameters() if parameter.requires_grad} == {torch.float32}
+    ids = torch.tensor([[65, 66, 67]])
+    adapted(input_ids=ids, labels=ids)["loss"].backward()
 
 
 @pytest.mark.parametrize("four", [False, True], ids=["dense", "4bit"])

@@ -10,8 +10,10 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from flora_lab.methods import adapt
+from flora_lab.methods import CannotAdapt, adapt
 from flora_lab.tasks.data.dialogues import Dialogues, spread
 from flora_lab.tasks.data.tokens import IGNORED
 from flora_lab.tasks.evaluation.answers import accuracy
@@ -82,6 +84,29 @@ def tiny_keys(folder, path):
         "training.eval_steps=null",
         "budget=600",
     ]
+
+
+def saved(folder):
+    """A LLaVA of no size and its processor, as users have theirs; 4 bits need widths of 64."""
+    wide = {"hidden_size": 64, "intermediate_size": 64}
+    config = {**CONFIG, "text_config": {**TEXT, **wide}, "vision_config": {**VISION, **wide}}
+    model = ImageTextModel(config=json.loads(json.dumps(config)))
+    model.build("AutoModelForImageTextToText").save_pretrained(folder)
+    processor = model.load_processor()
+    processor.tokenizer = fast_bytes()
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def fast_bytes():
+    """A tokenizer of bytes that AutoProcessor finds for a LLaVA, which has a fast one."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special = [*names.values(), "<image>"]  # the last is 259, as CONFIG has it
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate([*letters, *special])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **names)
 
 
 def task(path, evaluate="text", **keys):
@@ -271,6 +296,30 @@ def test_a_part_may_be_trained_in_full(tmp_path):
         assert all("multi_modal_projector" in name or ".language_model." in name for name in trained)
     with pytest.raises(ValueError, match="the model has no part 'resampler', but model.vision_tower"):
         task("", parts=["resampler"]).targets_of(job.build())
+
+
+@pytest.mark.parametrize("four", [False, True], ids=["bfloat16", "4bit"])
+@pytest.mark.parametrize("method", ["lora", "flora", "head", "full"])
+def test_what_is_trained_in_full_has_32_bits(method, four, tmp_path):
+    job = task(llava(tmp_path, [row for row, _, _ in TURNS.values()] * 5), trained=["multi_modal_projector"])
+    job.model = ImageTextModel(name=saved(tmp_path / "model"), dtype="bfloat16", load_in_4bit=four)
+    model = job.build()
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "projector" in name} == {torch.float32}
+    assert dtypes["model.language_model.layers.0.mlp.up_proj.weight"] == (torch.uint8 if four else torch.bfloat16)
+    if four and method in ("head", "full"):
+        with pytest.raises(CannotAdapt, match="quantized"):
+            adapt(method, model, job.head(model), 600, {})
+        return
+    adapted = adapt(method, model, job.head(model), 3000, {}, target_modules=job.targets_of(model)).model.train()
+    examples = job.splits(0)["train"]
+    batch = job.collate([examples[index] for index in range(4)])
+    for autocast in (False, True):
+        adapted.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            adapted(**batch)["loss"].backward()
+        trained = [p for name, p in adapted.named_parameters() if "projector" in name and p.requires_grad]
+        assert len(trained) == 4 and all(p.grad.dtype == torch.float32 and p.grad.any() for p in trained)
 
 
 def test_lmms_eval_gets_the_merged_model(tmp_path, monkeypatch):

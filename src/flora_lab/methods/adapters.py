@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from flora_lab.methods.budget import nearest_size, size_note
-from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request
+from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request, weight_shape
 
 # Within a block: the last layer of the attention, the last one of the feed-forward network, the LayerNorm behind that
 BLOCKS = (
@@ -57,22 +58,23 @@ def _with_adapters(request: Request, method: str, width: int | None, activation:
 
 
 class Bottleneck(nn.Module):
-    """An adapter on features of ``size``, on the device and of the type of ``like``."""
+    """An adapter on features of ``size``, on the device of ``like``, in float64 if that is and else in float32."""
 
     def __init__(self, like: Tensor, size: int, width: int, activation: str) -> None:
         from transformers.activations import ACT2FN
 
         super().__init__()
-        self.down = nn.Linear(size, width, device=like.device, dtype=like.dtype)
+        place = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        self.down = nn.Linear(size, width, **place)
         self.activation = ACT2FN[activation]
-        self.up = nn.Linear(width, size, device=like.device, dtype=like.dtype)
+        self.up = nn.Linear(width, size, **place)
         nn.init.trunc_normal_(self.down.weight, std=START_STD, a=-2 * START_STD, b=2 * START_STD)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, size) -> (…, size)."""
-        return x + self.up(self.activation(self.down(x)))
+        """x (…, size) -> (…, size), of x's type."""
+        return x + self.up(self.activation(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
 
 
 def places(model: nn.Module, method: str) -> list[str]:
@@ -86,7 +88,7 @@ def places(model: nn.Module, method: str) -> list[str]:
 
 def size_at(model: nn.Module, place: str) -> int:
     """Number of features of the module's output."""
-    return len(model.get_submodule(place).weight)
+    return weight_shape(model.get_submodule(place))[0]
 
 
 def insert(model: nn.Module, names: list[str], width: int, activation: str) -> None:

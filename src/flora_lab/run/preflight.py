@@ -93,7 +93,7 @@ def _reason(config: Config, variant: str, budget: int | None, total: int) -> str
         set_up(config, variant, budget, config.task.build(), total)
     except CannotAdapt as error:
         return str(error)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError is torch's
         raise ConfigError(f"methods.{variant}: {one_line(error)}{_hint(error)}") from error
     return None
 

@@ -15,6 +15,7 @@ from flora_lab.tasks.evaluation import lmms_eval
 from flora_lab.tasks.evaluation.answers import ANSWERS
 from flora_lab.tasks.evaluation.generation import EVALUATED, TOKENS, Answering
 from flora_lab.tasks.models.image_text import ImageTextModel
+from flora_lab.tasks.models.language_model import in_float32
 from flora_lab.tasks.models.pretrained import brief
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class VisualInstruction(Answering):
         metadata={"help": "whose linear layers to adapt: language_model, vision_tower, multi_modal_projector, …"},
     )
     trained: list[str] = field(
-        default_factory=list, metadata={"help": "parts that every method trains in full, such as the projector"}
+        default_factory=list,
+        metadata={"help": "parts that every method trains in full, in float32, such as the projector"},
     )
     evaluate: str = field(default="text", metadata={"help": EVALUATED, "choices": (TOKENS, *ANSWERS)})
     new_tokens: int = field(default=64, metadata={"help": "the most to generate for an answer", "least": 1})
@@ -160,7 +162,10 @@ class VisualInstruction(Answering):
     # ------------------------------------------------------------------------------------------------------ the model
 
     def build(self) -> nn.Module:
-        return self.model.build("AutoModelForImageTextToText")
+        model = self.model.build("AutoModelForImageTextToText", self.trained)
+        for name in self.head(model):
+            in_float32(model.get_submodule(name))
+        return model
 
     def head(self, model: nn.Module) -> list[str]:
         return [name for part in self.trained for name in self._named(model, part)[:1]]

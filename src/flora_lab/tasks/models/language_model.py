@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.models.pretrained import Pretrained, brief, make_config
@@ -17,7 +19,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 @dataclass
 class LanguageModel(Pretrained):
     dtype: str = field(
-        default="float32", metadata={"help": "of the frozen weights; adapters stay in float32", "choices": FLOATS}
+        default="float32", metadata={"help": "of the frozen weights; what is trained has float32", "choices": FLOATS}
     )
     load_in_4bit: bool = field(
         default=False, metadata={"help": "quantize the frozen weights to nf4 (QLoRA), which computes in dtype"}
@@ -30,14 +32,17 @@ class LanguageModel(Pretrained):
         if self.load_in_4bit and not self.name:
             raise ValueError("task.model.load_in_4bit=true: expected task.model.name, a model with weights to quantize")
 
-    def build(self, kind: str) -> nn.Module:
-        """The model as transformers' Auto class ``kind``. Raises ValueError naming the model."""
-        model = self._loaded(kind)
+    def build(self, kind: str, dense: Sequence[str] = ()) -> nn.Module:
+        """The model as transformers' Auto class ``kind``. ``dense``: names of parts that are not to be quantized.
+
+        Raises ValueError naming the model.
+        """
+        model = self._loaded(kind, dense)
         # training needs no cache of keys and values, and with one transformers takes packed examples for one text
         model.config.get_text_config().use_cache = False
         return model
 
-    def _loaded(self, kind: str) -> nn.Module:
+    def _loaded(self, kind: str, dense: Sequence[str]) -> nn.Module:
         import torch
 
         dtype = getattr(torch, self.dtype)
@@ -50,6 +55,9 @@ class LanguageModel(Pretrained):
         from transformers import BitsAndBytesConfig
 
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        if dense:  # by name for transformers 4, by pattern for 5; and the output layer, no longer left out by itself
+            names = [pattern for name in dense for pattern in (name, rf"(.*\.)?{re.escape(name)}")]
+            nf4["llm_int8_skip_modules"] = [*names, "lm_head"]
         model = self.load(kind, (), quantization_config=BitsAndBytesConfig(load_in_4bit=True, **nf4), **keys)
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
@@ -88,3 +96,24 @@ class LanguageModel(Pretrained):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+
+def in_float32(part: nn.Module) -> None:
+    """Convert a part of a model in place. It still takes and returns the model's own floats.
+
+    PEFT does so for adapters (``autocast_adapter_dtype``), but not for ``modules_to_save``.
+    """
+    import torch
+    from accelerate.utils import convert_to_fp32
+
+    if (dtype := next(part.parameters()).dtype) != torch.float32:
+        part.float()
+        part.register_forward_pre_hook(lambda part, args, kwargs: convert_to_fp32((args, kwargs)), with_kwargs=True)
+        part.register_forward_hook(partial(_converted, dtype))
+
+
+def _converted(dtype: Any, part: nn.Module, args: tuple, output: Any) -> Any:
+    """The output with its floating tensors as ``dtype``."""
+    from accelerate.utils import recursively_apply
+
+    return recursively_apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, output)
