@@ -22,6 +22,7 @@ COMMON: dict[str, Any] = {
 # where a task's first job differs
 JOB_KEYS: dict[str, dict[str, Any]] = {
     "glue": {"budget": 100_000},
+    "text_classification": {"budget": 500_000},
     "text_to_image": {"budget": 2_500_000, "training": {"batch_size": 4, "learning_rate": 1e-4}},
     "language": {"budget": 2_000_000, "training": {"epochs": 2, "batch_size": 4, "learning_rate": 2e-4}},
     "visual_instruction": {

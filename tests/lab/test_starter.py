@@ -63,6 +63,9 @@ QWEN = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}  # fmt: skip
 CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
         "image_size": 336, "patch_size": 14}  # fmt: skip
+DEBERTA = {"vocab_size": 128100, "relative_attention": True, "position_buckets": 256, "share_att_key": True,
+           "norm_rel_ebd": "layer_norm", "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0,
+           "position_biased_input": False, "max_relative_positions": -1}  # fmt: skip
 # the models of `flora init`, by the sizes that their makers published, and their numbers of weights
 MODELS = {
     ("image_classification", "timm/convnextv2_tiny"): (
@@ -76,6 +79,14 @@ MODELS = {
             hf.BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
         ),
         22_713_986,
+    ),
+    ("text_classification", "microsoft/deberta-v3-base"): (
+        lambda: hf.DebertaV2ForSequenceClassification(
+            hf.DebertaV2Config(
+                **DEBERTA, hidden_size=768, num_hidden_layers=12, intermediate_size=3072, num_attention_heads=12
+            )
+        ),
+        184_423_682,
     ),
     ("semantic_segmentation", "facebook/convnextv2-tiny-22k-224"): (
         lambda: backbone(model_type="convnextv2", **CONVNEXT),
