@@ -217,8 +217,11 @@ BAD = {
     "no messages": ({"messages": []}, "the conversation is []; expected a list of messages"),
     "an empty text": ({"text": "\n"}, "column 'text' is empty"),
     "an empty answer": ({"prompt": "1?", "completion": ""}, "column 'completion' is empty"),
+    "a prompt that is null": ({"prompt": None, "completion": "2"}, "column 'prompt' is NoneType, not text"),
+    "a prompt without its messages": ({"prompt": CHAT[1:2], "completion": "2"}, "column 'prompt' is list, not text"),
     "no known column": ({"input": "1"}, "has the columns input; expected messages, conversations, prompt and"),
     "not an object": ("[1]", "[1] is not an object of columns"),
+    "without an end": ("[" * 9000, "not JSON ("),
     "not JSON": ("{'text': 1}", "not JSON (Expecting property name"),
     "too long": ({"text": "x" * 128}, "129 tokens, and the model has 128 positions (max_position_embeddings); set"),
 }

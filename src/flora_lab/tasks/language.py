@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.data.chats import Chats, formed
 from flora_lab.tasks.data.records import Records, three
+from flora_lab.tasks.data.texts import read_text
 from flora_lab.tasks.data.tokens import IGNORED, answer_labels, prompts
 from flora_lab.tasks.evaluation import lm_eval
 from flora_lab.tasks.evaluation.answers import ANSWERS
@@ -197,7 +198,7 @@ class Language(Answering):
     def tokenizer(self) -> Any:
         tokenizer = self.model.load_tokenizer()
         if self.chat_template:
-            tokenizer.chat_template = Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = read_text(Path(self.chat_template).expanduser())
         return tokenizer
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

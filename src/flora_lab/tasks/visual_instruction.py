@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.data.dialogues import Dialogue, Dialogues, dialogue, spread
 from flora_lab.tasks.data.records import Records, check_each, three
+from flora_lab.tasks.data.texts import read_text
 from flora_lab.tasks.data.tokens import IGNORED, answer_labels
 from flora_lab.tasks.evaluation import lmms_eval
 from flora_lab.tasks.evaluation.answers import ANSWERS
@@ -87,7 +88,7 @@ class VisualInstruction(Answering):
     def processor(self) -> Any:
         processor = self.model.load_processor()
         if self.chat_template:
-            processor.chat_template = Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+            processor.chat_template = read_text(Path(self.chat_template).expanduser())
         return processor
 
     @property

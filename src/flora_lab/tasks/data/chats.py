@@ -5,7 +5,6 @@ A row is brought to one of TRL's forms: {"messages": [{"role", "content"}, …]}
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from flora.files import local_path
 from flora_lab.tasks.data.arithmetic import ARITHMETIC, problems
 from flora_lab.tasks.data.records import SPLITS, Portions, Records, split_name
 from flora_lab.tasks.data.tables import SEPARATORS, read_table
+from flora_lab.tasks.data.texts import lines_of, parse_json, read_text
 
 ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT's and LLaVA's files spell them
 ENDINGS = (".jsonl", ".json", ".parquet", *SEPARATORS)
@@ -60,7 +60,7 @@ class Chats(Portions):
     def renamed(self, row: Any) -> dict[str, Any]:
         """Raises ValueError if the row has no columns."""
         if not isinstance(row, Mapping):
-            raise ValueError(f"{json.dumps(row):.80} is not an object of columns")
+            raise ValueError(f"{row!r:.80} is not an object of columns")
         return {self.columns.get(name, name): value for name, value in row.items()}
 
 
@@ -108,29 +108,12 @@ def _files(place: Path) -> dict[str, Records]:
 
 def _text_rows(file: Path) -> list[tuple[str, Any]]:
     """Every row of JSON lines, a JSON list or a table, with its place."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: {error.reason}; expected UTF-8") from error
+    text = read_text(file)
     if file.suffix in SEPARATORS:
         return read_table(file, text)
     if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON ({error})") from error
-        return [(f"{file}, row {index}", row) for index, row in enumerate(rows)]
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"{file}, line {number}", json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
-    return rows
+        return [(f"{file}, row {index}", row) for index, row in enumerate(parse_json(text, file))]
+    return [(place, parse_json(line, place)) for place, line in lines_of(text, file)]
 
 
 def _parquet(file: Path) -> list[tuple[str, Any]]:
@@ -160,7 +143,7 @@ def formed(row: Mapping[str, Any], prompt: str | None = None, completion: str | 
         return {"prompt": filled(prompt or "{prompt}", row), "completion": answer}
     messages = row["messages"] if row.get("messages") is not None else row.get("conversations")
     if messages is None and "prompt" in row and "completion" in row:
-        if isinstance(row["prompt"], str):
+        if not isinstance(row["prompt"], list) or not isinstance(row["completion"], list):
             return {name: _text(row[name], f"column {name!r}") for name in ("prompt", "completion")}
         messages = [*row["prompt"], *row["completion"]]
     if messages is not None:
@@ -183,7 +166,7 @@ def filled(template: str, row: Mapping[str, Any], needed: bool = False) -> str:
 def conversation(messages: Any) -> list[dict[str, str]]:
     """Messages of role and content, which end with an answer. Raises ValueError if one is empty, or none answers."""
     if not isinstance(messages, list) or not messages or not all(isinstance(one, Mapping) for one in messages):
-        raise ValueError(f"the conversation is {json.dumps(messages):.80}; expected a list of messages")
+        raise ValueError(f"the conversation is {messages!r:.80}; expected a list of messages")
     made = []
     for number, message in enumerate(messages, 1):
         role = message.get("role", message.get("from"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.data.coco_check import box_is_empty, check_fields, mask_is_empty, short
 from flora_lab.tasks.data.records import split_name
+from flora_lab.tasks.data.texts import parse_json, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,10 +116,7 @@ def _files(folder: Path) -> list[tuple[str, Path, Path]]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
+    content = parse_json(read_text(file), file)
     check_fields(str(file), content)
     return content
 

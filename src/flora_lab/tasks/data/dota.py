@@ -16,6 +16,7 @@ from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flora_lab.tasks.data.records import split_name
+from flora_lab.tasks.data.texts import read_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,9 +111,8 @@ def _read_split(folder: Path, ignore: Sequence[str], drop_bad: bool) -> Iterator
         except OSError as error:
             raise ValueError(f"{file}: not a readable image: {error}") from error
         image, names = AerialImage(str(file), str(file), width, height), []
-        for number, line in enumerate(labels[stem].read_text(encoding="utf-8").splitlines(), 1):
-            where = f"{labels[stem]}, line {number}"
-            if not line.strip() or line.startswith(("imagesource:", "gsd:")):
+        for where, line in read_lines(labels[stem]):
+            if line.startswith(("imagesource:", "gsd:")):
                 continue
             quad, name, difficult = _object(where, line)
             if name in ignore:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_lab.tasks.data.records import Records
+from flora_lab.tasks.data.texts import read_text
 
 ENTAILS = ("entailment", "not_entailment")
 
@@ -72,16 +73,10 @@ def read_tsv(file: Path, subset: Subset, skip_broken: bool) -> Records:
     """
     import datasets
 
-    try:
-        text = file.read_bytes().decode("utf-8-sig").rstrip("\r\n")  # and blank lines at the end
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: {error.reason}; expected UTF-8") from error
+    text = read_text(file).rstrip("\r\n")  # and blank lines at the end
     if not text:
         raise ValueError(f"{file} is empty")
-    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+    lines = [line.split("\t") for line in text.split("\n")]
     header, start = lines[0], 1
     if not set(subset.tsv) <= set(header):
         if len(header) != len(subset.bare):

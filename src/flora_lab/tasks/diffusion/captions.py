@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flora.files import local_path
 from flora_lab.tasks.data.pictures import DIGITS, open_image, read
 from flora_lab.tasks.data.records import SPLITS, Portions, Records, check_each, need_columns, split_name, three
+from flora_lab.tasks.data.texts import parse_json, read_lines, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +141,7 @@ def _folder(folder: Path, keys: Captions, needed: bool) -> dict[str, Records]:
             name, caption = f"{listed[file][0]} ({file.name})", listed[file][1]
         elif caption is None:
             beside = file.with_suffix(".txt")
-            caption = beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+            caption = read_text(beside).strip() if beside.is_file() else None
             if caption is None and needed:
                 raise ValueError(
                     f"{file} has no caption: no {METADATA} names it, there is no {beside.name} beside it, and "
@@ -164,14 +164,8 @@ def _listed(folder: Path, column: str) -> Iterator[tuple[Path, tuple[str, Any]]]
     """What the folder's metadata files say: a picture, with the row that names it and its caption."""
     seen: dict[Path, str] = {}
     for metadata in sorted(folder.rglob(METADATA)):
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            place = f"{metadata}, row {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
+        for place, line in read_lines(metadata):
+            row = parse_json(line, place)
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or column not in row:
                 raise ValueError(f"{place}: expected an object with 'file_name' and {column!r}, got {line:.80}")
             file = metadata.parent / row["file_name"]
