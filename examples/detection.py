@@ -11,8 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from peft import get_peft_model
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
+from transformers.image_utils import load_image
 
 from flora import FloraConfig
 
@@ -52,7 +52,7 @@ def main() -> None:
     model.print_trainable_parameters()
 
     def collate(batch: list[tuple[Path, dict]]) -> dict:
-        images = [Image.open(file).convert("RGB") for file, _ in batch]
+        images = [load_image(str(file)) for file, _ in batch]  # upright, as their EXIF says
         made = processor(images=images, annotations=[boxes for _, boxes in batch], return_tensors="pt")
         return {"pixel_values": made["pixel_values"], "pixel_mask": made["pixel_mask"], "labels": made["labels"]}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.utils import load_image
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
 from safetensors.torch import save_file
 
 from flora import FloraConfig
@@ -23,7 +23,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]  # attention, a
 @torch.no_grad()
 def encoded(pipeline: StableDiffusionPipeline, photos: Path) -> torch.Tensor:
     """The photos as latents (photos, channels, height, width), at the size that the model draws."""
-    images = [Image.open(file).convert("RGB") for file in sorted(photos.iterdir())]
+    images = [load_image(str(file)) for file in sorted(photos.iterdir())]  # upright, as their EXIF says
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     pixels = pipeline.image_processor.preprocess(images, size, size, resize_mode="crop").to(pipeline.device)
     return pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor

@@ -9,6 +9,7 @@ from itertools import islice
 import timm
 import torch
 from peft import get_peft_model
+from PIL import ImageOps
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader
 
@@ -29,9 +30,10 @@ def main() -> None:
     data = ImageDataset(given.photos)
     classes = len(data.reader.class_to_idx)
     base = timm.create_model(given.model, pretrained=not given.random, num_classes=classes)
-    data.transform = create_transform(
+    augment = create_transform(
         **resolve_model_data_config(base) | {"input_size": (3, given.size, given.size)}, is_training=True
     )
+    data.transform = lambda photo: augment(ImageOps.exif_transpose(photo))  # upright
     batches = DataLoader(data, batch_size=8, shuffle=True)
 
     head = base.default_cfg["classifier"]

@@ -157,6 +157,7 @@ BAD_DATA = [
     (metadata(GOOD, "{"), {}, r"metadata.jsonl, line 2: not JSON \(Expecting"),
     (metadata(GOOD, {"file_name": "1.png"}), {}, r"line 2: expected an object with 'file_name' and 'text', got"),
     (metadata(GOOD, GOOD), {}, r"line 2: .*line 1 names 0.png too"),
+    (metadata({"file_name": "0.txt", "text": "a"}), {}, r"line 1: .*0.txt is hidden, not below .*, or not a picture"),
     (metadata({"file_name": "1.png", "text": ""}), {}, r"metadata.jsonl, line 1 \(1.png\): 'text' is '', expected"),
     (None, {"only": ["a whale"]}, r"no picture with caption 'a whale'"),
     (None, {"prior": "x"}, r"task.data.prior=x and task.data.prior_prompt=None: expected both or neither"),

@@ -99,7 +99,9 @@ class InstanceSegmentation(Task):
         picture = open_image(records, index, "image", 3)
         if picture.size != (image.width, image.height):
             sizes = f"{picture.width} × {picture.height}, not {image.width} × {image.height}"
-            raise ValueError(f"{records.name(index)} ({image.file}): the image is {sizes}")
+            turned = picture.size == (image.height, image.width)
+            hint = "; pictures are turned upright, as their EXIF says, and boxes count from there" if turned else ""
+            raise ValueError(f"{records.name(index)} ({image.file}): the image is {sizes}{hint}")
 
     @cached_property
     def source(self) -> coco.Source:

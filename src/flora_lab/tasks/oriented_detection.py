@@ -113,10 +113,13 @@ class OrientedDetection(Task):
                         raise ValueError(f"{row}: class {self.source.classes[number - 1]!r} is not in the train split")
 
     def check(self, splits: dict[str, TileExamples]) -> None:
-        check_each(
-            (examples.records for examples in splits.values()),
-            lambda records, index: open_image(records, index, "image", 3),
-        )
+        check_each((examples.records for examples in splits.values()), self._check)
+
+    def _check(self, records: Records, index: int) -> None:
+        picture, image = open_image(records, index, "image", 3), self.source.images[records[index]["place"]]
+        if picture.size != (image.width, image.height):  # EXIF that comes after a PNG's pixels
+            sizes = f"{image.width} × {image.height}, and {picture.width} × {picture.height} once it is upright"
+            raise ValueError(f"{image.name} is {sizes}; save it anew")
 
     @cached_property
     def source(self) -> dota.Source:

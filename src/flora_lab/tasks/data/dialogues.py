@@ -57,9 +57,7 @@ class Dialogue:
 
     def pictures(self, name: str, column: str) -> list[Any]:
         """Decoded. Raises ValueError naming the row."""
-        return [
-            cell.convert("RGB") if hasattr(cell, "convert") else opened(cell, name, column, 3) for cell in self.cells
-        ]
+        return [opened(cell, name, column, 3) for cell in self.cells]
 
 
 def dialogue(row: Mapping[str, Any], keys: Dialogues, token: str) -> Dialogue:

@@ -15,6 +15,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flora_lab.tasks.data.pictures import picture_files, size_of
 from flora_lab.tasks.data.records import split_name
 from flora_lab.tasks.data.texts import read_lines
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 LABELS = "labelTxt"  # a folder's name, or its beginning: labelTxt-v1.0
 LINE = "x1 y1 x2 y2 x3 y3 x4 y4 class difficult"
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 @dataclass
@@ -95,21 +95,18 @@ def _labels(folder: Path) -> Path | None:
 
 def _read_split(folder: Path, ignore: Sequence[str], drop_bad: bool) -> Iterator[tuple[AerialImage, list[str]]]:
     """Each picture, still without its objects' classes, and the names of these."""
-    from PIL import Image
-
     labels = {path.stem: path for path in sorted(_labels(folder).glob("*.txt"))}
-    pictures = {path.stem: path for path in sorted((folder / "images").glob("*")) if path.suffix.lower() in PICTURES}
+    pictures: dict[str, Path] = {}
+    for path in picture_files(folder / "images", "*"):
+        if (first := pictures.setdefault(path.stem, path)) is not path:
+            raise ValueError(f"{first} and {path} have the same name")
     if not pictures:
         raise ValueError(f"{folder / 'images'}: there is no picture in it")
     for stem in sorted(labels.keys() ^ pictures.keys()):
         at = pictures.get(stem) or labels[stem]
         raise ValueError(f"{at}: there is no {'text file' if stem in pictures else 'picture'} of that name")
     for stem, file in pictures.items():
-        try:
-            with Image.open(file) as picture:
-                width, height = picture.size
-        except OSError as error:
-            raise ValueError(f"{file}: not a readable image: {error}") from error
+        width, height = size_of(str(file))
         image, names = AerialImage(str(file), str(file), width, height), []
         for where, line in read_lines(labels[stem]):
             if line.startswith(("imagesource:", "gsd:")):

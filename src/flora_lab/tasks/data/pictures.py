@@ -6,7 +6,8 @@ import glob
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from flora.files import local_path
 from flora_lab.tasks.data.records import SPLITS, Portions, Records, split_name
 
 DIGITS = "digits"
+UNREAD = frozenset(  # endings of pictures that Pillow does not open; AVIF it does since version 11.3
+    ".3fr .arw .avif .cr2 .cr3 .crw .dcm .dcr .dng .erf .exr .heic .heif .hif .iiq .jxl .kdc .mef .mrw .nef .nrw .orf "
+    ".pef .raf .raw .rw2 .rwl .sr2 .srf .srw .svg .x3f".split()
+)
+REMEDY = "save it as JPEG or PNG"
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 @dataclass
@@ -104,15 +111,12 @@ def _folder(folder: Path) -> dict[str, Records]:
     The class is the folder's name. A picture at any other depth raises ValueError.
     """
     import datasets
-    from PIL import Image
 
-    endings = Image.registered_extensions()
     names = sorted(name.name for name in folder.iterdir() if name.is_dir() and split_name(name.name) in SPLITS)
     pictures: dict[str, list[Path]] = {name: [] for name in names or ["train"]}
-    for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True)):
-        file, (*folders, _) = folder / name, Path(name).parts
-        if file.suffix.lower() not in endings or file.is_dir():
-            continue
+    for file in picture_files(folder):
+        name = file.relative_to(folder)
+        *folders, _ = name.parts
         split = folders.pop(0) if names and folders else "train"
         if split not in pictures or len(folders) != 1:
             depth = f"SPLIT/CLASS/NAME, with SPLIT one of {', '.join(names)}" if names else "CLASS/NAME"
@@ -128,6 +132,23 @@ def _folder(folder: Path) -> dict[str, Records]:
         columns = {"image": paths, "label": [file.parent.name for file in files]}
         splits[split] = Records(datasets.Dataset.from_dict(columns, features=features), paths.__getitem__)
     return splits
+
+
+def picture_files(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """The pictures in a folder, sorted by path, without hidden files.
+
+    Raises ValueError if there are pictures of a kind that Pillow does not open: nobody would miss them.
+    """
+    from PIL import Image
+
+    endings = Image.registered_extensions()
+    files = (folder / name for name in sorted(glob.glob(pattern, root_dir=folder, recursive=True)))
+    files = [file for file in files if _ending(file) in endings.keys() | UNREAD and not file.is_dir()]
+    if unread := [file for file in files if _ending(file) not in endings]:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        kinds = ", ".join(sorted(set(map(_ending, unread))))
+        raise ValueError(f"{unread[0]}{more}: {kinds} is not read; {REMEDY}, or move it away")
+    return files
 
 
 def _digits() -> dict[str, Records]:
@@ -161,28 +182,73 @@ def _namer(path: str, split: str) -> Callable[[int], str]:
 
 
 def open_image(records: Records, index: int, column: str, channels: int | None = None) -> Any:
-    """A record's picture, decoded by Pillow; with ``channels``, converted to one or three channels of 8 bits.
+    """A record's picture, decoded by Pillow and turned upright, as its EXIF orientation says; with ``channels``,
+    converted to one or three channels of 8 bits.
 
     Raises ValueError naming the record and its file, if it has one.
     """
     return opened(records.dataset[index][column], records.name(index), column, channels)
 
 
-def opened(cell: dict[str, Any] | None, name: str, column: str, channels: int | None = None) -> Any:
-    """The picture of a cell {"bytes", "path"}, as `open_image`; ``name``: the record's."""
+def opened(cell: Any, name: str, column: str, channels: int | None = None) -> Any:
+    """The picture of a cell, {"bytes", "path"} or Pillow's own, as `open_image`; ``name``: the record's."""
+    from PIL import ImageOps
+
+    path = cell.get("path") if isinstance(cell, dict) else None
+    where = f" ({path})" if path and path not in name else ""
+    with _naming(f"{name}{where}: column {column!r} is not a readable image", path):
+        picture = _decoded(cell)
+        with suppress(Exception):  # EXIF can be broken in many ways; in place, what has been turned stays so
+            ImageOps.exif_transpose(picture, in_place=True)
+        return picture if channels is None else _bytes(picture).convert("L" if channels == 1 else "RGB")
+
+
+def size_of(file: str) -> tuple[int, int]:
+    """Width and height of a picture as it is opened, from its header alone. Raises ValueError naming the file."""
+    from PIL.ExifTags import Base as Tags
+    from PIL.Image import Image, open
+
+    with _naming(f"{file}: not a readable image", file), open(file) as picture:
+        width, height = picture.size
+        if picture.format == "TIFF":  # whether the size is turned already depends on Pillow's version
+            width, height = picture.tag_v2[Tags.ImageWidth], picture.tag_v2[Tags.ImageLength]
+        orientation = None
+        with suppress(Exception):
+            orientation = Image.getexif(picture).get(Tags.Orientation)  # PNG's own method decodes the picture
+        return (height, width) if orientation in SIDEWAYS else (width, height)
+
+
+def _decoded(cell: Any) -> Any:
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(cell, Image.Image):
+        return cell
     encoded, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+    if encoded is None and not (path and Path(path).is_file()):
+        raise ValueError("missing")
+    picture = Image.open(io.BytesIO(Path(path).read_bytes() if encoded is None else encoded))
+    if picture.format == "TIFF" and _ending(path) in UNREAD:  # a camera's: Pillow opens the small preview in it
+        raise UnidentifiedImageError
+    picture.load()
+    return picture
+
+
+@contextmanager
+def _naming(problem: str, path: str | None) -> Iterator[None]:
+    """Raise ValueError, beginning with ``problem``, for all that Pillow raises."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        if encoded is None and not (path and Path(path).is_file()):
-            raise ValueError("missing")
-        picture = Image.open(io.BytesIO(Path(path).read_bytes() if encoded is None else encoded))
-        picture.load()
-        return picture if channels is None else _bytes(picture).convert("L" if channels == 1 else "RGB")
+        yield
+    except UnidentifiedImageError as error:
+        what = f"{_ending(path)} is not read; {REMEDY}" if _ending(path) in UNREAD else "not a picture"
+        raise ValueError(f"{problem}: {what}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        where = f" ({path})" if path and path not in name else ""
-        what = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name}{where}: column {column!r} is not a readable image: {what}") from error
+        raise ValueError(f"{problem}: {error}") from error
+
+
+def _ending(path: str | Path | None) -> str:
+    return Path(path or "").suffix.lower()
 
 
 def _bytes(picture: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path
-from flora_lab.tasks.data.pictures import DIGITS, open_image, read
+from flora_lab.tasks.data.pictures import DIGITS, open_image, picture_files, read
 from flora_lab.tasks.data.records import SPLITS, Portions, Records, check_each, need_columns, split_name, three
 from flora_lab.tasks.data.texts import parse_json, read_lines, read_text
 
@@ -125,16 +125,13 @@ def _folder(folder: Path, keys: Captions, needed: bool) -> dict[str, Records]:
     """From pictures at any depth, sorted by path: those below a folder that is named like a split are that split's, and
     all are train's if there is none."""
     import datasets
-    from PIL import Image
 
-    endings = Image.registered_extensions()
-    listed = {} if keys.prompt else dict(_listed(folder, keys.caption))
+    pictures = sorted(picture_files(folder))
+    listed = {} if keys.prompt else dict(_listed(folder, set(pictures), keys.caption))
     splits = [part.name for part in folder.iterdir() if part.is_dir() and split_name(part.name) in SPLITS]
     rows: dict[str, list[tuple[str, str, str]]] = {}
-    for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file()):
+    for file in pictures:
         parts = file.relative_to(folder).parts
-        if any(part.startswith(".") for part in parts):
-            continue
         split = split_name(parts[0]) if parts[0] in splits and len(parts) > 1 else "train"
         name, caption = str(file), keys.prompt
         if caption is None and file in listed:
@@ -160,7 +157,7 @@ def _folder(folder: Path, keys: Captions, needed: bool) -> dict[str, Records]:
     return made
 
 
-def _listed(folder: Path, column: str) -> Iterator[tuple[Path, tuple[str, Any]]]:
+def _listed(folder: Path, pictures: set[Path], column: str) -> Iterator[tuple[Path, tuple[str, Any]]]:
     """What the folder's metadata files say: a picture, with the row that names it and its caption."""
     seen: dict[Path, str] = {}
     for metadata in sorted(folder.rglob(METADATA)):
@@ -171,6 +168,8 @@ def _listed(folder: Path, column: str) -> Iterator[tuple[Path, tuple[str, Any]]]
             file = metadata.parent / row["file_name"]
             if not file.is_file():
                 raise ValueError(f"{place}: there is no {file}")
+            if file not in pictures:
+                raise ValueError(f"{place}: {file} is hidden, not below {folder}, or not a picture by its ending")
             if file in seen:
                 raise ValueError(f"{place}: {seen[file]} names {row['file_name']} too")
             seen[file] = place
