@@ -21,13 +21,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import flora_lab
 from flora import FloraConfig
-from flora_lab.analysis import analyse, fields, figures, measure, tables
+from flora_lab.analysis import across, analyse, fields, figures, measure, tables
 from flora_lab.analysis.drawing import apart
 from flora_lab.analysis.measure import Norms, amplification, deltas, spectra
 from flora_lab.analysis.results import chosen, left_out, summarise
@@ -635,6 +635,38 @@ def test_tables_are_replaced_in_a_page(tmp_path):
     page.write_text("# One\n")
     with pytest.raises(ValueError, match="page.md: there is no line '<!-- task -->' to put the table of task below"):
         analyse([file], tmp_path / "out", page)
+
+
+def seeded(job, variant, *values, budget=1000):
+    return [row(variant, budget, seed, value=value, job=job) for seed, value in enumerate(values)]
+
+
+def test_all_pairs_of_runs_over_jobs(tmp_path):
+    rows = [
+        *seeded("a", "lora", 0.5, 0.6),
+        *seeded("a", "flora", 0.53, 0.62, 0.9),
+        *seeded("a", "flora", 0.1, budget=2000),  # LoRA has not run there
+        *seeded("b", "lora", 0.1),
+        *seeded("b", "dora", 0.4),
+        *seeded("b", "flora", 0.11),
+        *seeded("c", "lora", 12.0),  # no share
+        *seeded("c", "flora", 13.0),
+    ]
+    table = across.pairs(summarise(rows))
+    p = ttest_1samp([3, 2, 1], 0).pvalue
+    assert table.lines == [
+        ["LoRA", "–", "–", "–", "-30.00", "–", "0 of 1"],
+        ["DoRA", "+30.00", "–", "1 of 1", "–", "–", "–"],
+        ["FLoRA", "+2.00", f"{p:.3f}", "3 of 3", "-29.00", "–", "0 of 1"],
+    ]
+    assert across.pairs(summarise(seeded("a", "lora", 0.5) + seeded("a", "flora", 0.6))) is None
+    page, file = tmp_path / "page.md", write(tmp_path / "results.jsonl", *rows)
+    page.write_text(
+        "<!-- a -->\n<!-- b -->\n<!-- c -->\n<!-- pairs: a, b -->\n| old |\n<!-- pairs: a, z -->\n| kept |\n"
+    )
+    report = analyse([file], tmp_path / "out", page)
+    assert page.read_text().endswith(f"<!-- pairs: a, b -->\n{table.markdown()}\n<!-- pairs: a, z -->\n| kept |\n")
+    assert "3 of 3" in report.read_text()
 
 
 def test_older_spectra_end_where_they_fall_into_zeros_and_steps_of_few_seeds_are_left_out():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flora.files import replace_file
-from flora_lab.analysis import figures, page, peft_results, tables
+from flora_lab.analysis import across, figures, page, peft_results, tables
 from flora_lab.analysis.results import Result, by_job, summarise
 from flora_lab.analysis.rows import read
 
@@ -17,11 +17,11 @@ def analyse(
 ) -> Path:
     """Write report.html, table.md and every figure as PNG into the folder ``out``. Returns the page's path.
 
-    ``paths``: results.jsonl files, or folders that have some. ``into``: a Markdown file in which each job's table is
-    replaced, below the line "<!-- JOB -->", and below "<!-- JOB, further -->" that of its further numbers; then there
-    is no table.md. ``peft``: a folder of results of PEFT's method comparison, which stand beside the rows in peft.md.
-    Raises ValueError, naming file and line, for a line that is not a valid row, and for a job without its line in
-    ``into``.
+    ``paths``: results.jsonl files, or folders that have some. ``into``: a Markdown file in which tables are replaced:
+    each job's below the line "<!-- JOB -->", that of its further numbers below "<!-- JOB, further -->", and that of all
+    pairs of runs of some jobs below "<!-- pairs: JOB, JOB -->"; then there is no table.md. ``peft``: a folder of
+    results of PEFT's method comparison, which stand beside the rows in peft.md. Raises ValueError, naming file and
+    line, for a line that is not a valid row, and for a job without its line in ``into``.
     """
     rows, out = read(Path(path).expanduser() for path in paths), Path(out).expanduser()
     results = summarise(rows)
@@ -57,12 +57,17 @@ def _further(results: Sequence[Result]) -> str:
 
 def _replace_tables(file: Path, jobs: dict[str, list[Result]]) -> None:
     content = file.read_text(encoding="utf-8")
+    made: dict[str, tables.Table | None] = {}
     for job, results in jobs.items():
         if f"<!-- {job} -->\n" not in content:
             raise ValueError(f"{file}: there is no line '<!-- {job} -->' to put the table of {job} below")
-        for name, table in ((job, tables.comparison(results)), (f"{job}, further", tables.further(results))):
-            mark = f"<!-- {name} -->\n"
-            new = f"{mark}{table.markdown()}\n" if table else mark
-            content = re.sub(rf"{re.escape(mark)}(\|.*\n)*", lambda _, new=new: new, content)
+        made |= {job: tables.comparison(results), f"{job}, further": tables.further(results)}
+    for names in re.findall(r"<!-- pairs: (.*) -->\n", content):
+        if set(names.split(", ")) <= jobs.keys():
+            made[f"pairs: {names}"] = across.pairs([result for job in names.split(", ") for result in jobs[job]])
+    for name, table in made.items():
+        mark = f"<!-- {name} -->\n"
+        new = f"{mark}{table.markdown()}\n" if table else mark
+        content = re.sub(rf"{re.escape(mark)}(\|.*\n)*", lambda _, new=new: new, content)
     with replace_file(file) as new:
         new.write_text(content, encoding="utf-8")

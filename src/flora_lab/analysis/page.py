@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from flora.files import replace_file
+from flora_lab.analysis import across
 from flora_lab.analysis.drawing import Picture
 from flora_lab.analysis.fields import Row
 from flora_lab.analysis.figures import pictures
@@ -34,6 +35,7 @@ def write(rows: Sequence[Row], path: Path, drawn: Sequence[Picture] | None = Non
             }
             for job, of in by_job(results).items()
         ],
+        pairs=(table := across.pairs(results)) and _html(table),
         across=[_inline(picture) for picture in drawn if picture.job is None],
         remarks=remarks(rows),
         facts=facts(rows),

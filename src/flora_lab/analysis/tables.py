@@ -114,7 +114,7 @@ def comparison(results: Sequence[Result]) -> Table:
             result.label,
             budget(result),
             _plus_minus(result, times),
-            _p(result),
+            probability(result.p, result.gain),
             _parameters(result.rows[0]),
             f"{result.learning_rate:g}" + EDGES.get(result.edge, ""),
             str(len(result.rows)),
@@ -224,11 +224,12 @@ def _plus_minus(result: Result, times: int) -> str:
     return f"{times * result.mean:.2f}{spread}"
 
 
-def _p(result: Result) -> str:
-    if result.p is None:
+def probability(p: float | None, gain: float | None) -> str:
+    """p of a test of a mean difference, ``gain``, with a mark if it is significant."""
+    if p is None or gain is None:
         return NONE
-    mark = ("▲" if result.gain > 0 else "▼") if result.p < SIGNIFICANT else ""
-    return f"{'< 0.001' if result.p < 0.001 else f'{result.p:.3f}'} {mark}".rstrip()
+    mark = ("▲" if gain > 0 else "▼") if p < SIGNIFICANT else ""
+    return f"{'< 0.001' if p < 0.001 else f'{p:.3f}'} {mark}".rstrip()
 
 
 def seconds(value: float | None) -> str:
