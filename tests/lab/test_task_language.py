@@ -136,6 +136,16 @@ FORMS = {
         "<user>One?</user><assistant>1</assistant>",
         "_" * 28 + "1</assistant>",
     ),
+    "parts of text": (
+        {
+            "messages": [
+                {**CHAT[1], "content": [{"type": "text", "text": "On"}, {"type": "text", "text": "e?"}]},
+                CHAT[2],
+            ]
+        },
+        "<user>One?</user><assistant>1</assistant>",
+        "_" * 28 + "1</assistant>",
+    ),
     "a prompt of messages": (
         {"prompt": CHAT[1:2], "completion": CHAT[2:3]},
         "<user>One?</user><assistant>1</assistant>",
@@ -220,6 +230,10 @@ BAD = {
     "a prompt that is null": ({"prompt": None, "completion": "2"}, "column 'prompt' is NoneType, not text"),
     "a prompt without its messages": ({"prompt": CHAT[1:2], "completion": "2"}, "column 'prompt' is list, not text"),
     "no known column": ({"input": "1"}, "has the columns input; expected messages, conversations, prompt and"),
+    "a picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "message 1, of user, has the part {'type': 'image'}; expected one of type \"text\" with its text",
+    ),
     "not an object": ("[1]", "[1] is not an object of columns"),
     "without an end": ("[" * 9000, "not JSON ("),
     "not JSON": ("{'text': 1}", "not JSON (Expecting property name"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import tiny_processors
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -110,11 +111,23 @@ def fast_bytes():
 
 
 def task(path, evaluate="text", **keys):
-    data = {name: keys.pop(name) for name in ("images", "image", "max_length", "test_path") if name in keys}
+    data = {name: keys.pop(name) for name in ("images", "image", "markup", "max_length", "test_path") if name in keys}
     model = ImageTextModel(config=json.loads(json.dumps(CONFIG)))
     return VisualInstruction(
         model=model, data=Dialogues(path=str(path), **data), evaluate=evaluate, new_tokens=3, **keys
     )
+
+
+MODELS = {"llava": None, "qwen2_vl": tiny_processors.qwen2_vl, "idefics3": tiny_processors.idefics3}
+
+
+def task_of(kind, folder, path, evaluate="text"):
+    """A task with another image-text model, whose processor it makes in ``folder``."""
+    if kind == "llava":
+        return task(path, evaluate)
+    model = ImageTextModel(config=MODELS[kind](folder / kind), tokenizer=str(folder / kind))
+    part = "text_model" if kind == "idefics3" else "language_model"
+    return VisualInstruction(model=model, data=Dialogues(path=str(path)), evaluate=evaluate, new_tokens=3, parts=[part])
 
 
 def shown(job, ids):
@@ -122,6 +135,16 @@ def shown(job, ids):
 
 
 # -------------------------------------------------------------------------------------------------------------- data
+
+PICTURE = {"type": "image"}
+
+
+def parts(*content):
+    """Messages in transformers' form."""
+    texts = [{"type": "text", "text": one} if isinstance(one, str) else one for one in content]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    return [{"role": "user", "content": texts}, answer]
+
 
 TURNS = {
     "one picture": (
@@ -138,6 +161,16 @@ TURNS = {
         {"image": ["red.png", "blue.png"], "conversations": said("<image> One?", "red", "<image> Two?", "blue")},
         "USER: ****\nOne? ASSISTANT: red</s>USER: ****\nTwo? ASSISTANT: blue</s>",
         "_" * 27 + "red</s>" + "_" * 27 + "blue</s>",
+    ),
+    "parts": (
+        {"image": ["red.png", "blue.png"], "messages": parts(PICTURE, "One", PICTURE, "Two?")},
+        "USER: ****\nOne****\nTwo? ASSISTANT: red</s>",
+        "_" * 35 + "red</s>",
+    ),
+    "parts with their pictures": (
+        {"messages": parts({"type": "image", "path": "red.png"}, "One?")},
+        "USER: ****\nOne? ASSISTANT: red</s>",
+        "_" * 27 + "red</s>",
     ),
     "no picture": (
         {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}]},
@@ -158,8 +191,9 @@ def test_the_loss_counts_the_answers(kind, tmp_path):
     assert (batch["pixel_values"].shape == (pictures, 3, 16, 16)) if pictures else "pixel_values" not in batch
 
 
-def test_a_batch_has_the_loss_of_its_examples(tmp_path):
-    job = task(llava(tmp_path, [row for row, _, _ in TURNS.values()] * 3))
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_batch_has_the_loss_of_its_examples(kind, tmp_path):
+    job = task_of(kind, tmp_path, llava(tmp_path, [row for row, _, _ in TURNS.values()] * 3))
     model, examples = job.build().double().eval(), [job.splits(0)["train"][index] for index in range(6)]
     total, count = 0.0, 0
     for example in examples:
@@ -169,8 +203,9 @@ def test_a_batch_has_the_loss_of_its_examples(tmp_path):
     torch.testing.assert_close(model(**job.collate(examples)).loss, total / count)
 
 
-def test_answers_do_not_depend_on_the_batch(tmp_path):
-    job = task(llava(tmp_path, [row for row, _, _ in TURNS.values()] * 10))
+@pytest.mark.parametrize("kind", MODELS)
+def test_answers_do_not_depend_on_the_batch(kind, tmp_path):
+    job = task_of(kind, tmp_path, llava(tmp_path, [row for row, _, _ in TURNS.values()] * 10))
     model, examples = job.build().eval(), [job.splits(0)["test"][index] for index in range(4)]
     batches = [job.collate([example]) for example in examples]
     alone = [job.predict(model, {key: batch[key] for key in batch if key != "labels"})[0] for batch in batches]
@@ -219,6 +254,35 @@ BAD = {
         {"image": "red.png", "conversations": said("<|image_1|> ?", "a")},
         "unknown image token '<|image_1|>'; expected '<image>'",
     ),
+    "another tag beside it": (
+        {"image": "red.png", "conversations": said("<image> <img> ?", "a")},
+        "unknown image token '<img>'; expected '<image>', or task.data.markup=true if it is mere text",
+    ),
+    "a video": ({"conversations": said("<video> ?", "a")}, "unknown image token '<video>'; expected '<image>'"),
+    "a numbered tag": ({"conversations": said("<image_1> ?", "a")}, "unknown image token '<image_1>'; expected"),
+    "a tag of Gemma": ({"conversations": said("<start_of_image> ?", "a")}, "unknown image token '<start_of_image>'"),
+    "a tag of Pixtral": ({"conversations": said("[IMG] ?", "a")}, "unknown image token '[IMG]'; expected '<image>'"),
+    "a tag among parts": ({"messages": parts("<image_1> ?")}, "unknown image token '<image_1>'; expected '<image>'"),
+    "a part too many": (
+        {"image": "red.png", "messages": parts(PICTURE, PICTURE, "?")},
+        "'<image>' stands in it 2 times, but column 'image' has 1 pictures",
+    ),
+    "a part of a video": (
+        {"messages": parts({"type": "video"}, "?")},
+        "message 1, of user, has the part {'type': 'video'}; expected one of type \"text\" with its text or \"image\"",
+    ),
+    "pictures in two places": (
+        {"image": "red.png", "messages": parts({"type": "image", "url": "red.png"}, "?")},
+        "has pictures both in column 'image' and in its messages",
+    ),
+    "a number for a picture": (
+        {"image": 5, "conversations": said("<image> ?", "a")},
+        "column 'image' is 5; expected a path, a picture, or a list of them",
+    ),
+    "a picture of text": (
+        {"image": {"bytes": "PNG"}, "conversations": said("<image> ?", "a")},
+        "column 'image' is {'bytes': 'PNG'}; expected a path, a picture",
+    ),
     "a tag in an answer": ({"conversations": said("?", "<image>")}, "only a user's message may hold '<image>'"),
     "a lost picture": (
         {"image": "green.png", "conversations": said("<image> ?", "a")},
@@ -243,6 +307,27 @@ def test_a_row_that_cannot_be_learned_is_named(fault, tmp_path):
     assert f"{file}, row 11" in str(error.value) and message in str(error.value)
 
 
+def test_markup_is_text_where_it_is_said(tmp_path):
+    row = {"image": "red.png", "conversations": said("<image> What is <img> in HTML?", "Like <video>, a tag.")}
+    job = task(llava(tmp_path, [row] * 10), "tokens", markup=True)
+    job.check(job.splits(0))
+    assert job.splits(0)["train"][0]["text"] == (
+        "USER: <image>\nWhat is <img> in HTML? ASSISTANT: Like <video>, a tag.</s>"
+    )
+    job = task(llava(tmp_path, [{**row, "image": None}] * 10), "tokens", markup=True)
+    with pytest.raises(ValueError, match="unknown image token '<img>'; expected '<image>'$"):
+        job.check(job.splits(0))
+
+
+def test_a_models_own_token_is_never_text(tmp_path):
+    job = task_of(
+        "qwen2_vl", tmp_path, llava(tmp_path, [{"conversations": said("<|video_pad|> ?", "a")}] * 10), "tokens"
+    )
+    job.data.markup = True
+    with pytest.raises(ValueError, match=r"'<\|video_pad\|>', which is the model's own; expected '<image>'"):
+        job.check(job.splits(0))
+
+
 def test_a_picture_for_each_token_in_the_text_that_the_model_reads():
     ids, labels = [1, 9, 2, 9, 3, 4], [-100, -100, -100, -100, 3, 4]
     assert spread(ids, labels, [1, 9, 9, 2, 9, 9, 3, 4], 9) == [-100] * 6 + [3, 4]
@@ -265,12 +350,38 @@ def test_vqa_accuracy_is_the_share_of_people_up_to_three():
 
 def test_peoples_answers_are_the_labels_for_vqa(tmp_path):
     some = [{**row, "answers": [{"answer": "red"}, {"answer": "crimson"}]} for row in rows()]
+    for answers, named in (("red", "'red'"), ([{"text": "red"}], "[{'text': 'red'}]"), ([1], "[1]")):
+        job = task(llava(tmp_path, [{**row, "answers": answers} for row in rows()]), "vqa")
+        with pytest.raises(ValueError) as error:
+            job.check(job.splits(0))
+        assert f"column 'answers' is {named}; expected a list of texts" in str(error.value)
     for evaluate, answers in (("vqa", {"red\ncrimson"}), ("text", {"red", "blue"})):
         test = task(llava(tmp_path, some), evaluate).splits(0)["test"]
         assert {test[index]["answer"] for index in range(len(test))} == answers
 
 
 # ------------------------------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "idefics3"])
+def test_other_models_learn_the_answers(kind, tmp_path):
+    job = task_of(kind, tmp_path, llava(tmp_path), "tokens")
+    splits = job.splits(0)
+    job.check(splits)
+    batch = job.collate([splits["train"][index] for index in range(4)])
+    answers = [job.tokenizer.decode(labels[labels != IGNORED]) for labels in batch["labels"]]
+    assert {answer.strip() for answer in answers} == {"red<|im_end|>", "blue<|im_end|>"}
+    model = job.build()
+    targets = job.targets_of(model)
+    assert len(targets) == 7
+    adapted = adapt("flora", model, [], 600, {}, target_modules=targets).model
+    optimizer = torch.optim.SGD([one for one in adapted.parameters() if one.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(2):
+        losses.append(adapted(**batch).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize(
@@ -340,3 +451,11 @@ def test_lmms_eval_gets_the_merged_model(tmp_path, monkeypatch):
     job.lmms_eval = ["gqa"]
     with pytest.raises(ValueError, match="lmms-eval has no task 'gqa'"):
         job.check(job.splits(0))
+
+
+def test_a_processor_without_an_image_token_is_named(tmp_path, monkeypatch):
+    job = task_of("qwen2_vl", tmp_path, "")
+    made = SimpleNamespace(image_processor=None, tokenizer=job.tokenizer)
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda name: made)
+    with pytest.raises(ValueError, match="qwen2_vl: its SimpleNamespace does not say which token stands for a picture"):
+        job.model.load_processor()

@@ -95,11 +95,17 @@ class VisualInstruction(Answering):
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
 
+    @cached_property
+    def _tokens(self) -> list[str]:
+        """How the model spells a picture and the like."""
+        given = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+        return [token for token in given if token]
+
     def example(self, row: Any, generated: bool) -> dict[str, Any]:
         """ "text" up to its end, or up to the last answer; its "ids", with one token a picture; "labels" or "answer";
         and "dialogue". Raises ValueError if the row can't be learned from."""
         row = self.data.renamed(row)
-        talk = dialogue(row, self.data, self.processor.image_token)
+        talk = dialogue(row, self.data, self._tokens)
         turns = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
         if generated:
             answer = self._answer(row, talk)
@@ -118,7 +124,12 @@ class VisualInstruction(Answering):
         people = row.get(self.data.answers) if self.evaluate == "vqa" else None
         if not people:
             return talk.answer
-        return "\n".join(str(one["answer"] if isinstance(one, dict) else one) for one in people)
+        said = (
+            [one.get("answer") if isinstance(one, dict) else one for one in people] if isinstance(people, list) else []
+        )
+        if not said or not all(isinstance(one, str) for one in said):
+            raise ValueError(f"column {self.data.answers!r} is {people!r:.80}; expected a list of texts")
+        return "\n".join(said)
 
     def _rendered(self, talk: Dialogue, count: int, start: bool = False) -> str:
         try:

@@ -163,8 +163,9 @@ def filled(template: str, row: Mapping[str, Any], needed: bool = False) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: "" if row[match[1]] is None else str(row[match[1]]), template)
 
 
-def conversation(messages: Any) -> list[dict[str, str]]:
-    """Messages of role and content, which end with an answer. Raises ValueError if one is empty, or none answers."""
+def conversation(messages: Any, image: str | None = None) -> list[dict[str, str]]:
+    """Messages of role and content, which end with an answer. ``image``: what stands in a text for a picture among its
+    parts, if there may be some. Raises ValueError if a message is empty, or none answers."""
     if not isinstance(messages, list) or not messages or not all(isinstance(one, Mapping) for one in messages):
         raise ValueError(f"the conversation is {messages!r:.80}; expected a list of messages")
     made = []
@@ -172,13 +173,27 @@ def conversation(messages: Any) -> list[dict[str, str]]:
         role = message.get("role", message.get("from"))
         if not isinstance(role, str):
             raise ValueError(f"message {number} has no role, but {', '.join(message)}")
-        content = message.get("content", message.get("value"))
-        made.append({"role": ROLES.get(role, role), "content": _text(content, f"message {number}, of {role},")})
+        what, content = f"message {number}, of {role},", message.get("content", message.get("value"))
+        content = _joined(content, what, image) if isinstance(content, list) else content
+        made.append({"role": ROLES.get(role, role), "content": _text(content, what)})
     if not any(message["role"] == "assistant" for message in made):
         raise ValueError("a conversation without an answer: no message is the assistant's")
     if made[-1]["role"] != "assistant":
         raise ValueError(f"a conversation without an answer: its last message is the {made[-1]['role']}'s")
     return made
+
+
+def _joined(parts: list[Any], what: str, image: str | None) -> str:
+    """The text of transformers' form of a content: [{"type": "image"}, {"type": "text", "text": …}, …]."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get("text") if kind == "text" else image if kind == "image" else None
+        if not isinstance(text, str):
+            accepted = 'of type "text" with its text' + (' or "image"' if image else "")
+            raise ValueError(f"{what} has the part {part!r:.80}; expected one {accepted}")
+        texts.append(text)
+    return "".join(texts)
 
 
 def _text(value: Any, what: str) -> str:

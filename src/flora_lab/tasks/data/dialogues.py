@@ -1,9 +1,10 @@
-"""Conversations about pictures, in the form of LLaVA's files: what they hold, checked, and as tokens for a model."""
+"""Conversations about pictures, in the form of LLaVA's files or transformers': what they hold, checked, and as tokens
+for a model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from flora_lab.tasks.data.tokens import IGNORED
 
 IMAGE = "<image>"  # where a picture stands in a text
 FOLDER = "folder of the file"  # column
-OTHERS = re.compile(
-    r"<\|?/?(?:im|img|image|picture|video|audio)[\w-]*\|?>", re.IGNORECASE
-)  # as other programs spell it
+SPELLINGS = re.compile(  # of this and others, in other programs and models: <img>, <|image_1|>, <start_of_image>, [IMG]
+    r"<\|?/?(?:[a-z]+[_-])*(?:(?:img|image|picture|video|vision|audio)[\w-]*|im(?:[_-]\w+)?)\|?>|\[/?img\w*\]",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -28,6 +30,9 @@ class Dialogues(Chats):
     )
     image: str = field(default="image", metadata={"help": "column of the picture, or of a list of them"})
     answers: str = field(default="answers", metadata={"help": "column of people's answers, for task.evaluate=vqa"})
+    markup: bool = field(
+        default=False, metadata={"help": "texts such as <img> and <video> are HTML, say, and stand for no picture"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "tokens per example, at most", "least": 2})
 
     def read(self) -> dict[str, Records]:
@@ -60,20 +65,23 @@ class Dialogue:
         return [opened(cell, name, column, 3) for cell in self.cells]
 
 
-def dialogue(row: Mapping[str, Any], keys: Dialogues, token: str) -> Dialogue:
-    """A row of LLaVA's form. ``token``: how the model itself spells a picture.
+def dialogue(row: Mapping[str, Any], keys: Dialogues, tokens: Collection[str]) -> Dialogue:
+    """A row of LLaVA's form, or of transformers'. ``tokens``: how the model itself spells pictures and the like.
 
-    Raises ValueError if it has no answer, or not one `IMAGE` for each picture.
+    Raises ValueError if it has no answer, not one `IMAGE` for each picture, or what looks like another such token.
     """
     given = row["messages"] if row.get("messages") is not None else row.get("conversations")
     if given is None:
         raise ValueError(f"has the columns {', '.join(set(row) - {FOLDER})}; expected conversations or messages")
-    messages, cells = conversation(given), _cells(row.get(keys.image), Path(keys.images or row.get(FOLDER, "")))
+    messages, cells = conversation(given, IMAGE), _pictures(row, given, keys)
     users = [message["content"] for message in messages if message["role"] == "user"]
     count, text = sum(one.count(IMAGE) for one in users), " ".join(message["content"] for message in messages)
-    strange = [match[0] for match in OTHERS.finditer(text) if match[0] != IMAGE and count != len(cells)]
-    if strange or (token != IMAGE and token in text):
-        raise ValueError(f"unknown image token {(strange or [token])[0]!r}; expected {IMAGE!r}")
+    if known := [token for token in tokens if token != IMAGE and token in text]:
+        raise ValueError(f"unknown image token {known[0]!r}, which is the model's own; expected {IMAGE!r}")
+    strange = [match[0] for match in SPELLINGS.finditer(text) if match[0] != IMAGE]
+    if strange and (not keys.markup or count != len(cells)):
+        remedy = "" if keys.markup else ", or task.data.markup=true if it is mere text"
+        raise ValueError(f"unknown image token {strange[0]!r}; expected {IMAGE!r}{remedy}")
     if text.count(IMAGE) != count:
         raise ValueError(f"only a user's message may hold {IMAGE!r}")
     if count != len(cells):
@@ -81,12 +89,32 @@ def dialogue(row: Mapping[str, Any], keys: Dialogues, token: str) -> Dialogue:
     return Dialogue([{**message, "content": _parts(message["content"])} for message in messages], cells)
 
 
-def _cells(value: Any, folder: Path) -> list[Any]:
-    if value in (None, "", []):
+def _pictures(row: Mapping[str, Any], messages: list[Mapping[str, Any]], keys: Dialogues) -> list[Any]:
+    """Of the row's column or, if it has none, of the parts of its messages."""
+    folder = Path(keys.images or row.get(FOLDER, ""))
+    contents = [message.get("content", message.get("value")) for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content if part["type"] == "image"]
+    own = [part[key] for part in parts for key in ("image", "path", "url") if part.get(key)]
+    cells = _cells(row.get(keys.image), folder, f"column {keys.image!r}")
+    if own and cells:
+        raise ValueError(f"has pictures both in column {keys.image!r} and in its messages")
+    return cells or _cells(own, folder, "the picture of a message")
+
+
+def _cells(value: Any, folder: Path, what: str) -> list[Any]:
+    if value is None or value == "":
         return []
     if isinstance(value, list):
-        return [cell for one in value for cell in _cells(one, folder)]
-    return [{"path": str(folder / value)}] if isinstance(value, str) else [value]
+        return [cell for one in value for cell in _cells(one, folder, what)]
+    if isinstance(value, str):
+        return [{"path": str(folder / value)}]
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return [dict(value)]
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+        return [{"path": str(folder / value["path"])}]
+    if hasattr(value, "convert"):  # Pillow's
+        return [value]
+    raise ValueError(f"{what} is {value!r:.80}; expected a path, a picture, or a list of them")
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -33,6 +33,8 @@ class ImageTextModel(LanguageModel):
             raise ValueError(f"{name}: {brief(error)}") from error
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             raise ValueError(f"{name} has no processor of pictures and text, but a {type(processor).__name__}")
+        if not isinstance(getattr(processor, "image_token", None), str):
+            raise ValueError(f"{name}: its {type(processor).__name__} does not say which token stands for a picture")
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         return processor
