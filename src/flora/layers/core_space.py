@@ -80,6 +80,11 @@ class CoreSpace(nn.Module):
         """The core. By this name PEFT's wrap policy for FSDP1 knows a module that is trained."""
         return self.core
 
+    @property
+    def has_update(self) -> bool:
+        """Whether delta is more than zero, as after training: no part is all zeros."""
+        return not self.core.is_meta and all(bool(part.any()) for part in (self.core, *self.factors))
+
     def forward(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``scale · core`` and the factors. A call, so that sharded training (FSDP, ZeRO-3) gathers them first.
 

@@ -44,7 +44,7 @@ class FloraModel(MergeableModel):
     prefix = PREFIX
     tuner_layer_cls = FloraLayer
     target_module_mapping = TARGET_MODULES
-    _start_checked = False
+    start_checked: tuple[str, ...] = ()  # the adapters of which it is known whether they were started from data
 
     # ------------------------------------------------------------------------------------------------- injection
 
@@ -53,6 +53,7 @@ class FloraModel(MergeableModel):
         config names these afterwards."""
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.start_checked = tuple(name for name in self.start_checked if name != adapter_name)
         self._stack(adapter_name)
         if not self._load_state_dict_post_hooks:
             self.register_load_state_dict_post_hook(_forget_aliases)
@@ -177,15 +178,16 @@ class FloraModel(MergeableModel):
             raise
         fill(self.model, adapter_name, adapters, sums)
 
-    def _warn_of_missing_start(self) -> None:
-        """Once, at the first training forward."""
-        self._start_checked = True
-        configs = {name: self.peft_config[name] for name in self.active_adapters}
-        fresh = [name for name, config in configs.items() if config.saved_shapes is None]
-        for name in [name for name in fresh if STARTS[configs[name].init].from_data]:
-            if not all(layer.space(name).started for layer in self._layers() if name in layer.tucker_space):
+    def _warn_of_missing_start(self, adapters: Sequence[str]) -> None:
+        """Unless an adapter has been loaded, or trained."""
+        for name in adapters:
+            config = self.peft_config[name]
+            if config.saved_shapes is not None or not STARTS[config.init].from_data:
+                continue
+            spaces = [layer.space(name) for layer in self._layers() if name in layer.tucker_space]
+            if not all(space.started for space in spaces) and not any(space.has_update for space in spaces):
                 warnings.warn(
-                    f"adapter {name!r} has init={configs[name].init!r} and starts at random, because no data start was "
+                    f"adapter {name!r} has init={config.init!r} and starts at random, because no data start was "
                     "made: call flora.initialize(model, batches), or give the Trainer callbacks=[flora.Initialize()]",
                     stacklevel=2,
                 )
@@ -206,9 +208,10 @@ class FloraModel(MergeableModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand ``adapter_names=`` of a forward or generate call to every layer, as PEFT's LoRA does."""
         names = kwargs.pop("adapter_names", None)
-        if self.training and not self._start_checked:
+        if self.training and (fresh := [name for name in self.active_adapters if name not in self.start_checked]):
             self._check_stacks()
-            self._warn_of_missing_start()
+            self.start_checked += tuple(fresh)
+            self._warn_of_missing_start(fresh)
         if names is None:
             with one_call():
                 yield

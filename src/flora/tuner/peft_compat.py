@@ -25,6 +25,7 @@ from peft.utils import register_peft_method
 from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import _set_adapter as set_auxiliary_adapter
 from peft.utils.peft_types import PeftType
 from peft.utils.save_and_load import load_peft_weights
 
@@ -41,7 +42,7 @@ __all__ = [
     "DUMMY_TARGET_MODULES", "FLORA", "KEY_MAPPING", "PREFIX", "SAVES_BIASES", "SEQ_CLS_HEAD_NAMES", "TARGET_MODULES",
     "AuxiliaryTrainingWrapper", "BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper", "PlainNames",
     "check_adapters_to_merge", "check_target_module_exists", "get_pattern_key", "get_submodules", "init_empty_weights",
-    "load_peft_weights", "register",
+    "load_peft_weights", "register", "set_auxiliary_adapter",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
-from flora.tuner.data_start.initialize import undisturbed
+from flora.tuner.data_start.guard import undisturbed
 from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request
 from flora_lab.methods.with_peft import lora
 

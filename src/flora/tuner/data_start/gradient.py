@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flora.layers.execution.cost import LOW_PRECISION
+from flora.tuner.data_start.loss import Loss, finite_loss
 from flora.tuner.data_start.reduction import (
     Products,
     Reduction,
@@ -27,8 +28,6 @@ from flora.tuner.data_start.reduction import (
     two_passes,
 )
 from flora.tuner.layer import FloraLayer
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def from_gradient(
@@ -54,13 +53,6 @@ def from_gradient(
         return two_passes(reductions, lambda: _pass(model, reductions, batches, loss))
 
 
-def _finite_loss(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
-    value = loss(model, batch)
-    if not isfinite(number := value.item()):
-        raise ValueError(f"the loss of a batch is {number}, not finite")
-    return value
-
-
 @contextmanager
 def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     before = [parameter.detach().clone() for parameter in parameters]
@@ -78,19 +70,26 @@ def _warm_up(
     """Train what is trained beside the adapter: a head that has learned nothing yields a gradient that says nothing."""
     if not parameters:
         return
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    # Adam's numbers do not fit into half precision
+    masters = [p.detach().float() if p.dtype in LOW_PRECISION else p for p in parameters]
+    optimizer = torch.optim.AdamW(masters, lr=rate, weight_decay=0.0)
     for step in range(steps):
+        when = f", in step {step} of the warm-up (warmup_rate={rate})"
         with together():
-            value = _finite_loss(model, batches[step % len(batches)], loss)
+            value = finite_loss(model, batches, step % len(batches), loss, when)
             gradients: Sequence[Tensor | None] = [None] * len(parameters)
             if value.requires_grad:
                 gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         gradients = _of_all_processes(parameters, gradients)
         if all(gradient is None for gradient in gradients):
             return
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = None if gradient is None else gradient.to(master.dtype)
         optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(parameters, masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
 
 
 def _of_all_processes(
@@ -116,8 +115,8 @@ def _pass(model: nn.Module, reductions: Sequence[Reduction], batches: Sequence[A
         for reduction in reductions:
             handles += _take_gradients(reduction)
         for number in range(most(len(batches))):
-            with together(), torch.enable_grad():
-                value = _finite_loss(model, batches[number], loss) if number < len(batches) else None
+            with together():
+                value = finite_loss(model, batches, number, loss) if number < len(batches) else None
             if value is not None and value.requires_grad:  # else no layer gets a gradient, which the reductions report
                 value.backward()
     finally:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from flora.layers.weights.sharded import first_alone_loads, has_fsdp, has_master_copy, is_distributed, is_flat
 from flora.tuner.data_start.activations import from_activations
+from flora.tuner.data_start.batches import as_batches
 from flora.tuner.data_start.gradient import from_gradient
+from flora.tuner.data_start.guard import at_its_start, undisturbed
+from flora.tuner.data_start.loss import loss_of_model, run
 from flora.tuner.data_start.reduction import distributed, fill, together
 from flora.tuner.layer import FloraLayer
 
@@ -36,42 +39,60 @@ def initialize(
     of the gradient start.
 
     The model runs in training mode, as the first step will: dropout and batch normalization act on what a layer gets.
-    Its mode, gradients, running statistics and the state of the random numbers are as before afterwards. Weights are
-    taken one at a time. In a distributed run every process passes batches of its own, and all get the same start.
+    If it is in training mode already, single modules in evaluation mode stay so. The adapter need not be active; it
+    runs then in the place of those that are. Afterwards modes, gradients, buffers, active adapters, and the random
+    numbers of Python, NumPy and torch are as before. Weights are taken one at a time. In a distributed run every
+    process passes batches of its own, and all get the same start.
+
+    A layer whose gradient is zero over all batches, such as one before a normalization that starts with zeros, starts
+    at random; a warning names it.
 
     Args:
         model: with the adapter in it, not merged.
         batches: some 32 batches of training data; with too few, the directions are chance. A sequence is read several
-            times; of any other iterable all batches are kept in memory.
+            times; of any other iterable the first 32 batches are kept in memory.
         adapter: its name.
-        loss: ``loss(model, batch)`` -> scalar; by default ``model(**batch).loss``. For "activations" anything that runs
-            the model on a batch; by default ``model(**batch)``, or ``model(batch)`` for a tensor.
-        warmup_steps, warmup_rate: of AdamW, on the batches in turn, for what is trained beside the adapter.
+        loss: ``loss(model, batch)`` -> a tensor with one number; by default the loss that the model returns for
+            ``model(**batch)``, where transformers' Trainer looks for it. For "activations" anything that runs the model
+            on a batch; by default ``model(**batch)``, or ``model(batch)`` for a tensor.
+        warmup_steps, warmup_rate: of AdamW, on the batches in turn, for what is trained beside the adapter. Pass
+            ``warmup_steps=0`` if that has learned already, as a language model's ``lm_head`` has.
         overwrite: start even an adapter that has been trained; its numbers are lost.
 
     Raises:
-        ValueError: no batch, no labels, no such adapter, a merged or trained one; a loss that is not finite or does not
-            depend on a layer; a layer that no batch reaches, or whose inputs are not finite; a weight that is
-            offloaded, sharded by FSDP1, taken by DeepSpeed, or tensor parallel (for activations); an error of another
-            process. Nothing is changed then.
+        ValueError: arguments of another kind; no batch, no labels, no such adapter, a merged or trained one; a loss
+            that is not finite (with the first layer whose output is not) or does not depend on a layer; a layer that no
+            batch reaches, or whose inputs are not finite; a weight that is offloaded, sharded by FSDP1, taken by
+            DeepSpeed, or tensor parallel (for activations); an error of another process. Nothing is changed then.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own averaging would miss the parameters that are frozen
     with together():
+        _check_options(loss, warmup_steps, warmup_rate)
         layers = _layers_to_start(model, adapter, overwrite)
-        batches = batches if isinstance(batches, Sequence) else list(batches)
-        if not batches:
-            raise ValueError("no batches were given; a data start needs some")
-    with undisturbed(model), _counted_as_started(layers, adapter):
+    with undisturbed(model), at_its_start(model, layers, adapter):
+        with together():
+            batches = as_batches(batches)
         seed, process = _common_seed()
         kind = "activations" if layers[0].space(adapter).init == "activations" else "gradient"
         if kind == "activations":
-            starts = from_activations(model, layers, adapter, batches, loss or _run, seed, process)
+            starts = from_activations(model, layers, adapter, batches, loss or run, seed, process)
         else:
-            starts = from_gradient(model, layers, adapter, batches, loss or _its_loss, seed, warmup_steps, warmup_rate)
+            warmup = warmup_steps, warmup_rate
+            starts = from_gradient(model, layers, adapter, batches, loss or loss_of_model, seed, *warmup)
     for layer, (rows, factors) in zip(layers, starts, strict=True):
         fill(layer, adapter, rows, factors)
         layer.suit_scale(adapter, kind)
+        layer.space(adapter).started = True
+
+
+def _check_options(loss: Any, warmup_steps: Any, warmup_rate: Any) -> None:
+    if loss is not None and not callable(loss):
+        raise ValueError(f"loss is a {type(loss).__name__}: expected a function of the model and a batch")
+    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ValueError(f"warmup_steps is {warmup_steps!r}: expected a whole number, at least 0")
+    if not isinstance(warmup_rate, (int, float)) or not 0 <= warmup_rate < math.inf:
+        raise ValueError(f"warmup_rate is {warmup_rate!r}: expected a number, at least 0")
 
 
 def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[FloraLayer]:
@@ -110,10 +131,11 @@ def _layers_to_start(model: nn.Module, adapter: str, overwrite: bool) -> list[Fl
             raise ValueError(
                 f"layer {layer.name!r} keeps its weight quantized: no data start is known for its kind, {layer.kind}"
             )
-        if not overwrite and space.core.any() and all(factor.any() for factor in space.factors):
+        if not overwrite and space.has_update:
             raise ValueError(
-                f"adapter {adapter!r} has been trained: the update of layer {layer.name!r} is not zero; "
-                "pass overwrite=True to start it anew"
+                f"adapter {adapter!r} has been trained: the update of layer {layer.name!r} is not zero. To train on, "
+                "leave out flora.initialize, or the Trainer's callback flora.Initialize; overwrite=True starts the "
+                "adapter anew, and its numbers are lost"
             )
     return layers
 
@@ -125,60 +147,3 @@ def _common_seed() -> tuple[int, int]:
         dist.broadcast_object_list(seed)
         return seed[0], dist.get_rank()
     return seed[0], 0
-
-
-def _its_loss(model: nn.Module, batch: Any) -> Tensor:
-    loss = model(**_keywords(batch)).loss
-    if loss is None:
-        raise ValueError(f"the model returns no loss: the batch has {sorted(batch)}, and needs labels (or pass loss=)")
-    return loss
-
-
-def _run(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Tensor):
-        model(batch)
-    else:
-        model(**_keywords(batch))
-
-
-def _keywords(batch: Any) -> Mapping[str, Any]:
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"a batch is a {type(batch).__name__}, not a dict of the model's arguments: pass loss=")
-    return batch
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model in training mode. Afterwards its modes, buffers, flags and gradients, and the state of the random
-    numbers, are as before."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    devices = {parameter.device.index for parameter, _, _ in flags if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(device for device in devices if device is not None)):
-        try:
-            model.train()
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-            for parameter, flag, gradient in flags:
-                parameter.requires_grad_(flag)
-                parameter.grad = gradient
-
-
-@contextmanager
-def _counted_as_started(layers: Sequence[FloraLayer], adapter: str) -> Iterator[None]:
-    """From now on, unless an error ends it."""
-    before = [(layer.space(adapter), layer.space(adapter).started) for layer in layers]
-    try:
-        for space, _ in before:
-            space.started = True
-        yield
-    except BaseException:
-        for space, started in before:
-            space.started = started
-        raise

@@ -14,6 +14,7 @@ inputs and of numbers at the outputs, and a thin basis is multiplied with one of
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -87,6 +88,7 @@ class Reduction:
         wide = {n: BASIS * rank + SPARE for n, rank in enumerate(self.ranks) if n != self.output_mode}
         self.widths = {n: width for n, width in wide.items() if width < layer.weight_shape[n]}
         self.needs_bases = bool(self.widths)
+        self.is_zero = False  # whether D says nothing, so that the start is random
 
     @torch.no_grad()
     def add(self, part: Tensor | Products) -> None:
@@ -153,6 +155,16 @@ class Reduction:
         """Orthonormal rows of the core's output unfolding, and factors with orthonormal columns: the sizes of every
         start (``layers.starts``)."""
         small = self._sum(-1)
+        self.is_zero = not small.any()
+        try:
+            return self._decomposed(small)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"layer {self.layer.name!r}: {self.source} of shape {list(self.layer.weight_shape)} has numbers up to "
+                f"{small.abs().max():.1g}, too large to decompose; for a gradient a smaller warmup_rate may help"
+            ) from error
+
+    def _decomposed(self, small: Tensor) -> Start:
         factors: Factors = [None] * len(self.ranks)
         inner: Factors = [None] * len(self.ranks)
         for mode, (rank, basis) in enumerate(zip(self.ranks, self.bases, strict=True)):
@@ -187,7 +199,14 @@ def two_passes(reductions: Sequence[Reduction], run: Callable[[], None]) -> list
             reduction.find_bases()
     with together():
         run()
-    return [reduction.start() for reduction in reductions]
+    starts = [reduction.start() for reduction in reductions]
+    if zero := [repr(reduction.layer.name) for reduction in reductions if reduction.is_zero]:
+        more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""
+        source = reductions[0].source
+        warnings.warn(
+            f"these layers start at random, because {source} is zero: {', '.join(zero[:3])}{more}", stacklevel=2
+        )
+    return starts
 
 
 @torch.no_grad()
