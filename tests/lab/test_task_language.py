@@ -99,6 +99,7 @@ def tiny_keys(folder, path):
         f"task.data.test_path={folder / 'test'}",
         "task.data.test_subset=null",
         *other,
+        "task.lm_eval=[]",
         "training.gradient_checkpointing=false",
         "training.mixed_precision='no'",
         "training.eval_steps=null",
@@ -448,20 +449,28 @@ def test_a_token_that_the_model_does_not_know_is_named(tmp_path):
 
 
 def test_lm_eval_is_asked_after_training(tmp_path, monkeypatch):
+    batches = []
+
+    def hflm(pretrained, tokenizer, batch_size):
+        batches.append(batch_size)
+        return pretrained
+
     def evaluate(model, tasks):
         return {"results": {task: {"alias": task, "acc,none": 0.5, "acc_stderr,none": 0.1} for task in tasks}}
 
     modules = {
         "lm_eval": SimpleNamespace(simple_evaluate=evaluate),
         "lm_eval.tasks": SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=["arc_easy"])),
-        "lm_eval.models.huggingface": SimpleNamespace(HFLM=lambda pretrained, tokenizer: pretrained),
+        "lm_eval.models.huggingface": SimpleNamespace(HFLM=hflm),
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     job = task(lines(tmp_path / "rows.jsonl", [{"text": "fine"}] * 9))
     job.lm_eval = ["arc_easy"]
     job.check(job.splits(0))
-    assert job.judge(job.build(), None, {}, tmp_path) == {"test": {"arc_easy acc": 0.5}}
+    for job.lm_eval_batch in (None, 32):
+        assert job.judge(job.build(), None, {}, tmp_path) == {"test": {"arc_easy acc": 0.5}}
+    assert batches == [8, 32]
     job.lm_eval = ["arc_hard"]
     with pytest.raises(ValueError, match="lm-eval has no task 'arc_hard'"):
         job.check(job.splits(0))

@@ -61,7 +61,8 @@ def classes(path, labels=(0, 1, 2) * 8):
 
 def tiny_keys(folder, job):
     """The overrides that make a text-to-image YAML run in seconds: data and a pipeline of no size in ``folder``."""
-    few = ["training.batch_size=2", "training.loaders=0", "task.samples.steps=2", "task.samples.each=1"]
+    few = ["training.batch_size=2", "training.loaders=0", "training.eval_steps=null"]
+    few += ["task.samples.steps=2", "task.samples.each=1"]
     few += [f"task.quality.{key}" for key in ("clip=null", "dino=null", "fid=false", "classifier=null")]
     few += ["task.data.validation_share=0.25", "task.data.test_share=0.25"]
     if job == "digits-diffusion":

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 LONGER = ("refuse", "leave_out", "cut")
+LM_EVAL_BATCH = 8
 
 
 @dataclass
@@ -66,12 +67,15 @@ class Language(Answering):
     lm_eval: list[str] = field(
         default_factory=list, metadata={"help": "tasks of lm-eval, such as arc_easy, to test on after training"}
     )
+    lm_eval_batch: int | None = field(
+        default=None, metadata={"help": f"requests at a time to lm-eval; default: {LM_EVAL_BATCH}", "least": 1}
+    )
     forgetting: Passages | None = field(
         default=None, metadata={"help": "other texts, to measure how much their loss rises"}
     )
 
     targets = "all-linear"
-    judging = ("forgetting",)
+    judging = ("forgetting", "lm_eval_batch")
 
     def source_task(self) -> Language | None:
         return self.source and replace(self, data=self.source, source=None)
@@ -216,7 +220,7 @@ class Language(Answering):
         return self.model.build("AutoModelForCausalLM")
 
     def judge(self, model: nn.Module, base: Any, splits: Any, folder: Path) -> dict[str, Any]:
-        numbers = lm_eval.evaluate(model, self.tokenizer, self.lm_eval)
+        numbers = lm_eval.evaluate(model, self.tokenizer, self.lm_eval, self.lm_eval_batch or LM_EVAL_BATCH)
         if self.forgetting:
             numbers |= forgotten(model, base, self.forgetting.read(self.tokenizer, self.model.positions))
         return {"test": numbers}

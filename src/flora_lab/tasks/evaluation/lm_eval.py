@@ -18,14 +18,15 @@ def check(tasks: list[str]) -> None:
         raise ValueError(f"task.lm_eval: lm-eval has no task {min(unknown)!r}; `lm-eval ls tasks` lists them")
 
 
-def evaluate(model: nn.Module, tokenizer: Any, tasks: list[str]) -> dict[str, float]:
-    """{"arc_easy acc": 0.7, …}: what lm-eval reports."""
+def evaluate(model: nn.Module, tokenizer: Any, tasks: list[str], batch_size: int) -> dict[str, float]:
+    """{"arc_easy acc": 0.7, …}: what lm-eval reports. ``batch_size``: requests at a time."""
     if not tasks:
         return {}
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    return metrics_of(simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks))
+    asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # lm-eval's default is 1
+    return metrics_of(simple_evaluate(asked, tasks=tasks))
 
 
 def metrics_of(evaluated: dict[str, Any]) -> dict[str, float]:
