@@ -45,9 +45,7 @@ def main() -> None:
     processor = AutoImageProcessor.from_pretrained(given.model)
     base = AutoModelForObjectDetection.from_pretrained(given.model, id2label=names, ignore_mismatched_sizes=True)
     heads = ["class_labels_classifier", "bbox_predictor"]  # the classes are new: both are trained whole
-    config = FloraConfig(
-        budget=given.budget, target_modules="all-weights", exclude_modules=heads, modules_to_save=heads
-    )
+    config = FloraConfig(budget=given.budget, exclude_modules=heads, modules_to_save=heads)
     model = get_peft_model(base, config)
     model.print_trainable_parameters()
 

@@ -37,7 +37,7 @@ def main() -> None:
     batches = DataLoader(data, batch_size=8, shuffle=True)
 
     head = base.default_cfg["classifier"]
-    config = FloraConfig(budget=0.02, target_modules="all-weights", init="gradient", modules_to_save=[head])
+    config = FloraConfig(budget=0.02, init="gradient", modules_to_save=[head])
     model = get_peft_model(base, config)
     model.print_trainable_parameters()
 

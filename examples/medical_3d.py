@@ -35,7 +35,7 @@ def main() -> None:
     net = UNet(spatial_dims=3, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2), num_res_units=1)
     if given.weights:
         net.load_state_dict(torch.load(given.weights, weights_only=True))
-    model = get_peft_model(net, FloraConfig(budget=0.2, target_modules="all-weights"))
+    model = get_peft_model(net, FloraConfig(budget=0.2))
     model.print_trainable_parameters()
     dice = DiceLoss(to_onehot_y=True, softmax=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)

@@ -34,7 +34,8 @@ class FloraFields:
         default=None,
         metadata={
             "help": "Names or regex of the layers to adapt; 'all-linear'; 'all-weights' for every supported layer "
-            "except the output head."
+            "except the output head. Default: LoRA's where PEFT has one for the model's type (for many language models "
+            "the query and value projections), else 'all-weights'."
         },
     )
     exclude_modules: list[str] | set[str] | str | None = field(

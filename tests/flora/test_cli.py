@@ -71,8 +71,13 @@ def llama(tmp_path_factory):
     return folder
 
 
+def test_plan_without_targets_shows_what_the_config_would_adapt(llama):
+    result = flora("plan", llama, "r=2")
+    assert result.exit_code == 0 and "v_proj" in result.output and "down_proj" not in result.output
+
+
 def test_plan_shows_a_model_without_its_weights(llama):
-    result = flora("plan", llama, "budget=0.05", "--kernel_rank", "2")
+    result = flora("plan", llama, "budget=0.05", "--kernel_rank", "2", "target_modules=all-weights")
     assert result.exit_code == 0, result.output
     assert "model.layers.1.mlp.down_proj" in result.output and "lm_head" not in result.output
     assert "trainable parameters" in result.output.splitlines()[-1]

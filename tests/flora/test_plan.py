@@ -1,6 +1,7 @@
 """What would be adapted: targets, shorthands, patterns, budgets, heads, ties."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -44,6 +47,16 @@ def bart():
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     return BartForConditionalGeneration(BartConfig(vocab_size=16, d_model=8, **sizes, **heads))
+
+
+def convnext():
+    return ConvNextV2ForImageClassification(ConvNextV2Config(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2))
+
+
+def resnet():
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    )
 
 
 def names(model, **options):
@@ -216,9 +229,51 @@ def test_the_default_targets_of_a_model_that_peft_knows():
     made = plan(model, config)
     assert [row.name.rpartition(".")[2] for row in made.rows] == ["q_proj", "v_proj"] and config.target_modules is None
     get_peft_model(model, config)
-    assert config.plan.rows == made.rows
-    with pytest.raises(ValueError, match="no layer matches target_modules=None"):
-        plan(Net(), FloraConfig())
+    assert config.plan.rows == made.rows and config.target_modules == {"q_proj", "v_proj"}
+    assert plan(model, FloraConfig()).rows == made.rows
+    with pytest.raises(ValueError, match="no layer matches target_modules='all-weights'"):
+        plan(nn.ModuleDict({"norm": nn.LayerNorm(4)}), FloraConfig())
+
+
+class Labelled(Net):
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.config = config
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Net, lambda: Labelled({"model_type": "custom"}), lambda: Labelled({}), lambda: Labelled(None), convnext, resnet],
+)
+def test_the_default_targets_of_any_other_model_are_all_weights(make, tmp_path):
+    model, options = make(), {"budget": 3000, "modules_to_save": ["fc" if isinstance(make(), Net) else "classifier"]}
+    made = plan(model, FloraConfig(**options))
+    assert made == plan(model, FloraConfig(**options, target_modules="all-weights"))
+    model = get_peft_model(model, FloraConfig(**options, init_weights=False))
+    assert model.peft_config["default"].plan.rows == made.rows
+    assert plan(model.base_model.model, FloraConfig(**options)).rows == made.rows
+    model.add_adapter("other", FloraConfig(**options))
+    assert model.peft_config["other"].plan.rows == made.rows
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["target_modules"] == sorted({row.target for row in made.rows})
+    loaded = PeftModel.from_pretrained(make(), tmp_path)
+    torch.testing.assert_close(*(layers(one)[0].space("default").delta() for one in (loaded, model)))
+
+
+def test_an_adapter_of_default_targets_is_refused_by_a_model_of_other_layers(tmp_path):
+    get_peft_model(convnext(), FloraConfig(r=2)).save_pretrained(tmp_path)
+    other = resnet()
+    before = str(other)
+    with pytest.raises(ValueError, match="another base model|has no such adapted weight|not found in the base model"):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert str(other) == before
+
+
+def test_layers_by_their_number_need_names_where_the_default_has_none():
+    for use in (plan, get_peft_model):
+        with pytest.raises(ValueError, match=r"layers_to_transform=\[0\] needs a list of names in target_modules"):
+            use(Net(), FloraConfig(layers_to_transform=[0]))
 
 
 @pytest.mark.parametrize(

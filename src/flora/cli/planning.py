@@ -50,7 +50,7 @@ def plan(model: str, overrides: tuple[str, ...], html: str | None) -> None:
     import flora
     from flora.tuner.config import OTHER_NAMES
 
-    keys: dict[str, Any] = {"target_modules": "all-weights"}
+    keys: dict[str, Any] = {}
     known = [field.name for field in dataclasses.fields(flora.FloraConfig)]
     for key, value in pairs:
         if (name := key.partition(".")[0]) not in known:

@@ -33,7 +33,7 @@ from flora.tuner.peft_compat import (
 )
 from flora.tuner.planning.plan import make_plan, plan
 from flora.tuner.planning.saved import check_saved
-from flora.tuner.planning.targets import SHORTHANDS, canonical_module
+from flora.tuner.planning.targets import SHORTHANDS, canonical_module, default_targets
 from flora.tuner.undo import unchanged_on_error
 from flora.tuner.wrapping import with_scales_in_use, wrap_module
 
@@ -80,7 +80,7 @@ class FloraModel(MergeableModel):
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
-            peft_config = super()._prepare_adapter_config(peft_config, model_config)
+            peft_config.target_modules = default_targets(self.model, peft_config)
         return peft_config
 
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:

@@ -16,9 +16,9 @@ from flora.layers.weights.storage import logical_shape, storage_of, tensor_of
 from flora.ranks import Ranks
 from flora.text import sizes, table
 from flora.tuner.config import FloraConfig
-from flora.tuner.peft_compat import TARGET_MODULES, AuxiliaryTrainingWrapper, BaseTunerLayer
+from flora.tuner.peft_compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from flora.tuner.planning.left_out import check_names, left_out
-from flora.tuner.planning.targets import Target, find_targets, refuse_clashes
+from flora.tuner.planning.targets import Target, default_targets, find_targets, refuse_clashes
 from flora.tuner.planning.values import fixed_ranks, ranks_of, scales_of, stacks_of
 
 
@@ -123,8 +123,7 @@ def plan(model: nn.Module, config: FloraConfig) -> Plan:
         ValueError: naming layer, shape, value given and what is accepted.
     """
     if config.target_modules is None and not config.target_parameters:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        config = replace(config, target_modules=TARGET_MODULES.get(model_type))
+        config = replace(config, target_modules=default_targets(model, config))
     made = make_plan(model, config)
     if not made.rows:
         raise ValueError(

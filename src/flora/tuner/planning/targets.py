@@ -16,6 +16,7 @@ from flora.tuner.config import FloraConfig
 from flora.tuner.peft_compat import (
     DUMMY_TARGET_MODULES,
     SEQ_CLS_HEAD_NAMES,
+    TARGET_MODULES,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     check_target_module_exists,
@@ -77,6 +78,22 @@ def find_targets(model: nn.Module, config: FloraConfig, keys: Iterable[str] | No
             if before is not target and (raw or before.raw):
                 raise ValueError(f"{target.name!r} is targeted twice: by target_modules and by target_parameters")
     return list(found.values())
+
+
+def default_targets(model: nn.Module, config: FloraConfig) -> str | set[str]:
+    """What a config without targets means: LoRA's default where PEFT has one for the model's type, else "all-weights".
+
+    Raises ValueError if the config counts layers, which needs names.
+    """
+    own = getattr(model, "config", None)
+    model_type = own.get("model_type") if isinstance(own, dict) else getattr(own, "model_type", None)
+    names = TARGET_MODULES.get(model_type, "all-weights")
+    if isinstance(names, str) and config.layers_to_transform is not None:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform} needs a list of names in target_modules; the default "
+            f"for this model is {names!r}"
+        )
+    return names if isinstance(names, str) else set(names)
 
 
 def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
