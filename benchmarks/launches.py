@@ -13,6 +13,7 @@ backward; the base layers' own operations are in the numbers. Operations are the
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ LYCORIS_BUDGET = 4096  # of all layers together; sizes do not matter here
 METHODS = ("floor", "lora", "flora-auto", "locon", "locon-bypass")
 TARGETS = {"target_modules": r"\d+"}
 EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh")
+WITHOUT_TENSORS = ("promote_types", "result_type", "can_cast")
+READS = ("_local_scalar_dense", "is_nonzero", "equal")  # for which the host waits
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ class Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.reads = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        self.count += not (is_view(func) or name in EMPTY)
+        self.count += not (is_view(func) or name in EMPTY or name in WITHOUT_TENSORS)
+        self.reads += name in READS
         return func(*args, **(kwargs or {}))
 
 
@@ -123,6 +127,25 @@ def operations(step: Callable[[], None]) -> float:
     with Counter() as counter:
         step()
     return counter.count / LAYERS
+
+
+def operations_once(kind: Kind, method: str) -> dict[str, tuple[float, float]]:
+    """Operations, and numbers that the host waits for, per layer: of wrapping and of both ways to merge, in float32.
+    LoRA cannot merge grouped convolutions."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(kind.layer() for _ in range(LAYERS)))
+    groups = getattr(base[0], "groups", 1)
+    config = {"lora": LoraConfig(r=max(RANK, groups), **TARGETS), "flora-auto": FloraConfig(r=RANK, **TARGETS)}
+    with Counter() as counter:
+        model = get_peft_model(base, config[method])
+    counts = {"wrap": counter}
+    disturb(model)
+    if method != "lora" or groups == 1:
+        for name, options in (("merge_adapter", {}), ("merge_and_unload", {}), ("safe_merge", {"safe_merge": True})):
+            again = copy.deepcopy(model)
+            with Counter() as counts[name]:
+                (again.merge_adapter if name == "merge_adapter" else again.merge_and_unload)(**options)
+    return {name: (counter.count / LAYERS, counter.reads / LAYERS) for name, counter in counts.items()}
 
 
 def measure(name: str, precision: str, args: argparse.Namespace) -> list[Row]:

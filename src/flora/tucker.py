@@ -26,16 +26,26 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     return torch.matmul(tensor.movedim(mode, last), matrix.transpose(0, 1)).movedim(last, mode)
 
 
-def _by_growth(factors: Sequence[Tensor]) -> list[int]:
-    """The modes by growth I_n / r_n, least first. In this order the intermediate tensors stay small."""
-    return [mode for _, mode in sorted((factor.shape[0] / factor.shape[1], n) for n, factor in enumerate(factors))]
+def _last_product(core: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All products but one: two matrices whose product is ``core ×_1 factors[0] … ×_N factors[N-1]`` in memory.
+
+    Each product takes the mode at one end and appends the result's at the other: after N of them all modes are in order
+    again, and no tensor is ever permuted in memory. The last one is that of the first or the last mode, of which grows
+    more, so that the tensors before it stay small.
+    """
+    growth = [factor.shape[0] / factor.shape[1] for factor in factors]
+    if growth[-1] > growth[0]:
+        for factor in factors[:-1]:
+            core = torch.mm(core.reshape(factor.shape[1], -1).transpose(0, 1), factor.transpose(0, 1))
+        return core.reshape(factors[-1].shape[1], -1).transpose(0, 1), factors[-1].transpose(0, 1)
+    for factor in reversed(factors[1:]):
+        core = torch.mm(factor, core.reshape(-1, factor.shape[1]).transpose(0, 1))
+    return factors[0], core.reshape(-1, factors[0].shape[1]).transpose(0, 1)
 
 
 def reconstruct(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """``core ×_1 factors[0] … ×_N factors[N-1]``: (r_1, …, r_N) -> (I_1, …, I_N) (equation 4)."""
-    for mode in _by_growth(factors):
-        core = mode_product(core, factors[mode], mode)
-    return core
+    return torch.mm(*_last_product(core, factors)).reshape([factor.shape[0] for factor in factors])
 
 
 def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor], in_place: bool = False) -> Tensor:
@@ -46,22 +56,9 @@ def add_tucker(tensor: Tensor, core: Tensor, factors: Sequence[Tensor], in_place
         core, factors: (r_1, …, r_N), and (I_n, r_n) per mode.
         in_place: overwrite ``tensor``, which must be contiguous.
     """
-    order = _by_growth(factors)
-    before = [prod(tensor.shape[:mode]) for mode in range(core.ndim)]
-    after = [prod(tensor.shape[mode + 1 :]) for mode in range(core.ndim)]
-    # the last product must be one of matrices (first or last mode), or of a batch of matrices that are wide enough
-    last = [mode for mode in order if 1 in (before[mode], after[mode]) or after[mode] >= 64][-1]
-    for mode in order:
-        if mode != last:
-            core = mode_product(core, factors[mode], mode)
-    rows, columns, factor = before[last], after[last], factors[last]
-    if columns == 1:
-        flat, target = core.reshape(rows, factor.shape[1]), tensor.reshape(rows, -1)
-        total = torch.addmm(target, flat, factor.transpose(0, 1), out=target if in_place else None)
-    else:
-        blocks, target = core.reshape(rows, factor.shape[1], columns), tensor.reshape(rows, -1, columns)
-        total = torch.baddbmm(target, factor.expand(rows, -1, -1), blocks, out=target if in_place else None)
-    return total.view(tensor.shape)
+    left, right = _last_product(core, factors)
+    target = tensor.reshape(left.shape[0], right.shape[1])
+    return torch.addmm(target, left, right, out=target if in_place else None).reshape(tensor.shape)
 
 
 def as_product(core: Tensor, factors: Sequence[Tensor], mode: int) -> tuple[Tensor, Tensor]:

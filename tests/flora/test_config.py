@@ -220,6 +220,17 @@ def test_a_broken_adapter_is_never_merged_in_part(spoil, safe):
         assert not any(layer.merged for layer in layers(model))
 
 
+def test_a_scaled_core_beyond_its_own_type_is_merged():
+    model = get_peft_model(net(), FloraConfig(r=2, target_modules=["2"], init_weights=False)).half()
+    layer = layers(model)[0]
+    with torch.no_grad():
+        for parameter, number in zip(layer.space("default").parameters(), (1.0, 2**-10, 2**-10), strict=True):
+            parameter.fill_(number)
+    layer.space("default").set_scale(2.0**20)
+    expected = layer.base_parameter + 4.0  # of 2 x 2 ranks
+    assert torch.equal(model.merge_and_unload(safe_merge=True)[2].weight, expected)
+
+
 def test_a_merge_that_overflows_the_dtype_is_refused_when_safe():
     model = get_peft_model(net().half(), FloraConfig(r=2, target_modules=["2"], init_weights=False))
     layers(model)[0].set_scale("default", 1e9)

@@ -61,6 +61,24 @@ def test_a_layer_takes_few_operations(kind, monkeypatch):
         assert ours <= most and ours <= 0.8 * lora
 
 
+# operations of one layer, of which one twelfth is the model's
+ONCE = {
+    "Linear": {"wrap": 25, "merge_adapter": 6.6, "merge_and_unload": 4.5, "safe_merge": 5},
+    "Conv2d 3×3": {"wrap": 50, "merge_adapter": 8.5, "merge_and_unload": 6.5, "safe_merge": 7},
+    "Conv2d depthwise 3×3": {"wrap": 50, "merge_adapter": 8.5, "merge_and_unload": 6.5, "safe_merge": 7},
+}
+
+
+@pytest.mark.parametrize("kind", ONCE)
+def test_merging_takes_few_operations_and_waits_once_for_the_whole_model(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from launches import KINDS, LAYERS, operations_once
+
+    for action, (operations, reads) in operations_once(KINDS[kind], "flora-auto").items():
+        assert operations <= ONCE[kind][action], action
+        assert action == "wrap" or reads * LAYERS == 1, action
+
+
 @pytest.mark.parametrize("name", ["conv-192", "depthwise", "experts"])
 def test_parameters_are_equal_as_in_a_comparison(name, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -5,12 +5,14 @@ delta = scale · core ×_1 factors[0] … ×_N factors[N-1], with core (r_1, …
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from flora import ranks as rank_rules
 from flora import tucker
@@ -225,15 +227,42 @@ def add_updates(weight: Tensor, spaces: Iterable[tuple[Tensor, Sequence[Tensor]]
 
 def is_finite(core: Tensor, factors: Sequence[Tensor]) -> bool:
     """Whether ``core ×_1 factors[0] …`` is finite in float32 at least. It is formed only where a bound can't tell."""
+    if surely_finite([core], [factors]):
+        return True
     wide = torch.promote_types(core.dtype, torch.float32)
     core, *factors = (tensor.detach().to(wide) for tensor in (core, *factors))
-    bound = core.abs().sum().item()
-    for factor in factors:
-        bound *= max(1.0, factor.abs().max().item())  # at least 1: no intermediate product may overflow either
-    if bound < torch.finfo(wide).max / 2:
-        return all(bool(torch.isfinite(factor).all()) for factor in factors)
     with torch.autocast(core.device.type, enabled=False):
-        return bool(torch.isfinite(tucker.reconstruct(core, factors)).all())
+        return all(bool(torch.isfinite(tensor).all()) for tensor in (*factors, tucker.reconstruct(core, factors)))
+
+
+@torch.no_grad()
+def surely_finite(
+    cores: Sequence[Tensor],
+    factors: Sequence[Sequence[Tensor]],
+    scales: Sequence[Tensor] = (),
+    multiplier: float = 1.0,
+    weights: Sequence[Tensor] = (),
+) -> bool:
+    """Whether one bound shows that ``scale · multiplier · core ×_1 factors[0] …`` is finite in float32, every one of
+    many: a few operations and one number read from the device. False if the bound can't tell.
+
+    |X| ≤ Σ |core| · Π max(1, max |factor|), also for every product on the way. With ``weights``, it is of the sums
+    weight + X in the types of the weights.
+    """
+    flat, modes = [factor for own in factors for factor in own], max(map(len, factors))
+    bound = _norm(cores, 1.0) * _norm(flat, math.inf).clamp(min=1) ** modes * abs(multiplier)
+    if scales:
+        bound = bound * torch.stack([scale.to(bound.device) for scale in scales]).abs().max()
+    if weights:
+        bound = bound + _norm(weights, math.inf)
+    limit = min(torch.finfo(dtype).max for dtype in {torch.float32, *(weight.dtype for weight in weights)})
+    return bool(bound < limit / 2)
+
+
+def _norm(tensors: Sequence[Tensor], order: float) -> Tensor:
+    """Of all numbers of all tensors: () float32."""
+    together = {tensor.device.type for tensor in tensors} <= {"cpu", "cuda"}  # get_total_norm's default is CUDA alone
+    return get_total_norm(tensors, order, foreach=together or None).float()
 
 
 def drop_ranks(factors: Sequence[Tensor], mode: int, p: float, weight: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from flora.tuner.layer import FloraLayer
 from flora.tuner.live import detach
+from flora.tuner.merging import surely_mergeable
 from flora.tuner.peft_compat import BaseTuner
 from flora.tuner.quantized import warn_of_loss
 
@@ -26,7 +27,7 @@ class MergeableModel(BaseTuner):
         self.check_unchanged()
         self._check_finite(adapter_names, safe_merge)
         for layer in self._layers():  # not in PEFT's way, whose loading of offloaded weights drops some again
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer.merge_checked(adapter_names, keep=True)
         warn_of_loss(list(self._layers()))
 
     def unmerge_adapter(self) -> None:
@@ -78,5 +79,7 @@ class MergeableModel(BaseTuner):
 
     def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Look at every layer before the first one is merged: a model is merged whole or not at all."""
-        for layer in self._layers():
-            layer.check_mergeable(adapter_names, safe_merge)
+        layers = list(self._layers())
+        if not surely_mergeable(layers, adapter_names, safe_merge):
+            for layer in layers:
+                layer.check_mergeable(adapter_names, safe_merge)

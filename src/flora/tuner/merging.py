@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flora.layers.core_space import add_updates, is_finite
+from flora.layers.core_space import add_updates, is_finite, surely_finite
 from flora.layers.weights.fingerprint import Fingerprint, fingerprint
 from flora.layers.weights.offload import loaded
 from flora.layers.weights.parameters import leaf, owner
@@ -36,21 +37,25 @@ class MergeableWeight(AdaptedWeight):
         ``merge_and_unload``, it is not. A quantized weight is dequantized, and the sum quantized anew; what it was
         stays where it is.
         """
+        self.check_mergeable(adapter_names, safe_merge)
+        if keep and self._kept and self._to_merge(adapter_names):
+            self.check_unchanged()
+        self.merge_checked(adapter_names, keep)
+
+    def merge_checked(self, adapter_names: list[str] | None, keep: bool) -> None:
+        """As ``merge``, after its checks."""
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
         if self.is_quantized:
             with self._gathered(names):
-                return quantized.merge(self, names, safe_merge, keep)
+                return quantized.merge(self, names, keep)
         merged_before = bool(self._kept)
-        if merged_before and keep:
-            self.check_unchanged()
         alone = not self.shared or merged_before  # else other holders must not see the merged weight
         with self._gathered(names, write=True):
             weight = self.base_parameter
             kept = [] if merged_before or not keep else [_copy(weight) if alone else weight]
-            free = alone and all(before.device != weight.device for before in kept)
-            merged = self._merged_weight(names, safe_merge, in_place=free and not safe_merge)
+            merged = self._merged_weight(names, alone and all(before.device != weight.device for before in kept))
             if alone:
                 overwrite(weight, merged)
             else:
@@ -61,36 +66,47 @@ class MergeableWeight(AdaptedWeight):
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
-    def _merged_weight(self, adapters: Sequence[str], safe_merge: bool, in_place: bool = False) -> Tensor:
-        self._check_numbers(adapters)
+    def _merged_weight(self, adapters: Sequence[str], in_place: bool = False) -> Tensor:
         weight = quantized.numbers(self) if self.is_quantized else whole(self.base_parameter.data)
-        merged = add_updates(weight, [self._whole(adapter) for adapter in adapters], in_place)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: "
-                f"layer {self.name!r}, shape {list(self.weight_shape)}, {self.base_parameter.dtype} can't hold the sum"
-            )
-        return merged
-
-    @torch.no_grad()
-    def _check_numbers(self, adapters: Sequence[str]) -> None:
-        for adapter in adapters:
-            if not is_finite(*self._whole(adapter)):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
-                    f"layer {self.name!r}, shape {list(self.weight_shape)}, its update is not finite"
-                )
+        return add_updates(weight, [self._whole(adapter) for adapter in adapters], in_place)
 
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise the errors of ``merge``, and change nothing. Without ``safe_merge`` it forms no full weight."""
-        names = [a for a in self._present(adapter_names or self.active_adapters) if a not in self.merged_adapters]
+        """Raise the errors of ``merge``, and change nothing. It forms a full weight only where a bound can't tell."""
+        names = self._to_merge(adapter_names)
         if self.is_quantized and names:
             quantized.check_mergeable(self)
-        with self._gathered(names):
-            if safe_merge and names:
-                self._merged_weight(names, safe_merge)
-            else:
-                self._check_numbers(names)
+        if surely_mergeable([self], adapter_names, safe_merge):
+            return
+        with self._gathered(names), torch.no_grad():
+            for adapter in names:
+                if not is_finite(*self._whole(adapter)):
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
+                        f"layer {self.name!r}, shape {list(self.weight_shape)}, its update is not finite"
+                    )
+            if safe_merge and names and not torch.isfinite(self._merged_weight(names)).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: layer "
+                    f"{self.name!r}, shape {list(self.weight_shape)}, {self.base_parameter.dtype} can't hold the sum"
+                )
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        present = self._present(adapter_names or self.active_adapters)
+        return [adapter for adapter in present if adapter not in self.merged_adapters]
+
+    def _is_whole(self, adapters: Sequence[str]) -> bool:
+        """Whether the weight and the core spaces are ordinary tensors, whole and in memory."""
+        if self.is_quantized:
+            return False
+        tensors: list[tuple[Tensor, Sequence[int]]] = [(self.base_parameter, self.weight_shape)]
+        for space in map(self.space, adapters):
+            tensors += zip((space.core, *space.factors), space.parameter_shapes, strict=True)
+        return all(
+            type(tensor) is nn.Parameter
+            and tensor.shape == shape
+            and not (tensor.is_meta or hasattr(tensor, "ds_id") or is_flat(tensor, shape))
+            for tensor, shape in tensors
+        )
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -161,7 +177,10 @@ class MergeableWeight(AdaptedWeight):
     def _whole(self, adapter: str) -> tuple[Tensor, list[Tensor]]:
         """As ``_scaled``, without a call of the core space, which engines do not allow outside a forward."""
         space = self.space(adapter)
-        core = whole(space.core) * (space.scale * self.tucker_scaling[adapter])
+        scaling = self.tucker_scaling[adapter]
+        core = whole(space.core)
+        core = core.float() if core.dtype.itemsize < 4 else core  # its type may not hold the scaled core
+        core = core * (space.scale if scaling == 1 else space.scale * scaling)
         return core, [whole(factor) for factor in space.factors]
 
     def _replace_parameter(self, parameter: nn.Parameter) -> None:
@@ -175,11 +194,30 @@ class MergeableWeight(AdaptedWeight):
         layer: nn.Module = self
         while isinstance(layer, MergeableWeight):
             if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
+                layer.merge_checked(adapter_names, keep=False)
             for encoder in layer.without_nested_tensors:
                 encoder.use_nested_tensor = True  # type: ignore[assignment]
             layer = layer.base_layer
         return layer
+
+
+@torch.no_grad()
+def surely_mergeable(layers: Sequence[MergeableWeight], adapter_names: list[str] | None, safe_merge: bool) -> bool:
+    """Whether one look at all the layers shows that each can be merged: one number is read from the device."""
+    own = [(layer, layer._to_merge(adapter_names)) for layer in layers]
+    if not all(layer._is_whole(names) for layer, names in own):
+        return False
+    pairs = [(layer, name) for layer, names in own for name in names]
+    spaces = [layer.space(name) for layer, name in pairs]
+    if not spaces:
+        return True
+    return surely_finite(
+        [space.core for space in spaces],
+        [space.factors for space in spaces],
+        [space.scale for space in spaces],
+        math.hypot(*(layer.tucker_scaling[name] for layer, name in pairs)),  # at least the largest, and NaN if one is
+        [layer.base_parameter for layer, names in own if names] if safe_merge else (),
+    )
 
 
 def _copy(weight: Tensor) -> Tensor:

@@ -45,11 +45,10 @@ def check_mergeable(layer: AdaptedWeight) -> None:
 
 
 @torch.no_grad()
-def merge(layer: MergeableWeight, names: Sequence[str], safe_merge: bool, keep: bool) -> None:
-    """As ``MergeableWeight.merge``, for adapters that are not merged."""
-    check_mergeable(layer)
+def merge(layer: MergeableWeight, names: Sequence[str], keep: bool) -> None:
+    """As ``MergeableWeight.merge_checked``, for adapters that are not merged."""
     base, name = layer.get_base_layer(), layer.parameter_name
-    before, weight, merged = kept_state(base, name), numbers(layer), layer._merged_weight(names, safe_merge)
+    before, weight, merged = kept_state(base, name), numbers(layer), layer._merged_weight(names)
     pack(base, name, merged)
     loss, update = numbers(layer) - merged, merged - weight
     layer.merge_loss = tuple(tensor.square().sum().item() for tensor in (loss, update, merged))

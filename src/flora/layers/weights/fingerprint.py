@@ -16,11 +16,11 @@ class Fingerprint(NamedTuple):
     """Of the part of a weight that this process keeps."""
 
     dtype: torch.dtype
-    number: int
+    number: Tensor  # () int64, on the weight's device: no merge waits for it
 
     def fits(self, weight: Tensor) -> bool:
         """Whether these may be the weight's bits. A weight that was cast meanwhile has others, and fits."""
-        return self.dtype != weight.dtype or self == fingerprint(weight)
+        return self.dtype != weight.dtype or self.number.item() == fingerprint(weight).number.item()
 
 
 @torch.no_grad()
@@ -29,10 +29,10 @@ def fingerprint(weight: Any) -> Fingerprint:
     number always changes it, and other changes are missed as rarely as a random sum is zero."""
     part: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight.detach()
     bits, odd = part.reshape(-1).view(INTEGERS[part.itemsize]), _odd(part.device)
-    total = torch.zeros((), dtype=torch.int64, device=part.device)
-    for block in bits.split(BLOCK):
-        total = 3 * total + (block * odd[: len(block)]).sum()
-    return Fingerprint(part.dtype, int(total))
+    first, *others = ((block * odd[: len(block)]).sum() for block in bits.split(BLOCK))
+    for number in others:
+        first = torch.add(number, first, alpha=3)
+    return Fingerprint(part.dtype, first)
 
 
 @cache
