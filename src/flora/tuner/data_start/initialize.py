@@ -61,9 +61,10 @@ def initialize(
 
     Raises:
         ValueError: arguments of another kind; no batch, no labels, no such adapter, a merged or trained one; a loss
-            that is not finite (with the first layer whose output is not) or does not depend on a layer; a layer that no
-            batch reaches, or whose inputs are not finite; a weight that is offloaded, sharded by FSDP1, taken by
-            DeepSpeed, or tensor parallel (for activations); an error of another process. Nothing is changed then.
+            that is not finite (in a run of one process with the first layer whose output is not) or does not depend on
+            a layer; a layer that no batch reaches, or whose inputs are not finite; a weight that is offloaded, sharded
+            by FSDP1, taken by DeepSpeed, or tensor parallel (for activations); an error of another process. Nothing is
+            changed then.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own averaging would miss the parameters that are frozen

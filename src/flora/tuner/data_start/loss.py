@@ -52,7 +52,9 @@ def finite_loss(model: nn.Module, batches: Sequence[Any], number: int, loss: Los
         kind = "None" if value is None else f"a {type(value).__name__}{shape}"
         raise ValueError(f"the loss of a batch is {kind}: expected a tensor with one number")
     if not isfinite(size := value.item()):
-        culprit = "" if distributed() else _culprit(model, batch, loss)  # the others would not run it again
+        culprit = (
+            "" if distributed() else _culprit(model, batch, loss)
+        )  # other processes would not take part in a second run
         raise ValueError(f"the loss of a batch is {size}, not finite: batches[{number}]{when}{culprit}")
     return value
 
