@@ -168,6 +168,19 @@ def test_a_compiled_model_takes_an_adapter_per_sample():
     torch.testing.assert_close(model(x), alone)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_peft_model_compiles_into_one_graph(dropout):
+    torch.compiler.reset()
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+    config = FloraConfig(r=2, target_modules=["0", "2"], init_weights=False, dropout=dropout)
+    model, x = get_peft_model(base, config), torch.randn(2, 3, 4, 4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert compiled(x).requires_grad  # in training
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def wrapped(layer: nn.Module, **options):
     model = get_peft_model(nn.Sequential(layer), FloraConfig(r=2, target_modules=["0"], init_weights=False, **options))
     return model, layers(model)[0]

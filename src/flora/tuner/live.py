@@ -1,4 +1,4 @@
-"""The pool of a model's forward: what ``layers.pool`` forms for its adapted layers, a chunk of them at a time.
+"""The pool of a model's forward: what ``layers.execution.pool`` forms for its adapted layers, a chunk of them at a time.
 
 A pool lives while the root module's forward runs. It is in a context variable, never in a module: forwards in other
 threads, copies and pickles know nothing of it. A layer that asks for the first time has its chunk formed: neighbours in
@@ -34,7 +34,7 @@ class Ready(NamedTuple):
 
     Attributes:
         adapter: the adapter's name.
-        form: as in ``layers.pool``.
+        form: as in ``layers.execution.pool``.
         tensors: W + ΔW, ΔW, or D and U.
         autocast: the type under autocast, or None.
         core: the adapter's core, and its version when the tensors were formed.
@@ -92,7 +92,11 @@ def live() -> Live | None:
 @contextmanager
 def one_call() -> Iterator[None]:
     """A call in which no parameter changes, of ``forward`` or of ``generate``: without gradients, from the second
-    forward on, D and U are kept until it ends. That is thin: (i + o) · q numbers per layer."""
+    forward on, D and U are kept until it ends. That is thin: (i + o) · q numbers per layer. Compilers can't follow a
+    context variable, and use no pool."""
+    if torch.compiler.is_compiling():
+        yield
+        return
     token, outer = _CALL.set({}), _LIVE.get()
     try:
         yield
