@@ -2,50 +2,99 @@
 
     for part in 1 2 3; do python benchmarks/gpu.py --part $part; done
 
-The rows go to ``benchmarks/results`` (another folder: ``--folder``), in files that name device, precision and mode.
-Run a part again to go on: new rows replace the old ones of the same workload, measure and variant.
+The rows go to ``benchmarks/results`` (another folder: ``--folder``), in files that name device, precision and mode; no
+two parts write the same file. Run a part again to go on: new rows replace the old ones of the same workload, measure
+and variant. Nothing of this repository needs to be installed. Pure-Python packages that the machine lacks come from a
+folder ``wheels`` beside ``benchmarks``, if there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
+WHEELS = HERE.parent / "wheels"
 COMPARED = "floor,full,lora,locon,locon-bypass,flora-auto,flora-factored,flora-merged"
 FEW = "floor,lora,flora-auto"
 SMALL = "conv-64,conv-192,conv-320,depthwise,block-768,experts,bert-base"
+GRACE = 15  # seconds to end by oneself
+PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # a machine's own would give warnings, which are errors here
+
+
+class Step(NamedTuple):
+    """A script of this folder, or "pytest", with its flags and variables of its environment."""
+
+    script: str
+    flags: tuple[str, ...]
+    environment: Mapping[str, str] = {}
+
+    def __str__(self) -> str:
+        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), self.script, *self.flags])
 
 
 def speed(
-    precision: str, *flags: str, methods: str = COMPARED, measure: str = "step,inference", seconds: int = 8
-) -> list:
+    precision: str,
+    workloads: str,
+    *flags: str,
+    methods: str = COMPARED,
+    measure: str = "step,inference",
+    environment: Mapping[str, str] = {},
+) -> Step:
     """One call of speed.py."""
-    common = ["--precision", precision, "--methods", methods, "--measure", measure, "--seconds", str(seconds)]
-    return ["speed.py", *common, *flags]
+    own = ("--precision", precision, "--workloads", workloads, "--methods", methods, "--measure", measure)
+    return Step("speed.py", (*own, "--seconds", "8", *flags), environment)
 
 
-# The steps of each part: a script of this folder and its flags, or a module and its flags. The most telling come first.
-PARTS: dict[int, list[list[str]]] = {
+def tests(name: str, *flags: str) -> Step:
+    """Tests on the GPU; which of them failed is in ``name``.xml."""
+    common = ("-q", "-rf", "-W", "default", "-p", "on_the_gpu", "--maxfail", "50", "--junitxml", f"{name}.xml")
+    return Step("pytest", (*common, *flags), PLUGINS)
+
+
+# The steps of each part; the most telling come first.
+PARTS: dict[int, list[Step]] = {
     1: [
-        ["launches.py", "--seconds", "3"],
-        speed("bf16", "--workloads", f"{SMALL},block-4096"),
-        speed("bf16-base", "--workloads", "block-768,block-4096,bert-base", measure="step,inference,token,decode"),
+        tests("pool", "tests/flora/test_pool_exact.py", "tests/flora/test_pool.py"),
+        Step("launches.py", ("--seconds", "3")),
+        speed("bf16", f"{SMALL},block-4096,convnextv2-tiny,unet"),
+        Step("memory.py", ("--precision", "bf16", "--methods", FEW)),
     ],
     2: [
-        speed("bf16", "--compile", "--workloads", "block-768,conv-192", methods=FEW, measure="step"),
-        speed("bf16", "--compile", "reduce-overhead", "--workloads", "block-768", methods=FEW, measure="step"),
-        speed("fp32", "--workloads", SMALL, methods=FEW, measure="step,wrap,merge"),
-        speed("bf16", "--workloads", "convnextv2-tiny,unet", methods=FEW),
+        speed(
+            "bf16-base",
+            f"{SMALL},block-4096",
+            methods="floor,full,lora,flora-auto,flora-factored",
+            measure="step,inference,token,decode",
+        ),
+        speed("bf16", "block-768,conv-192,block-4096", "--compile", methods=FEW, measure="step"),
+        speed("bf16", "block-768,block-4096", "--compile", "reduce-overhead", methods=FEW, measure="step"),
+        Step("memory.py", ("--precision", "bf16-base", "--workloads", f"{SMALL},block-4096", "--methods", FEW)),
     ],
     3: [
-        ["memory.py", "--precision", "bf16", "--methods", FEW],
-        ["memory.py", "--precision", "bf16-base", "--workloads", "block-768,block-4096,bert-base", "--methods", FEW],
-        ["pytest", "-q", "-x", "tests/flora/test_pool.py", "tests/flora/test_contract.py", "-p", "on_the_gpu"],
+        speed("fp32", f"{SMALL},block-4096", methods=FEW, measure="step,wrap,merge"),
+        speed("bf16", "conv-192,conv-320", "--channels-last", methods=FEW, measure="step"),
+        speed(
+            "bf16",
+            "conv-192,block-768",
+            methods="floor,lora,locon,locon-bypass",
+            measure="step",
+            environment={"LYCORIS_KERNEL_BACKEND": "torch"},  # by default it takes its Triton kernels
+        ),
+        tests(
+            "contract",
+            *("-p", "xdist", "-n", "8", "tests/flora/test_contract.py"),
+            *("--deselect", "tests/flora/test_contract.py::test_exports_to_onnx"),  # it compares with numpy, on a CPU
+        ),
     ],
 }
 
@@ -54,39 +103,66 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("--part", type=int, choices=PARTS, required=True)
     flags.add_argument("--folder", type=Path, default=HERE / "results")
-    flags.add_argument("--seconds", type=float, default=540, help="start no step after this time")
+    flags.add_argument("--seconds", type=float, default=510, help="no step runs beyond this time")
     flags.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: only to try this script")
     flags.add_argument("--tiny", action="store_true", help="small shapes, for a quick trial")
     args = flags.parse_args()
     end = time.monotonic() + args.seconds
     failed = []
-    for script, *options in PARTS[args.part]:
-        left = end - time.monotonic()
-        print(f"\n=== {script} {' '.join(options)} ({left:.0f} s left)", flush=True)
-        if script == "pytest":
-            command = [sys.executable, "-m", "pytest", *options]
-        else:
-            command = [sys.executable, str(HERE / script), "--device", args.device, *options]
-            command += ["--tiny"] if args.tiny else []
-            command += ["--output", str(args.folder / name_of(script, [*options, *command[-1:]], args.device))]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-        try:
-            done = subprocess.run(command, cwd=HERE.parent, env=environment, timeout=max(left, 1))
-            failed += [script] if done.returncode else []
-        except subprocess.TimeoutExpired:
-            failed.append(f"{script} (out of time)")
-    print(f"\nnot finished: {', '.join(failed) or 'nothing'}")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as packages:
+        for wheel in sorted(WHEELS.glob("*.whl")):
+            zipfile.ZipFile(wheel).extractall(packages)
+        for step in PARTS[args.part]:
+            left = end - time.monotonic()
+            print(f"\n=== {step} ({left:.0f} s left)", flush=True)
+            if trouble := run(step, command_of(step, args), left, packages):
+                failed.append(f"{step} ({trouble})")
+    print("\nnot finished: " + ("\n  ".join(["", *failed]) or "nothing"))
     sys.exit(bool(failed))
 
 
-def name_of(script: str, options: list[str], device: str) -> str:
+def command_of(step: Step, args: argparse.Namespace) -> list[str]:
+    if step.script == "pytest":
+        place = [str(args.folder / flag) if flag.endswith(".xml") else flag for flag in step.flags]
+        return [sys.executable, "-m", "pytest", *place]
+    tiny = ["--tiny"] if args.tiny else []
+    output = args.folder / name_of(step, args)
+    own = [sys.executable, str(HERE / step.script), "--device", args.device]
+    return [*own, *step.flags, *tiny, "--output", str(output)]
+
+
+def run(step: Step, command: list[str], seconds: float, packages: str) -> str | None:
+    """Run a step; why it did not finish, or None. At the end of its time it is interrupted, not killed: pytest then
+    still says what failed."""
+    if seconds <= 0:
+        return "not started"
+    paths = [str(HERE), str(HERE.parent / "src"), packages, os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, **step.environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with subprocess.Popen(command, cwd=HERE.parent, env=environment) as process:
+        try:
+            code = process.wait(seconds)
+            return f"exit status {code}" if code else None
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return "out of time"
+
+
+def name_of(step: Step, args: argparse.Namespace) -> str:
     """The results file: as the script itself would name it, and the same folder for all."""
-    marks = [script.removesuffix(".py"), device]
-    for flag in ("--precision", "--compile"):
-        if flag in options:
-            value = options[options.index(flag) + 1]
-            marks.append("compile" if value.startswith("--") else value)
-    return "-".join([*marks, *(["tiny"] if "--tiny" in options else [])]) + ".json"
+    marks = [step.script.removesuffix(".py"), args.device]
+    if "--precision" in step.flags and (precision := step.flags[step.flags.index("--precision") + 1]) != "fp32":
+        marks.append(precision)
+    if "--compile" in step.flags:
+        mode = (*step.flags, "--")[step.flags.index("--compile") + 1]
+        marks.append("compile" if mode.startswith("--") else mode)
+    marks += [flag.removeprefix("--") for flag in ("--channels-last",) if flag in step.flags]
+    marks += [f"{name.partition('_')[0].lower()}-{value}" for name, value in step.environment.items()]
+    return "-".join([*marks, *(["tiny"] if args.tiny else [])]) + ".json"
 
 
 if __name__ == "__main__":

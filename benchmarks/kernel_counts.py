@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Row
+from rows import Row
 
 
 def kernels(action: Callable[[], Any]) -> Row:

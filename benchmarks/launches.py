@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from typing import Any
 
 import torch
 from kernel_counts import kernels
-from measure import Results, Row, interleaved, names_in, parser, prepare, rows_of, table
+from measure import each, interleaved, names_in, parser, prepare
 from peft import LoraConfig, get_peft_model
+from rows import Results, Row, rows_of, table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import VARIANTS, adapt_variant, disturb
@@ -224,11 +226,14 @@ def main() -> None:
         return
     prepare(args)
     results = Results(Path(__file__).stem, args)
+    failed = []
     for precision in args.precisions:
-        for name in args.kinds:
-            results.replace(measure(name, precision, args))
+        own = each(args.kinds, lambda name, precision=precision: results.replace(measure(name, precision, args)))
+        failed += [f"{name}, {precision}" for name in own]
     print(report(results.rows))
     print(f"\nwritten to {results.path}")
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

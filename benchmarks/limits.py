@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import milliseconds, names_in, rows_of, table
+from measure import milliseconds, names_in
+from rows import rows_of, table
 from torch import nn
 from variants import lora_parameters
 from workloads import WORKLOADS, Case, Workload

@@ -1,36 +1,32 @@
-"""What `speed.py` and `memory.py` share: flags, clocks, adapted models, and the results file."""
+"""What `speed.py` and `memory.py` share: flags, clocks and adapted models."""
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import random
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import Row
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from variants import VARIANTS, adapt_variant, lora_parameters
 from workloads import WORKLOADS, Case, Workload
 
-import flora
 from flora_lab.methods import AdaptedModel, CannotAdapt
 
-Row = dict[str, Any]
-WARM_UP_ROUNDS = 2
+WARM_UP_ROUNDS = {"cpu": 2, "cuda": 5}  # compiled for CUDA graphs, the second call records them
 LEAST_ROUNDS, MOST_ROUNDS = 5, 500
 LEARNING_RATE = 1e-5
-LIBRARIES = ("torch", "peft", "transformers", "diffusers", "lycoris-lora")
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -45,14 +41,6 @@ def names_in(table: Mapping[str, Any] | Sequence[str]) -> Callable[[str], list[s
         return text.split(",")
 
     return parse
-
-
-def rows_of(text: str) -> list[Row]:
-    """A flag's type: the rows of a results file."""
-    try:
-        return json.loads(Path(text).read_text())["rows"]
-    except (OSError, ValueError, KeyError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read results from {text}: {error}") from None
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -71,6 +59,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     flags.add_argument(
         "--keep-memory", action="store_true", help="make the C library keep freed memory, as a GPU's allocator does"
     )
+    flags.add_argument("--channels-last", action="store_true", help="lay convolutions and images out channels last")
     flags.add_argument("--tiny", action="store_true", help="small shapes, for a quick trial")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--output", type=Path, metavar="FILE.json")
@@ -89,12 +78,21 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def case_of(workload: Workload, args: argparse.Namespace) -> Case:
-    """The workload's case, in the types of ``--precision``."""
+    """The workload's case, in the types of ``--precision`` and the layout of ``--channels-last``."""
     case = workload.case(args.tiny, args.seed, args.device)
+    if args.channels_last:
+        case.model.to(memory_format=torch.channels_last)
+        case.batch = tree_map_only(Tensor, _channels_last, case.batch)
     if args.precision == "bf16-base":
         case.model.bfloat16()
         case.batch = tree_map_only(Tensor, _low, case.batch)
     return case
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    if tensor.ndim != 4:
+        return tensor
+    return tensor.detach().contiguous(memory_format=torch.channels_last).requires_grad_(tensor.requires_grad)
 
 
 def _low(tensor: Tensor) -> Tensor:
@@ -170,6 +168,20 @@ def inference(case: Case, run: Callable[..., Any], args: argparse.Namespace) -> 
     return forward
 
 
+def each(names: Sequence[str], measure: Callable[[str], None]) -> list[str]:
+    """Measure one workload after the other. One that raises prints its traceback, and the next one follows. The names
+    of those that raised."""
+    failed = []
+    for name in names:
+        print(f"\n{name}", flush=True)
+        try:
+            measure(name)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+    return failed
+
+
 # ------------------------------------------------------------------------------------------------- clocks
 
 
@@ -208,7 +220,7 @@ def interleaved(
     gc.freeze()
     gc.disable()
     try:
-        for _ in range(WARM_UP_ROUNDS):
+        for _ in range(WARM_UP_ROUNDS[args.device]):
             warm = round_of_all()
         possible = int(seconds * 1e3 / sum(warm.values()))
         count = args.rounds or min(max(possible, LEAST_ROUNDS), MOST_ROUNDS)
@@ -222,77 +234,3 @@ def interleaved(
 def quartiles(times: list[float]) -> Row:
     low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return {"rounds": len(times), "median_ms": median, "q1_ms": low, "q3_ms": high}
-
-
-# ------------------------------------------------------------------------------------------------- the results file
-
-
-class Results:
-    """Rows in a JSON file, with the machine, the versions and the flags.
-
-    A new row replaces the old one of the same workload, measure and variant, so a long run can be done in parts.
-    """
-
-    def __init__(self, command: str, args: argparse.Namespace) -> None:
-        compile = getattr(args, "compile", None) or False
-        self.header = {
-            "machine": machine(args),
-            "versions": versions(),
-            "settings": {
-                "device": args.device,
-                "precision": args.precision,
-                "compile": compile,
-                "keep_memory": args.keep_memory,
-                "tiny": args.tiny,
-                "seed": args.seed,
-            },
-        }
-        marks = [args.device, *([args.precision] if args.precision != "fp32" else [])]
-        marks += ["compile" if compile == "default" else compile] if compile else []
-        marks += [name for name, is_set in (("kept", args.keep_memory), ("tiny", args.tiny)) if is_set]
-        self.path = args.output or Path(__file__).parent / "results" / f"{'-'.join([command, *marks])}.json"
-        self.rows: list[Row] = []
-        if self.path.exists():
-            saved = json.loads(self.path.read_text())
-            self.rows = saved.pop("rows")
-            if saved != self.header:
-                raise SystemExit(f"{self.path} has results of other versions or settings: choose another --output")
-
-    def replace(self, rows: list[Row]) -> None:
-        """Replace the rows of the same workload, measure and variant, and write the file."""
-
-        def key(row: Row) -> tuple[str, ...]:
-            return row["workload"], row["measure"], row["method"]
-
-        new = {key(row) for row in rows}
-        self.rows = [row for row in self.rows if key(row) not in new] + rows
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({**self.header, "rows": self.rows}, indent=1, ensure_ascii=False) + "\n")
-        partial.replace(self.path)
-
-
-def machine(args: argparse.Namespace) -> Row:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def versions() -> dict[str, str | None]:
-    def version(library: str) -> str | None:
-        try:
-            return metadata.version(library)
-        except metadata.PackageNotFoundError:
-            return None
-
-    libraries = {library: version(library) for library in LIBRARIES}
-    return {**libraries, "torch": torch.__version__, "flora": flora.__version__, "python": platform.python_version()}
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table with its first column aligned left, the others right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from collections.abc import Iterable
 
 import torch
-from measure import Results, Row, adapted_models, autocast, case_of, parser, prepare, ranks, table, training_step
+from measure import adapted_models, autocast, case_of, each, parser, prepare, ranks, training_step
+from rows import Results, Row, table
 from torch import Tensor, nn
 from variants import VARIANTS
 from workloads import WORKLOADS, Case, Workload
@@ -105,11 +107,11 @@ def main() -> None:
     args = arguments()
     prepare(args)
     results = Results("memory", args)
-    for name in args.workloads:
-        print(f"\n{name}")
-        results.replace(measure(name, WORKLOADS[name], args))
+    failed = each(args.workloads, lambda name: results.replace(measure(name, WORKLOADS[name], args)))
     print(f"\n{report([row for row in results.rows if row['workload'] in args.workloads])}")
     print(f"\nwritten to {results.path}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

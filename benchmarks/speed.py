@@ -13,17 +13,17 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 
 from kernel_counts import kernels
 from measure import (
-    Results,
-    Row,
     adapted_models,
     case_of,
     compile_model,
+    each,
     inference,
     interleaved,
     milliseconds,
@@ -32,11 +32,10 @@ from measure import (
     prepare,
     quartiles,
     ranks,
-    rows_of,
-    table,
     training_step,
 )
 from peft import LoraConfig, PeftConfig, get_peft_model
+from rows import Results, Row, rows_of, table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from variants import VARIANTS, Targets, disturb, lora_parameters
@@ -281,18 +280,20 @@ def main() -> None:
         ({"wrap"}, time_wrapping),
         ({"merge"}, time_merging),
     ]
-    for name in args.workloads:
-        workload = WORKLOADS[name]
-        print(f"\n{name}")
-        case = case_of(workload, args)
-        rows: list[Row] = []
+
+    def measure(name: str) -> None:
+        case = case_of(WORKLOADS[name], args)
         for measures, time_section in sections:
             if measures & set(args.measure):
-                rows += time_section(name, workload, case, args)
-        print_times(rows)
-        results.replace(rows)
+                rows = time_section(name, WORKLOADS[name], case, args)
+                print_times(rows)
+                results.replace(rows)
+
+    failed = each(args.workloads, measure)
     print(f"\n{report([row for row in results.rows if row['workload'] in args.workloads])}")
     print(f"\nwritten to {results.path}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

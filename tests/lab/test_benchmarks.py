@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from argparse import Namespace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -38,6 +40,26 @@ def test_every_workload_runs_tiny(command, tmp_path, monkeypatch, capsys):
         assert all(r["parameters"] <= own["lora"]["parameters"] for m, r in own.items() if m.startswith("flora"))
     if command == "speed":
         assert all(row["classes_kept"] for row in rows if row["measure"] == "merge")
+
+
+@pytest.mark.parametrize("command", ["speed", "memory"])
+def test_a_workload_that_fails_stops_no_other(command, tmp_path, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    workloads = import_module("workloads").WORKLOADS
+
+    def without_its_package():
+        raise ModuleNotFoundError("No module named 'diffusers'")
+
+    monkeypatch.setitem(workloads, "unet", replace(workloads["unet"], tiny=without_its_package))
+    file = tmp_path / "rows.json"
+    flags = ["--tiny", "--threads", "1", "--workloads", "unet,conv-64", "--methods", "floor,lora", "--channels-last"]
+    flags += ["--rounds", "1", "--measure", "step"] if command == "speed" else []
+    monkeypatch.setattr(sys, "argv", [f"{command}.py", *flags, "--output", str(file)])
+    with pytest.raises(SystemExit, match="failed: unet"):
+        import_module(command).main()
+    assert "No module named 'diffusers'" in capfd.readouterr().err
+    saved = json.loads(file.read_text())
+    assert {row["workload"] for row in saved["rows"]} == {"conv-64"} and saved["settings"]["channels_last"]
 
 
 # operations of one layer, forward and backward, with its part of the pool's
@@ -102,25 +124,63 @@ def test_parameters_are_equal_as_in_a_comparison(name, monkeypatch):
     assert {"conv-192": "flora-k3", "depthwise": "flora-all", "experts": "flora-merged"}[name] in sizes
 
 
-@pytest.mark.parametrize("part", [1, 2, 3])
-def test_the_parts_for_a_gpu_are_commands_that_these_scripts_take(part, tmp_path, monkeypatch):
+def test_the_parts_for_a_gpu_are_commands_that_these_scripts_take(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    commands = []
-    monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command) or Namespace(returncode=0))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", str(part), "--folder", str(tmp_path)])
-    with pytest.raises(SystemExit) as done:
-        import_module("gpu").main()
-    assert done.value.code == 0 and commands
+    gpu = import_module("gpu")
+    args = Namespace(device="cuda", folder=tmp_path, tiny=False)
     outputs: dict[Path, tuple] = {}
-    for _, script, *flags in commands:
-        if script == "-m":
-            assert all(Path(BENCHMARKS.parent, flag).exists() for flag in flags if flag.startswith("tests/"))
-            continue
-        monkeypatch.setattr(sys, "argv", [script, *flags])
-        args = import_module(Path(script).stem).arguments()
-        marks = (Path(script).stem, args.precision, getattr(args, "compile", None))
-        assert args.device == "cuda" and args.output.parent == tmp_path
-        assert outputs.setdefault(args.output, marks) == marks  # a file has rows of one setting
+    for part, steps in gpu.PARTS.items():
+        for step in steps:
+            _, script, *flags = gpu.command_of(step, args)
+            if script == "-m":
+                tests = [flag.partition("::")[0] for flag in flags if flag.startswith("tests/")]
+                assert tests and all(Path(BENCHMARKS.parent, test).exists() for test in tests)
+                assert str(tmp_path) in flags[flags.index("--junitxml") + 1]
+                continue
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            own = import_module(Path(script).stem).arguments()
+            assert own.device == "cuda" and own.output.parent == tmp_path
+            layout, compile = getattr(own, "channels_last", False), getattr(own, "compile", None)
+            marks = (part, Path(script).stem, own.precision, compile, layout, tuple(step.environment))
+            assert outputs.setdefault(own.output, marks) == marks  # a file has rows of one setting, from one part
+    assert len(outputs) == len({output.name for output in outputs}) == 10
+
+
+ALONE = """import os, sys
+from importlib.util import find_spec
+assert all(map(find_spec, ("flora", "measure", "carried"))), sys.path
+assert sys.argv[sys.argv.index("--device") + 1] == "cpu" and os.environ["MARK_IT"] == "so"
+open(sys.argv[sys.argv.index("--output") + 1], "w").write("rows")
+"""
+
+
+def test_a_part_needs_nothing_installed_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    """``-S``: without site-packages, as where flora is not installed. Packages come from wheels."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = import_module("gpu")
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "carried-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried/__init__.py", "")
+    scripts = {"first.py": "raise SystemExit(3)", "second.py": ALONE, "third.py": "import time; time.sleep(600)"}
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(text)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    steps = {name: gpu.Step(str(tmp_path / name), (), {"MARK_IT": "so"}) for name in scripts}
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.setattr(gpu, "WHEELS", tmp_path / "wheels")
+    monkeypatch.setattr(gpu, "PARTS", {1: [steps["first.py"], steps["second.py"]]})
+    monkeypatch.setattr(gpu, "name_of", lambda step, args: Path(step.script).stem)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", "1", "--device", "cpu", "--folder", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as done:
+        gpu.main()
+    last = capsys.readouterr().out.partition("not finished:")[2]
+    assert done.value.code == 1 and "first.py (exit status 3)" in last and "second.py" not in last
+    assert (tmp_path / "out" / "second").read_text() == "rows"
+    slow = [str(python), steps["third.py"].script]
+    assert gpu.run(steps["third.py"], slow, 0.2, "") == "out of time"
+    assert gpu.run(steps["third.py"], slow, -1, "") == "not started"
 
 
 @pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("results/speed-*.json")), ids=lambda file: file.stem)
