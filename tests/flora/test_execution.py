@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from flora import FloraConfig
 from flora.layers.execution.convolution import Geometry, convolution
-from flora.layers.execution.cost import EXECUTIONS, merges, wants_dense
+from flora.layers.execution.cost import EXECUTIONS, merges, pooled, wants_dense
 from flora.layers.execution.matrix import matrix
 from flora.layers.execution.stand_in import StandIn
 from reference import layers
@@ -260,15 +260,18 @@ def test_a_base_weight_that_trains_too_gets_its_gradient():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
-def test_half_precision_loses_no_small_update(layer, autocast):
+@pytest.mark.parametrize("way", ["bfloat16", "autocast", "as on CUDA", "merged as on CUDA"])
+def test_half_precision_loses_no_small_update(layer, way, monkeypatch):
+    autocast = way == "autocast"
+    if "CUDA" in way:  # the same arithmetic in the forms that it takes there
+        monkeypatch.setattr("flora.tuner.layer.pooled", lambda own, chosen: pooled(own._replace(device="cuda"), chosen))
     base = copy.deepcopy(layer).requires_grad_(False)
     base.bias.zero_()
     base.weight.fill_(1.0)  # the next bfloat16 is 2⁻⁷ away
     # any three neighbours sum to 0, and so does the base layer's output
     x = torch.tensor([1.0, -1.0, 0.0]).repeat(6)
     x = x if isinstance(layer, nn.Linear) else torch.randn(2, 16, 5, 1).bfloat16().float() * x
-    model, adapted = wrapped(base)
+    model, adapted = wrapped(base, execution="merged" if "merged" in way else "auto")
     space = adapted.tucker_space["default"]
     with torch.no_grad():
         space.core.mul_(2.0**-10 / space.delta().abs().amax())

@@ -33,8 +33,8 @@ def formed(monkeypatch):
 
 
 def choose(monkeypatch, form, merged_instead="merged"):
-    def pooled(device, shape, is_matrix, execution, low, trains):
-        return form if is_matrix or form != "factored" else merged_instead
+    def pooled(weight, execution):
+        return form if weight.kind == "matrix" or form != "factored" else merged_instead
 
     monkeypatch.setattr("flora.tuner.layer.pooled", pooled)
 
@@ -93,6 +93,15 @@ def test_layers_of_several_shapes(form, ranks, monkeypatch, formed):
     choose(monkeypatch, form)
     model, dense = chain(*(make() for make in LINEAR), r=ranks)
     agree(model, dense, model, torch.randn(4, 7, dtype=torch.float64))
+    assert len(formed) == 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(7,), (0, 7), (2, 0, 7), (2, 1, 3, 7)], ids=str)
+def test_inputs_of_every_number_of_modes(form, shape, monkeypatch, formed):
+    choose(monkeypatch, form)
+    model, dense = chain(*(make() for make in LINEAR))
+    agree(model, dense, model, torch.randn(shape, dtype=torch.float64))
     assert len(formed) == 3
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flora.layers.execution.cost import CHANNELS, WIDTH, padded, pooled
+from flora.layers.execution.cost import CHANNELS, WIDTH, Weight, padded, pooled
 from flora.layers.execution.pool import Entry, form
 from flora.layers.execution.stand_in import StandIn
 from flora.tucker import reconstruct
@@ -142,7 +142,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("ranks", [(2, 3, 4), (3, 4, 3)])
 def test_experts_that_merge_at_once_are_exact(ranks, monkeypatch):
-    monkeypatch.setattr("flora.layers.execution.stand_in.merges_stacks", lambda device: True)
+    monkeypatch.setattr("flora.layers.execution.stand_in.pooled", lambda weight, execution: "merged")
     base, input = Experts(), torch.randn(7, 6, requires_grad=True)
     [(core, factors, scale)] = core_spaces([base], [ranks])
     own = [tensor.clone().requires_grad_() for tensor in (core, *factors)]
@@ -162,19 +162,43 @@ def test_experts_that_merge_at_once_are_exact(ranks, monkeypatch):
     assert torch.autograd.gradgradcheck(ours, (input, *own), fast_mode=True)
 
 
-def test_the_form_of_each_layer_by_device():
-    def on_the_gpu(shape, is_matrix, execution="auto"):
-        return pooled("cuda", shape, is_matrix, execution, torch.bfloat16, True)
+def test_the_form_of_each_weight():
+    matrix = Weight("cuda", "matrix", (768, 3072), torch.float32, torch.bfloat16, True)
+    convolution = matrix._replace(kind="convolution", shape=(CHANNELS, CHANNELS, 3, 3))
+    stack = matrix._replace(kind="stack", shape=(8, 2048, 512))
+    base = {"dtype": torch.bfloat16}
+    forms = {
+        ("merged", matrix): {},
+        ("merged", matrix._replace(trains=False)): {},
+        ("factored", matrix._replace(shape=(4096, 4096))): {"merged": "merged"},
+        ("factored", matrix._replace(shape=(2 * WIDTH, 2 * WIDTH))): {"merged": "merged"},
+        ("factored", matrix._replace(**base)): {"merged": "delta"},  # rounded again, W would lose small updates
+        ("factored", matrix._replace(dtype=torch.float16, low=torch.float16)): {"merged": "delta"},
+        ("merged", convolution): {"factored": None},
+        ("delta", convolution._replace(**base)): {"factored": None, "merged": "delta"},
+        (None, convolution._replace(shape=(CHANNELS + 1, 8, 3, 3))): {"factored": None, "merged": "merged"},
+        ("merged", stack): {"factored": None},
+        (None, stack._replace(trains=False)): {"factored": None},
+        (None, stack._replace(**base)): {"factored": None},
+        (None, stack._replace(shape=(8, 28672, 4096))): {"factored": None},  # of Mixtral 8x7B
+        (None, stack._replace(shape=(128, 1536, 2048))): {"factored": None},  # each is small, all are not
+    }
+    cpu = matrix._replace(device="cpu", shape=(64, 64), low=torch.float32)
+    forms |= {
+        ("merged", cpu): {},
+        ("delta", cpu._replace(low=torch.bfloat16)): {"merged": "merged"},
+        ("delta", cpu._replace(dtype=torch.bfloat16, low=torch.bfloat16)): {"merged": "delta"},
+        ("merged", cpu._replace(kind="convolution", shape=(32, 32, 3, 3))): {"factored": None},
+    }
+    unmeasured = [cpu._replace(shape=(768, 768)), cpu._replace(trains=False), matrix._replace(device="mps")]
+    unmeasured += [stack._replace(device="cpu", shape=(4, 8, 8)), convolution._replace(device="xpu")]
+    forms |= {(None, weight): {"factored": None, "merged": None} for weight in unmeasured}
+    for (form, weight), chosen in forms.items():
+        assert pooled(weight, "auto") == form, weight
+        for execution, own in ({"factored": "factored", "merged": "merged"} | chosen).items():
+            assert weight.kind == "stack" and execution == "merged" or pooled(weight, execution) == own, weight
 
-    assert on_the_gpu((768, 3072), True) == "merged" and on_the_gpu((4096, 4096), True) == "factored"
-    assert on_the_gpu((2 * WIDTH, 2 * WIDTH), True) == "factored"
-    assert on_the_gpu((CHANNELS, CHANNELS, 3, 3), False) == "merged"
-    assert on_the_gpu((CHANNELS + 1, 8, 3, 3), False) is None
-    assert on_the_gpu((8, 8), True, "factored") == "factored" and on_the_gpu((8, 8, 3, 3), False, "factored") is None
-    assert on_the_gpu((9000, 9000), True, "merged") == "merged"
-    assert pooled("cpu", (8, 8), True, "auto", torch.float32, True) == "merged"
-    assert pooled("cpu", (8, 8), True, "auto", torch.bfloat16, True) == "delta"
-    assert pooled("cpu", (768, 768), True, "auto", torch.float32, True) is None
-    assert pooled("mps", (8, 8), True, "auto", torch.float32, True) is None
+
+def test_ranks_are_padded_for_half_precision_on_a_gpu():
     assert padded(15, torch.bfloat16, "cuda") == 16 and padded(15, torch.float32, "cuda") == 15
     assert padded(15, torch.bfloat16, "cpu") == 15

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flora.layers.batches import batch_mode
 from flora.layers.core_space import CoreSpace
-from flora.layers.execution.cost import LOW_PRECISION, can_fuse, of_one_type, pooled
+from flora.layers.execution.cost import LOW_PRECISION, Weight, can_fuse, of_one_type, pooled
 from flora.layers.execution.pool import Entry
 from flora.layers.execution.stand_in import Refused, StandIn
 from flora.layers.kinds import RAW
@@ -104,12 +104,12 @@ class FloraLayer(MergeableWeight):
             return None
         device = weight.device
         low = weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
-        matrix = self.kind.is_matrix
+        kind = "matrix" if self.kind.is_matrix else "convolution"
         if keeps:
-            form = "factored" if matrix else None
+            form = "factored" if kind == "matrix" else None
         else:
-            execution, trains = self.tucker_execution[adapter], torch.is_grad_enabled()
-            form = pooled(device.type, space.shape, matrix, execution, low, trains)
+            own = Weight(device.type, kind, space.shape, weight.dtype, low, torch.is_grad_enabled())
+            form = pooled(own, self.tucker_execution[adapter])
         if form is None:
             return None
         parameters = cast(tuple[Tensor, ...], tuple(space._parameters.values()))
@@ -138,9 +138,9 @@ class FloraLayer(MergeableWeight):
         if ready.form == "delta":
             return plain(base, x, weight, bias).add_(plain(base, x, ready.tensors, None))
         down, up = ready.tensors
-        rows = x.flatten(0, -2) if x.ndim != 2 else x
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         output = plain(base, rows, weight, bias).addmm_(rows.mm(down), up)
-        return output if x.ndim == 2 else output.view(*x.shape[:-1], -1)
+        return output if x.ndim == 2 else output.view(*x.shape[:-1], output.shape[-1])
 
     # ---------------------------------------------------------------------------------------- one layer by itself
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,43 +63,67 @@ CHUNK = 2**25
 MULTIPLE = 8
 
 
-def pooled(
-    device: str, shape: Sequence[int], is_matrix: bool, execution: str, low: torch.dtype, trains: bool
-) -> str | None:
-    """The form in which a layer takes part in a model's pool (``pool``); None if it should run on its own.
+class Weight(NamedTuple):
+    """What decides how a weight runs together with others.
 
-    A pool saves launches and Python. On a GPU these dominate, so the answer does not depend on the number of positions:
-    by what was measured on an H100 (``benchmarks/README.md``), a matrix merges if o · i / (o + i) < ``WIDTH`` and a
-    convolution up to ``CHANNELS`` channels. Then W + ΔW is rounded to the type that the layer computes in, as weights
-    are in mixed-precision training. On a CPU a pool pays for weights of at most ``TINY`` numbers; in half precision
-    ΔW is kept apart there, so that no small update is rounded away. Other devices were not measured.
-
-    Args:
+    Attributes:
+        device: the device's type.
+        kind: "matrix", "convolution", or "stack": matrices (E, o, i) in one tensor, which a model takes one by one.
         shape: the weight's.
-        execution: as the user chose it.
-        low: the type that the layer computes in.
-        trains: whether gradients are wanted. On a CPU the pool pays in the backward pass.
+        dtype: the type that W is kept in. low: the type that the layer computes in.
+        trains: whether gradients are wanted.
     """
-    first, second, *_ = shape
-    if device == "cpu" and prod(shape) <= TINY and trains:
-        form = "delta" if low in LOW_PRECISION else "merged"
-    elif device == "cuda":
-        form = "merged"
-        if execution == "auto" and is_matrix and first * second >= WIDTH * (first + second):
-            form = "factored"
-        if execution == "auto" and not is_matrix and max(first, second) > CHANNELS:
-            return None
-    else:
+
+    device: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    low: torch.dtype
+    trains: bool
+
+
+def cheapest(weight: Weight) -> str | None:
+    """The form (as in ``pool``) of a weight that is formed together with others; None if it should run on its own.
+
+    This is the table of what was measured (``benchmarks/README.md``). To form weights together saves launches and
+    Python. On a GPU these dominate, so there the answer does not depend on the number of positions:
+
+        CUDA   matrix        merged if o · i / (o + i) < ``WIDTH``, else factored
+               convolution   merged up to ``CHANNELS`` channels
+               stack         merged if its matrices are, with gradients, up to ``CHUNK`` numbers: without gradients a
+                             model may need a few of the matrices only, and forms them again for each token
+        CPU    both          merged up to ``TINY`` numbers, with gradients: the pool pays in the backward pass
+
+    Merged, W + ΔW is rounded to the type that the layer computes in, as weights are in mixed-precision training. This
+    would lose updates that are small beside the rounding of a W that is itself kept in half precision. There, and on a
+    CPU under autocast too, ΔW is kept apart: a matrix on CUDA is factored, the others take the form delta.
+    """
+    first, second = weight.shape[-2:] if weight.kind == "stack" else weight.shape[:2]
+    apart = weight.dtype in LOW_PRECISION
+    if weight.device == "cpu" and weight.kind != "stack":
+        together = weight.trains and prod(weight.shape) <= TINY
+        return None if not together else "delta" if apart or weight.low in LOW_PRECISION else "merged"
+    if weight.device != "cuda":
+        return None
+    is_narrow = first * second < WIDTH * (first + second)
+    if weight.kind == "matrix":
+        return "merged" if is_narrow and not apart else "factored"
+    if weight.kind == "stack":
+        together = is_narrow and not apart and weight.trains and prod(weight.shape) <= CHUNK
+        return "merged" if together else None
+    return None if max(first, second) > CHANNELS else "delta" if apart else "merged"
+
+
+def pooled(weight: Weight, execution: str) -> str | None:
+    """The form in which a weight takes part in a pool: the cheapest one, or that of the user's choice, where pools pay
+    at all. None if it should run on its own."""
+    if execution == "auto":
+        return cheapest(weight)
+    if weight.kind == "stack" or (weight.device != "cuda" and cheapest(weight) is None):
         return None
     if execution == "factored":
-        return "factored" if is_matrix else None
-    return "merged" if execution == "merged" else form
-
-
-def merges_stacks(device: str) -> bool:
-    """Whether stacked matrices that a model takes one by one should all merge at once. On an H100 that took half of the
-    kernel time of thin products, and a third of the launches."""
-    return device == "cuda"
+        return "factored" if weight.kind == "matrix" else None
+    return "delta" if weight.dtype in LOW_PRECISION else "merged"
 
 
 def padded(rank: int, dtype: torch.dtype, device: str) -> int:

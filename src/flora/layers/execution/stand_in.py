@@ -3,8 +3,8 @@
 A model that keeps experts in one stacked parameter (E, out, in) takes out one expert's matrix at a time and multiplies
 by it. The stand-in follows it there: a slice of a core space is a core space of one mode less, and a product with a
 matrix is ``matrix.matrix``. Neither the stack's delta nor its gradient is ever formed. Any other operation gets the
-dense tensor. Where launches dominate (``cost.merges_stacks``), W + delta of all matrices is formed at once instead, and
-one gradient for the whole stack.
+dense tensor. Where launches dominate (``cost.cheapest``), W + delta of all matrices is formed at once instead, and one
+gradient for the whole stack.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flora.layers.core_space import add_updates
 from flora.layers.execution.batched import product
-from flora.layers.execution.cost import merges_stacks, of_one_type
+from flora.layers.execution.cost import Weight, of_one_type, pooled
 from flora.layers.execution.lazy import PLACE_AND_SHAPE, getters
 from flora.layers.execution.matrix import matrix
 
@@ -91,12 +91,26 @@ def _index(w: StandIn, index: Any) -> Tensor | None:
 
 
 def _slice(w: StandIn, number: int) -> Tensor:
-    if w.core.ndim == 3 and w.execution == "auto" and merges_stacks(w.weight.device.type):
-        if w.matrices is None:
+    if w.core.ndim == 3:
+        if w.matrices is None and _form_of_stack(w) == "merged":
             w.matrices = merged_stack(w.weight, w.core, w.factors).unbind(0)
-        return w.matrices[number]
+        if w.matrices is not None:
+            return w.matrices[number]
     core = (w.factors[0][number] @ w.core.flatten(1)).view(w.core.shape[1:])
     return StandIn.of(w.weight[number], core, w.factors[1:], w.execution)
+
+
+def _form_of_stack(w: StandIn) -> str | None:
+    place = w.weight.device.type
+    stack = Weight(place, "stack", w.weight.shape, w.weight.dtype, _low(w.weight), torch.is_grad_enabled())
+    return pooled(stack, w.execution)
+
+
+def _low(weight: Tensor) -> torch.dtype:
+    """The type in which a layer with this weight computes."""
+    device = weight.device.type
+    autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else weight.dtype
 
 
 def _slices(w: StandIn, dim: int = 0) -> tuple[Tensor, ...] | None:
@@ -146,8 +160,7 @@ def merged_stack(weight: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Ten
     """``weight + core ×_1 factors[0] …`` of stacked matrices (E, o, i), in the type that the layer computes in."""
     experts, left, right = factors
     device = weight.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    low = weight.dtype if weight.dtype == torch.float64 else low
+    low = _low(weight)
     with torch.autocast(device, enabled=False):
         cores = (experts @ core.flatten(1)).view(-1, *core.shape[1:])  # (E, r, s)
         left, right = left.expand(len(cores), -1, -1), right.expand(len(cores), -1, -1)
