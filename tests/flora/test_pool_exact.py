@@ -166,7 +166,7 @@ def test_the_form_of_each_weight():
     matrix = Weight("cuda", "matrix", (768, 3072), torch.float32, torch.bfloat16, True)
     convolution = matrix._replace(kind="convolution", shape=(CHANNELS, CHANNELS, 3, 3))
     stack = matrix._replace(kind="stack", shape=(8, 2048, 512))
-    base = {"dtype": torch.bfloat16}
+    base, alone = {"dtype": torch.bfloat16}, {"factored": None, "merged": None}
     forms = {
         ("merged", matrix): {},
         ("merged", matrix._replace(trains=False)): {},
@@ -177,11 +177,11 @@ def test_the_form_of_each_weight():
         ("merged", convolution): {"factored": None},
         ("delta", convolution._replace(**base)): {"factored": None, "merged": "delta"},
         (None, convolution._replace(shape=(CHANNELS + 1, 8, 3, 3))): {"factored": None, "merged": "merged"},
-        ("merged", stack): {"factored": None},
-        (None, stack._replace(trains=False)): {"factored": None},
-        (None, stack._replace(**base)): {"factored": None},
-        (None, stack._replace(shape=(8, 28672, 4096))): {"factored": None},  # of Mixtral 8x7B
-        (None, stack._replace(shape=(128, 1536, 2048))): {"factored": None},  # each is small, all are not
+        ("merged", stack): alone,
+        (None, stack._replace(trains=False)): alone,
+        (None, stack._replace(**base)): alone,
+        (None, stack._replace(shape=(8, 28672, 4096))): alone,  # of Mixtral 8x7B
+        (None, stack._replace(shape=(128, 1536, 2048))): alone,  # each is small, all are not
     }
     cpu = matrix._replace(device="cpu", shape=(64, 64), low=torch.float32)
     forms |= {
@@ -192,11 +192,10 @@ def test_the_form_of_each_weight():
     }
     unmeasured = [cpu._replace(shape=(768, 768)), cpu._replace(trains=False), matrix._replace(device="mps")]
     unmeasured += [stack._replace(device="cpu", shape=(4, 8, 8)), convolution._replace(device="xpu")]
-    forms |= {(None, weight): {"factored": None, "merged": None} for weight in unmeasured}
-    for (form, weight), chosen in forms.items():
-        assert pooled(weight, "auto") == form, weight
-        for execution, own in ({"factored": "factored", "merged": "merged"} | chosen).items():
-            assert weight.kind == "stack" and execution == "merged" or pooled(weight, execution) == own, weight
+    forms |= {(None, weight): alone for weight in unmeasured}
+    for (auto, weight), others in forms.items():
+        own = {"auto": auto, "factored": "factored", "merged": "merged"} | others
+        assert {execution: pooled(weight, execution) for execution in own} == own, weight
 
 
 def test_ranks_are_padded_for_half_precision_on_a_gpu():

@@ -1,4 +1,4 @@
-"""The pool of a model's forward: what ``layers.execution.pool`` forms for its adapted layers, a chunk of them at a time.
+"""The pool of a model's forward: what ``execution.pool`` forms for its adapted layers, a chunk of them at a time.
 
 A pool lives while the root module's forward runs. It is in a context variable, never in a module: forwards in other
 threads, copies and pickles know nothing of it. A layer that asks for the first time has its chunk formed: neighbours in
