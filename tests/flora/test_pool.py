@@ -271,6 +271,28 @@ def test_nothing_outlives_a_forward():
     assert live.live() is None
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_without_gradients_only_one_chunk_is_alive(keeps, monkeypatch, formed):
+    choose(monkeypatch, "merged")
+    monkeypatch.setattr("flora.tuner.live.CHUNK", 2 * 25)
+    model, dense = chain(*(nn.Linear(5, 5) for _ in range(6)))
+    alive, inner, x = [], model.base_model.model, torch.randn(2, 5, dtype=torch.float64)
+    for part in layers(model):
+        part.register_forward_hook(lambda *_: alive.append(sum(r is not None for r in live.live().ready.values())))
+    with torch.set_grad_enabled(keeps):
+        torch.testing.assert_close(model(x), dense(x), **CLOSE)
+    assert alive == ([2, 2, 4, 4, 6, 6] if keeps else [2] * 6) and len(formed) == 6
+    # layers of two chunks in turn, and again: no chunk is formed over and over
+    order = [0, 4, 2, 6, 0, 4]
+    inner.forward = lambda x: x + sum(inner[n](x) for n in order)
+    formed.clear(), alive.clear()
+    with torch.set_grad_enabled(keeps):
+        y = model(x)
+    wanted = x + sum(nn.functional.linear(x, own.weight, own.bias) for own in (inner[n] for n in order))
+    torch.testing.assert_close(y, wanted, **CLOSE)
+    assert max(alive) == (4 if keeps else 2) and len(formed) == (4 if keeps else 8)
+
+
 def test_copies_and_pickles_have_pools_of_their_own(formed):
     model, _ = chain(*(make() for make in LINEAR))
     x = torch.randn(2, 7, dtype=torch.float64)

@@ -55,6 +55,7 @@ class Live:
         self.root, self.chunks, self.keeps = root, chunks, keeps
         self.grad = torch.is_grad_enabled()
         self.ready: dict[nn.Module, Ready | None] = {}
+        self.seen: set[nn.Module] = set()
 
     def of(self, layer: FloraLayer, device: str) -> Ready | None:
         """What the layer, on a device of this type, runs with. None if it should run in its own form."""
@@ -63,11 +64,21 @@ class Live:
             return None
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if layer not in self.ready:
-            self._form(self.chunks.get(layer, [layer]), autocast)
+            self._form(self._chunk(layer), autocast)
         ready = self.ready[layer]
         if ready is None or ready.autocast != autocast or ready.core._version != ready.version:
             return None
         return ready
+
+    def _chunk(self, layer: FloraLayer) -> list[FloraLayer]:
+        """The layers to form now. Without gradients nothing else holds W + ΔW: one chunk at a time is enough. A layer
+        that is called again, after another chunk, is formed alone."""
+        chunk = self.chunks.get(layer, [layer])
+        if not self.grad and not self.keeps:
+            self.ready.clear()
+            chunk = [layer] if layer in self.seen else chunk
+            self.seen.update(chunk)
+        return chunk
 
     def _form(self, chunk: list[FloraLayer], autocast: torch.dtype | None) -> None:
         self.ready |= dict.fromkeys(chunk)
