@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flora.layers.execution.cost import CHANNELS, WIDTH, Weight, padded, pooled
 from flora.layers.execution.pool import Entry, form
@@ -129,6 +130,40 @@ def test_merged_is_exact_with_channels_last(case):
 def test_a_low_type_loses_only_what_bf16_rounds(case, name):
     for result, exact in zip(together(name, *case, low=torch.bfloat16), dense(*case), strict=True):
         assert (result - exact).norm() < 0.06 * exact.norm()
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranks", [(3, 4), (4, 3)])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["factored", "merged", "delta"])
+def test_gradients_are_cast_for_all_layers_at_once(name, adapter, ranks):
+    def casts(count):
+        entries = [
+            Entry(name, torch.randn(7, 7, dtype=adapter), own, torch.ones((), dtype=torch.float32), torch.bfloat16)
+            for own in (
+                tuple(
+                    torch.randn(shape, dtype=adapter).requires_grad_()
+                    for shape in (ranks, (7, ranks[0]), (7, ranks[1]))
+                )
+                for _ in range(count)
+            )
+        ]
+        formed = [t for own in form(entries) for t in (own if name == "factored" else [own])]
+        with Casts() as mode:
+            torch.autograd.backward(formed, [torch.ones_like(t) for t in formed])
+        assert all(p.grad.dtype == adapter for entry in entries for p in entry.parameters)
+        return mode.count
+
+    assert casts(2) == casts(5)
 
 
 class Experts(nn.Module):

@@ -121,9 +121,11 @@ def _stacks(groups: Sequence[Group], parameters: Sequence[Tensor], dtype: torch.
     return [[core * group.scales.to(dtype), *factors] for group, (core, *factors) in zip(groups, stacks, strict=True)]
 
 
-def _without(gradients: list[Tensor], group: Group, used: Sequence[bool]) -> list[Tensor | None]:
-    """Stacked gradients -> those of single parameters; None for a layer that took no part in the output."""
-    return [g if own else None for stack in gradients for g, own in zip(stack.unbind(0), used, strict=True)]
+def _without(gradients: list[Tensor], used: Sequence[bool], dtype: torch.dtype) -> list[Tensor | None]:
+    """Stacked gradients -> those of single parameters, in their type, or autograd would cast them one by one; None for
+    a layer that took no part in the output."""
+    stacks = (stack.to(dtype).unbind(0) for stack in gradients)
+    return [g if own else None for stack in stacks for g, own in zip(stack, used, strict=True)]
 
 
 def _dense_gradients(group: Group, gradients: Sequence[Tensor | None], low: torch.dtype) -> Tensor:
@@ -179,7 +181,7 @@ class _Dense(Function):
                 d_left = product(dense, rows.mT.to(ctx.low), ctx.wide)
                 d_rows = product(left.mT.to(ctx.low), dense, ctx.wide)
                 d_core, *d_rest = rows_backward(d_rows, core, right, kernels, inner, group.channels_last)
-                results += _without([d_core * group.scales, d_left, *d_rest], group, used)
+                results += _without([d_core * group.scales, d_left, *d_rest], used, parameters[0].dtype)
         return None, None, None, None, *results
 
 
@@ -232,7 +234,7 @@ class _Factored(Function):
                         product(d_up, core.mT, ctx.wide),
                         d_down.mT,
                     )
-                results += _without([d_core * group.scales, d_left, d_right], group, used)
+                results += _without([d_core * group.scales, d_left, d_right], used, parameters[0].dtype)
         return None, None, None, None, *results
 
 
