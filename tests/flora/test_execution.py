@@ -122,11 +122,19 @@ def test_forward_mode_derivatives(layer, shape, way):
 
 
 def test_the_cost_model_merges_for_many_positions_and_keeps_large_weights_apart():
-    assert merges((768, 768), (16, 16), (16384, 16384)) and not merges((768, 768), (16, 16), (128, 128))
-    assert not merges((4096, 4096), (16, 16), (512, 512))
-    assert merges((64, 64, 3, 3), (16, 16), (16384, 16384))
-    assert wants_dense((96, 1, 7, 7), (8, 1), (6272, 6272), 96)
-    assert not wants_dense((320, 320, 3, 3), (28, 28), (2048, 2048), 1)
+    assert merges("cpu", (768, 768), (16, 16), (16384, 16384)) and not merges("cpu", (768, 768), (16, 16), (128, 128))
+    assert not merges("cpu", (4096, 4096), (16, 16), (512, 512))
+    assert merges("cpu", (64, 64, 3, 3), (16, 16), (16384, 16384))
+    assert wants_dense("cpu", (96, 1, 7, 7), (8, 1), (6272, 6272), 96)
+    assert not wants_dense("cpu", (320, 320, 3, 3), (28, 28), (2048, 2048), 1)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_a_device_without_measurements_runs_factored_and_depthwise_kernels_dense(device):
+    assert not merges(device, (768, 768), (16, 16), (16384, 16384))
+    assert wants_dense(device, (96, 1, 7, 7), (8, 1), (6272, 6272), 96)
+    close = (64, 64, 3, 3), (24, 24), (1024, 1024), 1  # a CPU takes half the time for a product of this size
+    assert wants_dense("cpu", *close) and not wants_dense(device, *close)
 
 
 SMALL = [(nn.Linear(6, 4), (6,)), (nn.Conv2d(6, 4, 3), (6, 5, 5)), (nn.ConvTranspose1d(6, 4, 3), (6, 5))]

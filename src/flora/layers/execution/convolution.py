@@ -60,7 +60,7 @@ def _route(x: Tensor, shape: Sequence[int], ranks: Sequence[int], geometry: Geom
     inputs = x.shape[0] * x.shape[2:].numel()
     stride = prod(geometry.stride)  # enough for an estimate of the output's size
     positions = (inputs, inputs * stride) if geometry.transposed else (inputs // stride, inputs)
-    problem = (shape, ranks, positions, geometry.groups)
+    problem = (x.device.type, shape, ranks, positions, geometry.groups)
     if execution != "factored" and wants_dense(*problem):
         return "dense"
     if execution == "auto":

@@ -19,8 +19,8 @@ FRESH, LARGE, FRESH_AND_LARGE = 60, 2**23, 240
 DENSE = 0.5
 
 
-def merges(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int], groups: int = 1) -> bool:
-    """``execution="auto"``: whether a layer runs merged, in single precision.
+def merges(device: str, shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int], groups: int = 1) -> bool:
+    """``execution="auto"``: whether a layer on its own runs merged, in single precision.
 
     The cost model counts the multiplications of the products, plus ``TOUCH`` = 20 for every entry of a full-size tensor
     that is read and written in place, plus ``FRESH`` = 60 for every entry of a new one (240 above 2²³ entries, 32 MiB:
@@ -29,11 +29,13 @@ def merges(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int],
         factored   takes two thin products per position, the core's between them, and touches the output once;
         merged     takes two products per weight entry, and writes W + delta as a new tensor.
 
-    So layers with many positions (batch × sequence, batch × pixels) merge, and large weights do not. Half precision
+    The numbers are those of a CPU; on other devices, where no layer on its own was measured, all run factored. So
+    layers with many positions (batch × sequence, batch × pixels) merge, and large weights do not. Half precision
     never merges, since W + delta would round small updates away. ``benchmarks/speed.py`` tests the model against
     measured times.
 
     Args:
+        device: the device's type.
         shape, ranks: of the weight, (I_1, I_2, k …) and (r, s, …).
         positions: number of positions, batch included, in the tensor whose channels are the first mode, and in the
             tensor whose channels are the second mode.
@@ -42,17 +44,17 @@ def merges(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int],
     weights, core = first * second * size, 2 * r * s * size
     merged = weights * (2 * r + (FRESH if weights <= LARGE else FRESH_AND_LARGE)) + second * core
     factored = positions[0] * (first * (2 * r + TOUCH) + groups * core) + positions[1] * groups * second * 2 * s
-    return merged < factored
+    return device == "cpu" and merged < factored
 
 
-def wants_dense(shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int], groups: int) -> bool:
+def wants_dense(device: str, shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int], groups: int) -> bool:
     """Whether a convolution's full weight gradient costs less than projecting first: depthwise kernels, narrow layers.
 
-    A multiplication of the full-size convolution counts ``DENSE`` = 0.5, because it runs nearer to the processor's
-    peak. Arguments as in ``merges``.
+    On a CPU a multiplication of the full-size convolution counts ``DENSE`` = 0.5, because it runs nearer to the
+    processor's peak; elsewhere multiplications are counted. Arguments as in ``merges``.
     """
     (first, second), (r, s), size = shape[:2], ranks[:2], prod(shape[2:])
-    dense = DENSE * positions[0] * first * second * size
+    dense = (DENSE if device == "cpu" else 1) * positions[0] * first * second * size
     projected = positions[0] * (2 * first * r + 3 * groups * r * s * size) + positions[1] * groups * second * 3 * s
     return dense < projected
 

@@ -29,7 +29,8 @@ def matrix(
     rows = x.reshape(-1, x.shape[-1])
     if execution == "auto":
         rank, positions = min(core.shape), rows.shape[0]
-        merged = x.dtype not in LOW_PRECISION and merges(weight.shape, (rank, rank), (positions, positions))
+        problem = (x.device.type, weight.shape, (rank, rank), (positions, positions))
+        merged = x.dtype not in LOW_PRECISION and merges(*problem)
     else:
         merged = execution == "merged"
     if not merged and not torch.is_grad_enabled():
