@@ -2,8 +2,8 @@
 
 import io
 import json
+import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -433,15 +433,29 @@ def test_what_is_trained_in_full_has_32_bits(method, four, tmp_path):
         assert len(trained) == 4 and all(p.grad.dtype == torch.float32 and p.grad.any() for p in trained)
 
 
-def test_lmms_eval_gets_the_merged_model(tmp_path, monkeypatch):
-    def evaluate(model, model_args, tasks, batch_size):
-        files = {file.name for file in Path(model_args.removeprefix("pretrained=")).iterdir()}
-        assert model == "llava_hf" and {"config.json", "model.safetensors", "processor_config.json"} <= files
-        return {"results": {"pope": {"alias": "pope", "pope_accuracy,none": 0.75, "pope_f1_stderr,none": 0.1}}}
+LMMS_EVAL = """
+import os
+from pathlib import Path
 
-    monkeypatch.setitem(sys.modules, "lmms_eval", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", SimpleNamespace(simple_evaluate=evaluate))
+def simple_evaluate(model, model_args, tasks, batch_size, cli_args):
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_FSDP"} & os.environ.keys()
+    files = {file.name for file in Path(model_args.removeprefix("pretrained=")).iterdir()}
+    assert model == "llava_hf" and {"config.json", "model.safetensors", "processor_config.json"} <= files
+    assert Path(cli_args.output_path).is_dir()
+    return {"results": {"pope": {"alias": "pope", "pope_accuracy,none": 0.75, "pope_f1_stderr,none": 0.1}}}
+"""
+
+
+def test_lmms_eval_gets_the_merged_model_in_a_process_of_its_own(tmp_path, monkeypatch):
+    package = tmp_path / "lmms_eval"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "evaluator.py").write_text(LMMS_EVAL)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_FSDP"):
+        monkeypatch.setenv(name, "2")
     manager = SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=["pope"]))
+    monkeypatch.setitem(sys.modules, "lmms_eval", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "lmms_eval.tasks", manager)
     job = task(llava(tmp_path), lmms_eval=["pope"])
     job.check(job.splits(0))

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +15,10 @@ from flora_lab.tasks.evaluation.lm_eval import metrics_of
 
 if TYPE_CHECKING:
     from torch import nn
+
+NUMBERS = "numbers.json"
+# what `accelerate launch` and torchrun set for each of their processes
+LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 
 
 def check(tasks: list[str]) -> None:
@@ -24,14 +34,33 @@ def check(tasks: list[str]) -> None:
 def evaluate(model: nn.Module, processor: Any, tasks: list[str], kind: str) -> dict[str, float]:
     """{"pope pope_accuracy": 0.86, …}: what lmms-eval reports of the merged model; merges the adapter for good.
 
-    ``kind``: lmms-eval's name of the model's class, such as llava_hf.
+    It runs in a process of its own: in one of several that a launcher started, it would wait for the others and take
+    its share of the questions only. ``kind``: lmms-eval's name of the model's class, such as llava_hf.
+    Raises RuntimeError if that process fails; its messages go to the terminal.
     """
     if not tasks:
         return {}
-    from lmms_eval.evaluator import simple_evaluate
-
     with TemporaryDirectory() as folder:
         merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-        merged.save_pretrained(folder)
+        merged.cpu().save_pretrained(folder)  # the GPU's memory is for the other process
         processor.save_pretrained(folder)
-        return metrics_of(simple_evaluate(model=kind, model_args=f"pretrained={folder}", tasks=tasks, batch_size=1))
+        alone = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+        ended = subprocess.run([sys.executable, "-m", __name__, folder, kind, *tasks], env=alone, check=False)
+        if ended.returncode:
+            raise RuntimeError(f"lmms-eval ended with exit code {ended.returncode}: its messages are above")
+        return json.loads(Path(folder, NUMBERS).read_text())
+
+
+def _evaluate(folder: str, kind: str, *tasks: str) -> None:
+    """The numbers of the model in ``folder``, to a file there."""
+    from lmms_eval.evaluator import simple_evaluate
+
+    keys = argparse.Namespace(output_path=folder)  # where tasks such as TextVQA write a file to submit
+    evaluated = simple_evaluate(
+        model=kind, model_args=f"pretrained={folder}", tasks=list(tasks), batch_size=1, cli_args=keys
+    )
+    Path(folder, NUMBERS).write_text(json.dumps(metrics_of(evaluated)))
+
+
+if __name__ == "__main__":
+    _evaluate(*sys.argv[1:])
