@@ -13,9 +13,13 @@ from ray.cluster_utils import Cluster
 from test_compare import GRID, SHORT, flora_compare, lines, with_methods
 
 from flora_lab.errors import ConfigError
+from flora_lab.run.base import base_model
 from flora_lab.run.engines import ENGINES
+from flora_lab.run.folder import Trial
+from flora_lab.run.job import Job
 from flora_lab.run.mirror import Mirror
-from flora_lab.settings import Config
+from flora_lab.run.trial import run
+from flora_lab.settings import Config, load_config
 
 URL = "memory://bucket/job"
 
@@ -89,12 +93,15 @@ def test_another_machine_goes_on_where_the_first_one_stopped(tmp_path, empty):
     first = flora_compare(*with_methods(tmp_path / "one", "head"), *SHORT, *GRID, f"mirror={URL}")
     assert first.exit_code == 0, first.output
     rows = lines(tmp_path / "one")
+    (base,) = (tmp_path / "one" / "cache").glob("*.safetensors")
     # as if the first machine had been killed before its last row
     whole = empty.cat_file("/bucket/job/results.jsonl")
     empty.pipe_file("/bucket/job/results.jsonl", whole[: whole.rstrip().rfind(b"\n") + 1])
     second = flora_compare(*with_methods(tmp_path / "two", "head"), *SHORT, *GRID, f"mirror={URL}")
     assert second.exit_code == 0, second.output
     again = lines(tmp_path / "two")
+    assert (tmp_path / "two" / "cache" / base.name).read_bytes() == base.read_bytes()
+    assert not (tmp_path / "two" / "run" / "logs" / "base").exists(), "it trained the base model again"
     assert again[:-1] == rows[:-1]
     same = [
         {k: v for k, v in json.loads(row).items() if k in ("seed", "learning_rate", "test")}
@@ -103,6 +110,21 @@ def test_another_machine_goes_on_where_the_first_one_stopped(tmp_path, empty):
     assert same[0] == same[1]
     assert empty.cat_file("/bucket/job/results.jsonl").decode().splitlines() == again
     assert empty.exists("/bucket/job/report.html") and empty.glob("/bucket/job/trials/*/trained/*.safetensors")
+
+
+def test_a_trial_elsewhere_gets_the_base_model_through_the_mirror(tmp_path):
+    (tmp_path / "one").mkdir()
+    keys = [*with_methods(tmp_path / "one", "head"), *SHORT, *GRID, f"mirror={URL}"]
+    config = load_config(str(keys[0]), list(map(str, keys[1:])))
+    job = Job(config)
+    job.open()
+    file = job.base_file()
+    file.unlink()
+    trial = Trial("head", None, 0, 0.1)
+    assert run(config, trial, file, job.folder / "trials" / trial.name, bar=False)["steps"] == 2
+    file.unlink()
+    with pytest.raises(ConfigError, match="is not on this machine: set `mirror`"):
+        base_model(config.task, file, 0)
 
 
 def test_a_machine_that_dies_costs_no_result_and_repeats_none(tmp_path, monkeypatch):

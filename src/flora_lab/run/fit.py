@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -68,6 +69,8 @@ def fit(
     if trainer.is_world_process_zero():
         trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
     trainer.title, trainer.task, trainer.progress = name, task, progress
+    if trainer.is_fsdp_enabled:
+        _prepare_to_shard(model)
     try:
         trainer.train(resume_from_checkpoint=checkpoints.last)
     finally:
@@ -90,6 +93,41 @@ class Fit:
     def model(self) -> nn.Module:
         """The trained model, without the wrappers of distributed or mixed-precision training."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)
+
+    def gathered(self, build: Callable[[], nn.Module]) -> nn.Module | None:
+        """The trained model on the CPU, for the main process to work with alone; None in the other processes.
+
+        All processes must call it. ``build`` makes the model as it was before the training; it gets the weights if the
+        engine has cut the trained one into shards, whose forward would wait for all processes.
+        """
+        trainer, main = self.trainer, self.trainer.is_world_process_zero()
+        if trainer.accelerator.distributed_type != DistributedType.FSDP:
+            return self.model.cpu() if main else None
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if not main:
+            return None
+        model = build().cpu().eval()
+        missing = model.load_state_dict(state, strict=False).missing_keys  # bitsandbytes adds keys that no model takes
+        if missing:
+            raise RuntimeError(f"the gathered weights have no {missing[0]}")
+        return model
+
+
+def _prepare_to_shard(model: nn.Module) -> None:
+    """Give a model what accelerate asks it for: the classes of its blocks, and its embeddings, None for pictures.
+
+    transformers knows both for language models, but not for an UperNet, or for a model of ours around one of its own.
+    """
+    blocks = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    model._no_split_modules = sorted(blocks & {type(module).__name__ for module in model.modules()})
+    try:
+        model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        model.get_input_embeddings = _no_embeddings
+
+
+def _no_embeddings() -> None:
+    return None
 
 
 class _Trainer(Trainer):

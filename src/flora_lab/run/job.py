@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,8 @@ from flora_lab.run.progress import Line, numbers
 from flora_lab.run.trial import run
 from flora_lab.settings import Config, build_config, one_line
 
+# how long the others wait while the main process loads, samples and tests alone; NCCL would give up after 10 minutes
+PATIENCE = timedelta(days=1)
 VERSIONS = ("torch", "peft", "transformers", "accelerate", "safetensors", "scikit-learn")
 
 
@@ -47,7 +50,7 @@ class Job(Folder):
 
     def __init__(self, config: Config, free: tuple[str, ...] = ()):
         super().__init__(config, free)
-        self.main = PartialState(cpu=no_accelerator()).is_main_process
+        self.main = PartialState(cpu=no_accelerator(), timeout=PATIENCE).is_main_process
         self.wait: Callable[[], None] = PartialState().wait_for_everyone
         self.mirror = Mirror(config)
         if config.threads:
@@ -97,7 +100,7 @@ class Job(Folder):
     # ------------------------------------------------------------------------------------------------------ its trials
 
     def base_file(self) -> Path | None:
-        return base_file(self.config, self.folder, self.main, self.wait)
+        return base_file(self.config, self.folder, self.main, self.wait, self.mirror)
 
     def run(
         self,

@@ -18,6 +18,7 @@ from flora_lab.errors import ConfigError
 from flora_lab.run.fit import Checkpoints
 from flora_lab.settings import Config, one_line
 
+BASES = "bases"  # where shared files are
 SMALL = 2**20  # bytes; larger files never change under the same name and size
 
 
@@ -56,6 +57,19 @@ class Mirror:
                 self.files.put_file(str(self.output / place), self._path(place))
         for place in sorted(there.keys() - here, key=lambda place: not place.endswith(Checkpoints.MARK)):
             self.files.rm_file(self._path(place))
+
+    def share(self, file: Path) -> None:
+        """Bring a file from outside the folder, such as the base model's weights, there, unless it is."""
+        if self.url and not self.files.exists(self._path(f"{BASES}/{file.name}")):
+            self.files.makedirs(self._path(BASES), exist_ok=True)
+            self.files.put_file(str(file), self._path(f"{BASES}/{file.name}.part"))
+            self.files.mv(self._path(f"{BASES}/{file.name}.part"), self._path(f"{BASES}/{file.name}"))
+
+    def fetch(self, file: Path) -> None:
+        """Bring a file that another machine has shared here, if it is missing."""
+        if self.url and not file.exists() and self.files.exists(self._path(f"{BASES}/{file.name}")):
+            with replace_file(file) as part:
+                self.files.get_file(self._path(f"{BASES}/{file.name}"), str(part))
 
     def clear(self) -> None:
         """Delete everything there."""

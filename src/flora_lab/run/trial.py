@@ -16,6 +16,7 @@ from pathlib import Path
 import peft
 import torch
 import yaml
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -38,6 +39,8 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
     """The row of a trial. ``file``: the base model's weights, if it has some; ``folder``: for what the trial saves."""
     task, mirror = config.task, Mirror(config)
     mirror.pull(folder)
+    if file:
+        mirror.fetch(file)
     data = task.splits(config.seed)
     base = base_model(task, file, trial.seed)
     sizes = {
@@ -46,7 +49,8 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
     }
     keys = replace(config.training, learning_rate=trial.learning_rate)
     norms = _norms(config, trial.variant, base)
-    adapted = set_up(config, trial.variant, trial.budget, base, steps(keys, data["train"]))
+    total = steps(keys, data["train"])
+    adapted = set_up(config, trial.variant, trial.budget, base, total)
     if adapted.start:
         adapted.start(_batches(task, data["train"], keys.batch_size, trial.seed))
     reserved = Reserved()
@@ -84,11 +88,12 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         "norms": norms.records if norms else [],
         "machine": machine(),
     }
-    if outcome.trainer.is_world_process_zero():
-        row |= _saved(config, trial, file, outcome.model.cpu(), folder / "trained", data["test"])
+    trained = outcome.gathered(partial(_untrained, config, trial, file, total))
+    if trained is not None:
+        row |= _saved(config, trial, file, trained, folder / "trained", data["test"])
         if norms:
-            row["spectra"] = spectra(outcome.model, norms.base)
-        row |= _judged(config, trial, file, outcome, data, folder, row)
+            row["spectra"] = spectra(trained, norms.base)
+        row |= _judged(config, trial, file, trained, outcome.trainer.accelerator, data, folder, row)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         mirror.push(folder)
     return row
@@ -104,6 +109,10 @@ def set_up(config: Config, variant: str, budget: int | None, model: nn.Module, t
     return adapt(method, model, config.task.head(model), budget or 0, options, target_modules=targets, steps=total)
 
 
+def _untrained(config: Config, trial: Trial, file: Path | None, total: int) -> nn.Module:
+    return set_up(config, trial.variant, trial.budget, base_model(config.task, file, trial.seed), total).model
+
+
 def _saved(config: Config, trial: Trial, file: Path | None, model: nn.Module, folder: Path, examples: Examples) -> Row:
     """Save the trained model; its size on disk, and how exactly an adapter comes back unless it diverged."""
     keys = yaml.safe_dump(asdict(config.task), sort_keys=False)
@@ -117,13 +126,19 @@ def _saved(config: Config, trial: Trial, file: Path | None, model: nn.Module, fo
 
 
 def _judged(
-    config: Config, trial: Trial, file: Path | None, outcome: Fit, data: dict[str, Examples], folder: Path, row: Row
+    config: Config,
+    trial: Trial,
+    file: Path | None,
+    model: nn.Module,
+    accelerator: Accelerator,
+    data: dict[str, Examples],
+    folder: Path,
+    row: Row,
 ) -> Row:
     """What the task adds to the row (`Task.judge`), with the row's own numbers and notes before it."""
-    accelerator = outcome.trainer.accelerator
     base = partial(base_model, config.task, file, trial.seed)
     with accelerator.autocast():
-        added = config.task.judge(outcome.model.to(accelerator.device), base, data, folder)
+        added = config.task.judge(model.to(accelerator.device), base, data, folder)
     merged = {"test": row["test"] | added.pop("test", {}), "notes": [*row["notes"], *added.pop("notes", [])]}
     return merged | added
 
