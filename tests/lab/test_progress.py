@@ -10,11 +10,14 @@ import sys
 import termios
 from contextlib import contextmanager, suppress
 
+import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from flora_lab.run import progress
-from flora_lab.run.progress import Line, Progress, numbers
+from flora_lab import lines
+from flora_lab.lines import Line
+from flora_lab.run.progress import Progress, numbers
+from flora_lab.tasks.data.records import Records, check_each
 
 
 class Square(torch.nn.Module):
@@ -44,7 +47,7 @@ def terminal(monkeypatch):
     fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     states: list[str] = []
     with os.fdopen(keyboard, "w", encoding="utf-8") as file, monkeypatch.context() as patch:
-        patch.setattr(progress, "ON_TERMINAL", 0.0)
+        patch.setattr(lines, "ON_TERMINAL", 0.0)
         patch.setattr(sys, "stderr", file)
         yield states
     with os.fdopen(screen, "rb", buffering=0) as output, suppress(OSError):  # Linux ends what is read by an error
@@ -80,7 +83,7 @@ def test_a_long_line_still_fits_into_80_columns(monkeypatch):
 def test_a_file_gets_a_line_per_minute_and_one_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(lines.time, "monotonic", lambda: clock[0])
     trainer = trained(tmp_path, steps=13)
     shown = Progress("flora-activations")
     step = trainer.training_step
@@ -95,10 +98,10 @@ def test_a_file_gets_a_line_per_minute_and_one_at_the_end(tmp_path, monkeypatch)
     shown.attach(trainer)
     trainer.train()
     text = sys.stderr.getvalue()
-    lines = text.splitlines()
-    assert [line.split()[1] for line in lines] == ["0/13", "3/13", "6/13", "9/13", "12/13", "13/13"]
+    states = text.splitlines()
+    assert [line.split()[1] for line in states] == ["0/13", "3/13", "6/13", "9/13", "12/13", "13/13"]
     assert "\r" not in text and "\x1b" not in text
-    assert all(re.search(r"left, loss [34]\.\d\d, lr 1\.0e-3, \d+\.\d GiB", line) for line in lines[1:]), text
+    assert all(re.search(r"left, loss [34]\.\d\d, lr 1\.0e-3, \d+\.\d GiB", line) for line in states[1:]), text
 
 
 def test_the_loss_is_the_mean_of_the_steps_since_the_line_was_drawn(monkeypatch):
@@ -116,3 +119,36 @@ def test_the_loss_is_the_mean_of_the_steps_since_the_line_was_drawn(monkeypatch)
 def test_numbers_that_are_not_known_are_left_out():
     assert numbers(None, 1e-2, None, 0.5) == "lr 1.0e-2, val 0.500"
     assert numbers(12.345, 0.0, 1 << 29) == "loss 12.3, lr 0, 0.5 GiB"
+
+
+def of_numbers(*lengths):
+    return [Records(list(range(length)), str) for length in lengths]
+
+
+def test_a_check_that_takes_long_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(lines, "PATIENCE", 0.0)
+    with terminal(monkeypatch) as states:
+        check_each(of_numbers(4, 2), lambda records, index: None)
+    assert [re.sub(r" \S+ ", " ", state, count=1) for state in states[-2:]] == ["checking 6/6 00:00 left"] * 2
+    check_each(of_numbers(4), lambda records, index: None)
+    assert capsys.readouterr().err.splitlines()[-1] == "checking 4/4 00:00 left"
+
+
+def test_a_short_check_and_that_of_another_process_say_nothing(monkeypatch, capsys):
+    check_each(of_numbers(4), lambda records, index: None)
+    monkeypatch.setattr(lines, "PATIENCE", 0.0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    check_each(of_numbers(4), lambda records, index: None)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_check_that_fails_ends_its_line(monkeypatch, capsys):
+    def look(records, index):
+        if index == 3:
+            raise ValueError("row 3")
+
+    monkeypatch.setattr(lines, "PATIENCE", 0.0)
+    with pytest.raises(ValueError, match="row 3"):
+        check_each(of_numbers(5), look)
+    assert re.fullmatch(r"checking 3/5 \S+ left", capsys.readouterr().err.splitlines()[-1])

@@ -212,7 +212,9 @@ def break_columns(path):
 def break_empty(path):
     parquet(path, [scene(0)])
     parquet(path, [scene(1)], "validation")
-    return task(path), "the validation split is empty"
+    return task(
+        path
+    ), "the validation split is empty: task.data.validation_share=0.1 of 1 is below one example; raise it"
 
 
 def break_label(path):

@@ -141,6 +141,11 @@ def without(folder):
     (folder / "2.txt").unlink()
 
 
+def all_but_one(folder):
+    for number in (1, 2, 3):
+        (folder / f"{number}.png").unlink()
+
+
 def metadata(*rows):
     def write(folder):
         text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
@@ -160,6 +165,12 @@ BAD_DATA = [
     (metadata(GOOD, GOOD), {}, r"line 2: .*line 1 names 0.png too"),
     (metadata({"file_name": "0.txt", "text": "a"}), {}, r"line 1: .*0.txt is hidden, not below .*, or not a picture"),
     (metadata({"file_name": "1.png", "text": ""}), {}, r"metadata.jsonl, line 1 \(1.png\): 'text' is '', expected"),
+    (
+        all_but_one,
+        {},
+        r"data: the validation split is empty: task.data.validation_share=0.25 of 1 is below one example; raise it, "
+        r"or set task.data.reuse=true, which takes all pictures for each split",
+    ),
     (None, {"only": ["a whale"]}, r"no picture with caption 'a whale'"),
     (None, {"prior": "x"}, r"task.data.prior=x and task.data.prior_prompt=None: expected both or neither"),
     (None, {"prompt": " "}, r"task.data.prompt is empty"),

@@ -30,13 +30,14 @@ from flora.files import full_disk, replace_file
 from flora.models import quiet
 from flora_lab.analysis.fields import Row, to_disk
 from flora_lab.analysis.rows import RESULTS
+from flora_lab.lines import Line
 from flora_lab.methods import METHODS
 from flora_lab.run.base import base_file
 from flora_lab.run.engines import ENGINES
 from flora_lab.run.fit import no_accelerator
 from flora_lab.run.folder import FILES, FOLDERS, KEYS, MARK, Folder, Trial
 from flora_lab.run.mirror import Mirror
-from flora_lab.run.progress import Line, numbers
+from flora_lab.run.progress import numbers
 from flora_lab.run.trial import run
 from flora_lab.settings import Config, build_config, one_line
 

@@ -1,83 +1,13 @@
-"""What a training shows while it runs: one line with the time left, loss, learning rate, memory and validation.
-
-On a terminal the line is drawn anew twice a second and fits into 80 columns. In a file, which keeps every state of it,
-there is one line per minute.
-"""
+"""What a training shows while it runs: one line with the time left, loss, learning rate, memory and validation."""
 
 from __future__ import annotations
 
-import sys
-import time
-from typing import TextIO
-
 import torch
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from flora_lab.lines import Line
 from flora_lab.run.machine import peak_memory
-
-ON_TERMINAL, IN_FILE = 0.5, 60.0  # seconds between two states of the line
-FORMAT = "{desc} {bar} {n_fmt}/{total_fmt} {remaining} left{postfix}"
-NAME = 10  # columns that a name gets on a terminal
-
-
-class Lines:
-    """A file for tqdm in which each state of a bar is a line of its own."""
-
-    def __init__(self, file: TextIO):
-        self.file = file
-
-    def write(self, text: str) -> None:
-        state = text.replace("\x1b[A", "").strip()  # tqdm also writes how to move between two bars
-        if state:
-            self.file.write(f"{state}\n")
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-class Line:
-    """A tqdm bar on stderr. The time left follows from the mean speed since the start, evaluations included."""
-
-    def __init__(self, name: str, total: int, initial: int, shown: bool):
-        self.terminal = sys.stderr.isatty()
-        self.interval = ON_TERMINAL if self.terminal else IN_FILE
-        self.drawn = time.monotonic()
-        self.bar = tqdm(
-            desc=self.fitted(name),
-            total=total,
-            initial=initial,
-            bar_format=FORMAT if self.terminal else FORMAT.replace(" {bar}", ""),
-            dynamic_ncols=self.terminal,
-            file=sys.stderr if self.terminal else Lines(sys.stderr),
-            miniters=1,  # tqdm's own thread then draws nothing
-            smoothing=0,
-            disable=not shown,
-        )
-
-    def fitted(self, name: str) -> str:
-        """The name, cut on a terminal if it is long."""
-        return f"{name[: NAME - 1]}…" if self.terminal and len(name) > NAME else name
-
-    def due(self) -> bool:
-        """Whether it is time to draw the line."""
-        return not self.bar.disable and time.monotonic() - self.drawn >= self.interval
-
-    def draw(self, count: int, text: str) -> None:
-        """Say that ``count`` of all are done, and ``text``; in a file at the next full minute, or at the end."""
-        if not self.bar.disable:
-            now = self.terminal or self.due()
-            self.bar.n = count
-            self.bar.set_postfix_str(text, refresh=now)
-            self.drawn = time.monotonic() if now else self.drawn
-
-    def advance(self, text: str) -> None:
-        """Say that one more is done."""
-        self.draw(self.bar.n + 1, text)
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def numbers(

@@ -6,11 +6,13 @@ The loop is the laboratory's own. TRL prepares the data, as for its SFTTrainer: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flora_lab.lines import counted
 from flora_lab.tasks.data.chats import Chats, formed
 from flora_lab.tasks.data.records import Records, three
 from flora_lab.tasks.data.texts import read_text
@@ -122,7 +124,7 @@ class Language(Answering):
 
         def examples(rows: dict[str, list[int]]) -> dict[str, list]:
             columns: dict[str, list] = {name: [] for name in features}
-            for index in rows["index"]:
+            for index, _ in zip(rows["index"], passed, strict=False):
                 try:
                     example = self._example(records[index], train)
                 except ValueError as error:
@@ -137,7 +139,9 @@ class Language(Answering):
         features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in names})
         rows = datasets.Dataset.from_dict({"index": range(len(records))})
         keys = {"batched": True, "remove_columns": ["index"], "keep_in_memory": True, "new_fingerprint": "tokens"}
-        return Records(rows.map(examples, features=features, **keys), lambda index: records.name(kept[index]))
+        with closing(counted(range(len(records)), len(records), "reading")) as passed:
+            rows = rows.map(examples, features=features, **keys)
+        return Records(rows, lambda index: records.name(kept[index]))
 
     def _example(self, row: Any, train: bool) -> dict[str, list[int]] | None:
         """A row's tokens; None if it is to be left out. Raises ValueError if it can't be learned from."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flora_lab.tasks.base import Task
 from flora_lab.tasks.data import dota
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 @dataclass
 class AerialImages(Pictures):
     """Where the pictures and their boxes come from, and how they are cut."""
+
+    few: ClassVar[str] = ", or set task.data.overfit=true, which evaluates on the train split"
 
     path: str = field(
         default="data",

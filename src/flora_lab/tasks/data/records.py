@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flora_lab.lines import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +27,12 @@ class Portions:
 
     The source's own splits are used as they are. If it has train and validation but no test split, its validation split
     becomes the test split, and a new validation split is taken from train.
+
+    Attributes:
+        few: what else to do, in words, if there are too few examples to take some away.
     """
+
+    few: ClassVar[str] = ""
 
     test_share: float = field(default=0.2, metadata={"help": "share of train for testing, if there is no such split"})
     validation_share: float = field(default=0.1, metadata={"help": "share of train for validation, likewise"})
@@ -82,11 +90,15 @@ def source_of(records: Records, split: str) -> str:
 
 
 def check_each(splits: Iterable[Records], check: Callable[[Records, int], Any]) -> None:
-    """Call ``check`` on every record, several at a time. The ValueError of the first that fails is raised."""
+    """Call ``check`` on every record, several at a time, and show how many are done.
+
+    The ValueError of the first that fails is raised.
+    """
+    every = list(splits)
     with ThreadPoolExecutor(8) as threads:
-        for records in splits:
-            for _ in threads.map(partial(check, records), range(len(records))):
-                pass
+        checks = (threads.map(partial(check, records), range(len(records))) for records in every)
+        for _ in counted(chain.from_iterable(checks), sum(map(len, every)), "checking"):
+            pass
 
 
 def need_known(splits: dict[str, Records], column: str, spell: Callable[[int], str]) -> None:
@@ -113,25 +125,31 @@ def three(source: dict[str, Records], keys: Portions, seed: int, name: str) -> d
         splits["test"] = splits.pop("validation")
     train, total = splits["train"], len(splits["train"])
     order = _order(total, seed)
-    cut = 0
-    for split, share in (("test", keys.test_share), ("validation", keys.validation_share)):
+    cut, drawn = 0, {}
+    for split in ("test", "validation"):
         if split not in splits:
+            drawn[split] = share = getattr(keys, f"{split}_share")
             size = round(total * share)
             splits[split] = train.select(order[cut : cut + size])
             cut += size
     if cut:
         splits["train"] = train.select(order[cut:])
-    return {split: _limited(splits[split], split, keys, seed, name) for split in SPLITS}
+    for split in SPLITS:
+        if not len(splits[split]):
+            problem = f"{name}: the {split} split is empty"
+            if total and split in drawn:
+                problem += (
+                    f": task.data.{split}_share={drawn[split]} of {total} is below one example; raise it{keys.few}"
+                )
+            raise ValueError(problem)
+    return {split: _limited(splits[split], split, keys, seed) for split in SPLITS}
 
 
-def _limited(records: Records, split: str, keys: Portions, seed: int, source: str) -> Records:
+def _limited(records: Records, split: str, keys: Portions, seed: int) -> Records:
     """At most as many records as the keys say, drawn with ``seed``."""
     most = getattr(keys, f"{split}_examples")
-    if most is not None and most < len(records):
-        records = records.select(_order(len(records), seed)[:most])
-    if not len(records):
-        raise ValueError(f"{source}: the {split} split is empty")
-    return records
+    few = most is not None and most < len(records)
+    return records.select(_order(len(records), seed)[:most]) if few else records
 
 
 def _order(count: int, seed: int) -> list[int]:

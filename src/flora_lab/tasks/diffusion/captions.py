@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flora.files import local_path
 from flora_lab.tasks.data.pictures import DIGITS, open_image, picture_files, read
@@ -24,6 +24,8 @@ LABEL = "label"  # the column of the folders' names, which are the captions then
 @dataclass
 class Captions(Portions):
     """Where the pictures and their captions come from, and how they are transformed."""
+
+    few: ClassVar[str] = ", or set task.data.reuse=true, which takes all pictures for each split"
 
     path: str = field(
         default="data",
