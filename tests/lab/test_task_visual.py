@@ -136,6 +136,26 @@ def shown(job, ids):
 
 # -------------------------------------------------------------------------------------------------------------- data
 
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_broken_picture_of_the_hub_is_named(several, tmp_path, monkeypatch):
+    file = io.BytesIO()
+    Image.new("RGB", (9, 5), COLOURS["red"]).save(file, "PNG")
+    cells = [{"bytes": content, "path": None} for content in [file.getvalue()] * 19 + [b"PNG"]]
+    feature = datasets.List(datasets.Image()) if several else datasets.Image()
+    columns = {
+        "image": [[cell] for cell in cells] if several else cells,
+        "messages": [[{"role": "user", "content": "<image> ?"}, {"role": "assistant", "content": "red"}]] * 20,
+    }
+    table = datasets.Dataset.from_dict(columns).cast_column("image", feature)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, subset: datasets.DatasetDict(train=table))
+    job = task("some/pictures", "tokens", image="image")
+    splits = job.splits(0)
+    assert splits["train"][0]["images"][0].getpixel((0, 0)) == COLOURS["red"]
+    with pytest.raises(ValueError, match="some/pictures, train, row 19: .*cannot identify image"):
+        job.check(splits)
+
+
 PICTURE = {"type": "image"}
 
 

@@ -220,7 +220,11 @@ class Rows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = self.records.name(index)
         try:
-            example = self.task.example(self.records[index], self.generated)
+            row = self.records[index]
+        except Exception as error:  # of Pillow's: a data set of the hub decodes its pictures itself
+            raise ValueError(f"{name}: {brief(error)}") from error
+        try:
+            example = self.task.example(row, self.generated)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         talk = example.pop("dialogue")
