@@ -63,7 +63,7 @@ class CoreSpace(nn.Module):
         for n, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
             self.register_parameter(f"factor_{n}", nn.Parameter(torch.zeros(size, rank, device=device, dtype=dtype)))
         # float64, so that 0.4 loses no digits on a float64 model
-        number = torch.tensor(scale, dtype=_widest(self.core.device), device=self.core.device)
+        number = torch.full((), scale, dtype=_widest(self.core.device), device=self.core.device)  # no host waits
         self.register_buffer("scale", number)
 
     @property
@@ -119,13 +119,13 @@ class CoreSpace(nn.Module):
     def set_scale(self, scale: float) -> None:
         """Replace the s of equation 5, also where it is written down."""
         self.scale.fill_(scale)
-        self.write_down()
+        self.write_down(scale)
 
-    def write_down(self) -> None:
-        """Note the scale where else it stands."""
+    def write_down(self, scale: float | None = None) -> None:
+        """Note the scale where else it stands; without ``scale`` it is read from the device."""
         if self.written_down is not None and not self.scale.is_meta:
             scales, name = self.written_down
-            scales[name] = self.scale.item()
+            scales[name] = self.scale.item() if scale is None else scale
 
     # accelerate moves a model to the meta device, has FSDP2 shard it there, and distributes every tensor of its state
     # dict as parameters are distributed. The scale is no such tensor: it stays aside until then.

@@ -174,7 +174,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         space.scaled_for = init if scale == "auto" else None
         if scales is not None:
             space.written_down = scales, self.name
-            space.set_scale(number)
+            space.write_down(number)
         start(space, init, output_mode)
         self.kind.after_start(layer, space)
         self.tucker_space[adapter_name] = space
