@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
     A method without a size to choose has the budget None. Raises ConfigError naming the variant and its option, or the
     file and row of the data. If every variant is left out, raises ConfigError with the first one's reason.
     """
+    _check_engine(config)
     try:
         for task in filter(None, [config.task.source_task(), config.task]):
             splits = task.splits(config.seed)
@@ -56,6 +58,14 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
         (name, _), reason = next(iter(reasons.items()))
         raise ConfigError(f"methods.{name}: {reason}")
     return reasons
+
+
+def _check_engine(config: Config) -> None:
+    """Refuse what the main process can't do alone while the launcher's engine holds the weights in shards."""
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise ConfigError("DeepSpeed's ZeRO-3 leaves no process a whole model to save and test: take FSDP2")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.comparison.norms:
+        raise ConfigError(f"comparison.norms={config.comparison.norms}: no process has a whole weight under FSDP")
 
 
 def say_left_out(reasons: Reasons, main: bool) -> None:
