@@ -11,8 +11,9 @@ and a core whose output unfolding is g times orthonormal rows, delta = s g · A�
 
     rms(delta) = s g η √(r_o / F),    and    rms(delta) / rms(W) = c η √r_o    for    s = c · rms(W) · √F / g.
 
-Shape, order and backbone drop out. LoRA with alpha = 2 r, Kaiming's A of rms 1/√(3 F) and a weight of rms 1/√F grows by
-1.15 η √r in the same step, and by up to 2 η √r for PyTorch's own linear layers, whose rms is 1/√(3 F).
+Shape, order and backbone drop out, whatever F means to the layer. LoRA with alpha = 2 r, Kaiming's A of rms 1/√(3 F)
+and a weight of rms 1/√F grows by 1.15 η √r in the same step, and by up to 2 η √r for PyTorch's own linear
+layers, whose rms is 1/√(3 F).
 
 *Turning.* An inner column of length 1 with I_n entries turns by η √I_n in a step, as a row of LoRA's A, of length 1/√3,
 turns by η √(3 F). Columns with entries of order one would turn by η only: they are all but frozen, and the update keeps
@@ -26,6 +27,14 @@ by η of their size, and the update grows as LoRA's does. The core learns, too, 
 *Small weights.* After t steps in one direction both parts have grown. LoRA's update then has a size of 2 √r (η t)²,
 whatever the weight's; this one has c · rms(W) √F · √r_o (η t)². So that a small weight learns no more slowly than with
 LoRA, its rms counts as 2 / √F at least, which puts 2 c in the place of LoRA's 2.
+
+*Where an output does not sum over F numbers.* Growth is exact for every weight. F has a meaning in two places only: the
+bound 2 / √F, and LoRA's turning. An attention's packed projection (3 d, d) has F = d, what an output sums over. So has
+each weight of stack="layers", which has its own core and s; only the turning is shared. Experts as one parameter
+(E, in, out) have F = E · in, and an output sums over ``in``: the bound is √E too low, so that a weight below 2 / √in
+learns up to √E more slowly than with LoRA. An embedding has F = its vocabulary, and an output reads one row. The bound
+is too low to matter, and a step has c η √r_o of the weight's size, where PEFT's LoRA moves the rows of the batch by
+2 η √r whatever their size: faster by √2 / rms(W). The inner factor turns by η √(rows in the batch).
 
 *Starts from data.* Their directions are those in which the gradient, or the inputs, agree from batch to batch. There a
 step of Adam is followed by others of the same sign more often than in a random direction, and the update grows faster
