@@ -77,7 +77,7 @@ def test_the_base_model_with_the_deltas_computes_what_the_adapted_model_computes
     base = {name: p.detach().clone() for name, p in before.named_parameters() if "head" not in name}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = deltas(model, base if METHODS[method].changes_base else None)
-    linear = ("pissa", "olora", "orthogonal", "eva", "lora_ga", "miss", "gralora", "oft")
+    linear = ("pissa", "olora", "orthogonal", "eva", "lora_ga", "corda", "miss", "gralora", "oft")
     assert found.keys() == ({"linear.weight"} if method in linear else {"conv.weight", "linear.weight"})
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     for name, delta in found.items():

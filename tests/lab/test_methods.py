@@ -9,6 +9,8 @@ from functools import cache
 import peft
 import pytest
 import torch
+from peft.tuners.lora import corda
+from peft.tuners.lora.config import CordaConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -33,7 +35,7 @@ HEADS = {"bert": ["classifier"], "vit": ["classifier"], "convnext": ["classifier
 SIZED = [way for way in METHODS if METHODS[way].size]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 NOT_ON_CONVNEXT = ("houlsby", "pfeiffer", "gralora", "oft")
-LINEAR_ONLY = (*NOT_ON_CONVNEXT, "pissa", "olora", "orthogonal", "eva", "lora_ga", "miss")
+LINEAR_ONLY = (*NOT_ON_CONVNEXT, "pissa", "olora", "orthogonal", "eva", "lora_ga", "corda", "miss")
 MOVING = ("pissa", "olora")  # they start with a part of the base weight, up to rounding
 STEPS = {"orthogonal": 2, "gralora": 2, "oft": 2}  # ranks are multiples
 CASES = [
@@ -144,7 +146,7 @@ def test_the_size_is_the_nearest_to_the_budget(way, name):
 
 # of the largest layer: 16 wide, 24 in the middle; 32 channels, 64 x 9 for a matrix of the kernels
 FULL = {"houlsby": 16, "pfeiffer": 16, "oft": 24, "lora_ga": 8} | dict.fromkeys(
-    "lora dora adalora loha locon rslora loraplus pissa olora orthogonal eva hira gralora miss".split(), 16
+    "lora dora adalora loha locon rslora loraplus pissa olora orthogonal eva corda hira gralora miss".split(), 16
 )
 FULL_OF_KERNELS = dict.fromkeys("lora dora adalora loha locon rslora loraplus hira".split(), 64)
 
@@ -220,7 +222,7 @@ def test_what_is_left_out_is_said():
             adapted(way, "convnext")
     with pytest.raises(CannotAdapt, match="needs widths that gralora_k=2 divides: 0$"):
         adapt("gralora", nn.Sequential(nn.Linear(4, 3)), [], 100, {})
-    for way in ("pissa", "olora", "orthogonal", "eva", "lora_ga", "miss"):
+    for way in ("pissa", "olora", "orthogonal", "eva", "lora_ga", "corda", "miss"):
         with pytest.raises(CannotAdapt, match=r"not support any of the 7 targets: Conv2d$"):
             adapted(way, "resnet")
     with pytest.raises(CannotAdapt, match=r"not support any of the 1 targets: Embedding$"):
@@ -339,6 +341,30 @@ def test_eva_starts_with_the_principal_components_of_the_inputs(name):
         assert torch.allclose((start[:rank] @ expected[:rank].T).abs(), torch.eye(rank), atol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_starts_as_peft_s_own_does(method):
+    """PEFT's takes one example at a time, and no inputs without tokens, as the pooler's."""
+    batch, model = batch_of("bert"), model_of("bert")
+    examples = [{key: value[n : n + 1] for key, value in batch.items()} for n in range(4)]
+    result = adapted("corda", "bert", r=3, corda_method=method)
+    result.start([batch, examples[1]])
+    targets = [name for name, m in model.bert.encoder.named_modules() if isinstance(m, nn.Linear)]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights="corda",
+                             corda_config=CordaConfig(corda_method=method))  # fmt: skip
+    corda.preprocess_corda(model, config, lambda: [model(**example) for example in (*examples, examples[1])])
+    expected, found = peft.get_peft_model(model, config), dict(result.model.named_modules())
+    for name, layer in expected.named_modules():
+        if hasattr(layer, "lora_A"):
+            for key in ("lora_A", "lora_B"):
+                one, other = (getattr(each, key)["default"].weight for each in (layer, found[name]))
+                assert torch.allclose(one.T @ one, other.T @ other, rtol=1e-2, atol=1e-4)  # signs are free
+            assert torch.allclose(layer.base_layer.weight, found[name].base_layer.weight, rtol=1e-2, atol=1e-4)
+    with pytest.raises(ValueError, match="corda_method='all': expected 'ipm' or 'kpm'"):
+        adapted("corda", "bert", corda_method="all")
+    with pytest.raises(CannotAdapt, match="CorDA needs a rank of at most the width 16 of .*, got 17"):
+        adapted("corda", "bert", r=17)
+
+
 def test_loraplus_trains_b_faster(tmp_path):
     result = adapted("loraplus", "bert", loraplus_lr_ratio=8)
     arguments = TrainingArguments(str(tmp_path), learning_rate=1e-2, weight_decay=0.1, use_cpu=True)
@@ -353,7 +379,7 @@ def test_loraplus_trains_b_faster(tmp_path):
 
 
 PREFIX = {"hira": "hira_", "gralora": "gralora_", "miss": "miss_", "oft": "oft_"}
-RIVALS = ["rslora", "loraplus", "pissa", "olora", "orthogonal", "eva", "lora_ga", "hira", "gralora", "miss", "oft"]
+RIVALS = "rslora loraplus pissa olora orthogonal eva lora_ga corda hira gralora miss oft".split()
 
 
 @pytest.mark.parametrize("way", RIVALS)
@@ -369,7 +395,7 @@ def test_rivals_of_peft_train_and_come_back_from_disk(way, tmp_path):
     moved = {key for key, p in result.model.named_parameters() if not torch.equal(p, before[key])}
     assert any("modules_to_save" in key for key in moved) and any(PREFIX.get(way, "lora_") in key for key in moved)
     own = {key: p for key, p in result.model.named_parameters() if not p.requires_grad}
-    if way == "lora_ga":  # the base model got its weights back
+    if way in ("lora_ga", "corda"):  # the base model got its weights back
         for key, parameter in model_of("bert").named_parameters():
             found = [p for name, p in own.items() if name.replace(".base_layer", "").endswith(key)]
             assert all(torch.allclose(p, parameter, atol=1e-6) for p in found)
@@ -504,7 +530,7 @@ def test_adalora_says_when_the_training_is_too_short(tmp_path):
 # ------------------------------------------------------------------------------------------------- others, on a Trainer
 
 
-@pytest.mark.parametrize("way", ["houlsby", "locon", "pissa", "eva", "lora_ga"])
+@pytest.mark.parametrize("way", ["houlsby", "locon", "pissa", "eva", "lora_ga", "corda"])
 def test_other_methods_go_on_from_a_checkpoint(way, tmp_path):
     runs = []
     for resume in (None, tmp_path / "checkpoint-2"):

@@ -34,6 +34,7 @@ PALETTE = {  # colour, marker and dashes of a method, or of a method and its sta
     "orthogonal": ("#3a7ca5", ">", "-."),
     "eva": ("#7b61e0", "P", "-."),
     "lora_ga": ("#7b61e0", "X", ":"),
+    "corda": ("#7b61e0", "d", "--"),
     "loha": ("#00875f", "^", "-"),
     "lokr": ("#7a9a1a", "P", "-."),
     "hira": ("#00875f", "D", ":"),

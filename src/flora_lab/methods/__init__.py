@@ -71,6 +71,7 @@ METHODS: dict[str, Method] = {
     "orthogonal": Method(_function("with_peft.lora"), "LoRA, orthogonal", "r", {"init_lora_weights": "orthogonal"}),
     "eva": Method(_function("lora_variants.eva"), "EVA", "r"),
     "lora_ga": Method(_function("lora_variants.lora_ga"), "LoRA-GA", "r", changes_base=True),
+    "corda": Method(_function("lora_variants.corda"), "CorDA", "r", changes_base=True),
     "adalora": Method(_function("adalora.adalora"), "AdaLoRA", "target_r"),
     "loha": Method(_function("with_peft.loha"), "LoHa", "r"),
     "lokr": Method(_function("with_peft.lokr"), "LoKr", "r"),

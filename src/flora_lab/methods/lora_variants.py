@@ -1,8 +1,8 @@
-"""LoRA of PEFT with a start from data (EVA, LoRA-GA), or with an optimizer of its own (LoRA+)."""
+"""LoRA of PEFT with a start from data (EVA, LoRA-GA, CorDA), or with an optimizer of its own (LoRA+)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,13 +11,14 @@ import peft
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.corda import CordaEigens, collect_eigens_for_layer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
 from flora.tuner.data_start.guard import undisturbed
 from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request
-from flora_lab.methods.with_peft import lora
+from flora_lab.methods.with_peft import LINEAR, at_rank, lora, lora_fields, narrowest
 
 ADAPTER = "default"
 
@@ -50,10 +51,9 @@ def eva(request: Request, **options: Any) -> AdaptedModel:
     return replace(adapted, start=partial(_start_from_inputs, adapted.model))
 
 
-def _start_from_inputs(model: peft.PeftModel, batches: Iterable[dict]) -> None:
-    layers = _layers(model)
-    moments = {name: Moments() for name in layers}
-    handles = [layer.register_forward_pre_hook(moments[name]) for name, layer in layers.items()]
+def _watch_inputs(model: peft.PeftModel, hooks: Mapping[str, Callable], batches: Iterable[dict]) -> None:
+    """Run the model on the batches, with a hook on each layer's inputs."""
+    handles = [layer.register_forward_pre_hook(hooks[name]) for name, layer in _layers(model).items()]
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -62,6 +62,12 @@ def _start_from_inputs(model: peft.PeftModel, batches: Iterable[dict]) -> None:
     model.train(training)
     for handle in handles:
         handle.remove()
+
+
+def _start_from_inputs(model: peft.PeftModel, batches: Iterable[dict]) -> None:
+    layers = _layers(model)
+    moments = {name: Moments() for name in layers}
+    _watch_inputs(model, moments, batches)
     starts = {}
     for name, layer in layers.items():
         if moments[name].count:
@@ -116,10 +122,7 @@ def _start_from_gradients(unshift: Unshift, batches: Iterable[dict]) -> None:
             layer.get_base_layer()._peft_loraga_grad = gradient  # where PEFT looks for it
             with torch.no_grad():
                 layer.lora_ga_init(ADAPTER, model.peft_config[ADAPTER].lora_ga_config)
-    unshift.starts = [
-        (layer.lora_A[ADAPTER].weight.detach().clone(), layer.lora_B[ADAPTER].weight.detach().clone())
-        for layer in layers
-    ]
+    unshift.keep_starts()
 
 
 def _mean_gradients(model: nn.Module, weights: list[nn.Parameter], batches: list[dict]) -> list[Tensor]:
@@ -134,6 +137,54 @@ def _mean_gradients(model: nn.Module, weights: list[nn.Parameter], batches: list
     return [total / len(batches) for total in sums]
 
 
+def corda(request: Request, corda_method: str = "ipm", **options: Any) -> AdaptedModel:
+    """CorDA: A and B start with parts of the weight, which loses them, along the covariance of its inputs (Yang et al.
+    2024): the leading ones ("ipm", which learns most) or the last ones ("kpm", which forgets least)."""
+    if corda_method not in ("ipm", "kpm"):
+        raise ValueError(f"corda_method={corda_method!r}: expected 'ipm' or 'kpm'")
+    # PEFT's own start reads the data before there is an adapter, so this one begins as a plain LoRA
+    adapted = at_rank(request, peft.LoraConfig, LINEAR, lora_fields, options, most=narrowest)
+    for name, layer in _layers(adapted.model).items():
+        if layer.r[ADAPTER] > (width := min(layer.weight.shape)):
+            raise CannotAdapt(f"CorDA needs a rank of at most the width {width} of {name}, got {layer.r[ADAPTER]}")
+    unshift = Unshift(adapted.model)
+    notes = [*adapted.notes, "saved with the start's part subtracted, at twice the rank"]
+    start = partial(_start_from_covariances, unshift, corda_method)
+    return replace(adapted, notes=notes, callbacks=[unshift], start=start)
+
+
+def _start_from_covariances(unshift: Unshift, method: str, batches: Iterable[dict]) -> None:
+    layers = _layers(unshift.model)
+    covariances = {name: Covariance() for name in layers}
+    _watch_inputs(unshift.model, covariances, batches)
+    for name, layer in layers.items():
+        if covariances[name].count:
+            base, rank = layer.get_base_layer(), layer.r[ADAPTER]
+            base.covariance_matrix = covariances[name].sum / covariances[name].count  # where PEFT looks for it
+            parts = collect_eigens_for_layer(base, None)
+            del base.covariance_matrix
+            kept = slice(None, rank) if method == "ipm" else slice(-rank, None)
+            u, v = (vectors[:, kept].to(base.weight.device) for vectors in (parts.U_WC, parts.V_WC))
+            base.eigens = CordaEigens(S_WC=parts.S_WC[kept].clone(), U_WC=u, V_WC=v)
+            layer.corda_init(ADAPTER, "corda")
+    unshift.keep_starts()
+
+
+class Covariance:
+    """A hook that sums the covariance of a layer's inputs as PEFT does, over any number of examples and axes: each
+    example counts alike, and is divided by its largest entry."""
+
+    def __init__(self) -> None:
+        self.count, self.sum = 0, 0.0
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].detach().float()
+        rows = rows.reshape(len(rows), -1, rows.shape[-1])
+        rows = rows / rows.amax((1, 2), keepdim=True).abs().clamp_min(torch.finfo(rows.dtype).tiny)
+        self.count += len(rows)
+        self.sum = self.sum + (rows.mT @ rows).sum(0)
+
+
 class Unshift(TrainerCallback):
     """Gives the base model its weights back after training.
 
@@ -145,6 +196,13 @@ class Unshift(TrainerCallback):
         self.model = model
         self.layers = list(_layers(model).values())
         self.starts: list[tuple[Tensor, Tensor]] = []
+
+    def keep_starts(self) -> None:
+        """To be called once the adapter has started."""
+        self.starts = [
+            (layer.lora_A[ADAPTER].weight.detach().clone(), layer.lora_B[ADAPTER].weight.detach().clone())
+            for layer in self.layers
+        ]
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, **kwargs):

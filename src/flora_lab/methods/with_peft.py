@@ -32,7 +32,7 @@ _DORA = Limits(
 )
 _LORA = Limits((*_DORA.layers, nn.MultiheadAttention), _DORA.ignored, parameters=True)
 _HIRA = Limits(_DORA.layers, ("groups", "padding_mode"))
-_LINEAR = Limits((nn.Linear, Conv1D))
+LINEAR = Limits((nn.Linear, Conv1D))
 _TORCH_LINEAR = Limits((nn.Linear,))
 _LYCORIS = Limits((nn.Linear, nn.Conv1d, nn.Conv2d), ("padding_mode",))  # LoHa and LoKr, which PEFT took from there
 LOKR_FACTORS = (-1, 16, 8, 4, 2)  # -1: the factor nearest to the square root of the width
@@ -41,21 +41,28 @@ LOKR_FACTORS = (-1, 16, 8, 4, 2)  # -1: the factor nearest to the square root of
 def lora(request: Request, **options: Any) -> AdaptedModel:
     """LoRA and PEFT's options of it: ``use_dora`` makes it DoRA, ``init_lora_weights`` PiSSA, OLoRA, …"""
 
-    def fields(rank: int, selection: Selection) -> dict[str, Any]:
-        return {"lora_alpha": 2 * rank, "fan_in_fan_out": selection.transposed}
-
     limits = _DORA if options.get("use_dora") else _LORA
     start = options.get("init_lora_weights", True)
     if start not in (True, False, "gaussian"):
-        limits = _LINEAR  # PEFT rejects the other starts for convolutions, and ignores them for embeddings
+        limits = LINEAR  # PEFT rejects the other starts for convolutions, and ignores them for embeddings
     most = _half_of_narrowest if start == "lora_ga" else Selection.full_rank
     step = 2 if start == "orthogonal" else 1  # PEFT gives half of the ranks to either factor
-    return at_rank(request, peft.LoraConfig, limits, fields, options, most=most, step=step)
+    return at_rank(request, peft.LoraConfig, limits, lora_fields, options, most=most, step=step)
+
+
+def lora_fields(rank: int, selection: Selection) -> dict[str, Any]:
+    """The fields of a LoraConfig at a rank."""
+    return {"lora_alpha": 2 * rank, "fan_in_fan_out": selection.transposed}
+
+
+def narrowest(selection: Selection) -> int:
+    """The least width of the selected layers."""
+    return min(min(weight_shape(layer)) for layer in selection.layers.values())
 
 
 def _half_of_narrowest(selection: Selection) -> int:
     """The highest rank for PEFT's LoRA-GA, whose A and B take the gradient's singular vectors in turn."""
-    return max(1, min(min(weight_shape(layer)) for layer in selection.layers.values()) // 2)
+    return max(1, narrowest(selection) // 2)
 
 
 def loha(request: Request, **options: Any) -> AdaptedModel:
@@ -117,7 +124,7 @@ def gralora(request: Request, gralora_k: int = 2, **options: Any) -> AdaptedMode
             raise CannotAdapt(f"GraLoRA needs widths that gralora_k={gralora_k} divides: {shortened(uneven)}")
         return {"gralora_k": gralora_k, "alpha": 2 * rank, "fan_in_fan_out": selection.transposed}
 
-    return at_rank(request, peft.GraloraConfig, _LINEAR, fields, options, step=gralora_k)
+    return at_rank(request, peft.GraloraConfig, LINEAR, fields, options, step=gralora_k)
 
 
 def miss(request: Request, **options: Any) -> AdaptedModel:
@@ -143,7 +150,7 @@ def oft(request: Request, **options: Any) -> AdaptedModel:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)
-        return at_rank(request, peft.OFTConfig, _LINEAR, fields, options, size="oft_block_size", most=most, step=2)
+        return at_rank(request, peft.OFTConfig, LINEAR, fields, options, size="oft_block_size", most=most, step=2)
 
 
 def _refuse_convolutions(request: Request, name: str) -> None:
