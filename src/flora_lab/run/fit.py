@@ -29,6 +29,7 @@ from transformers.integrations import TensorBoardCallback
 
 from flora.files import replace_file, save_tensors
 from flora_lab.run.progress import Progress
+from flora_lab.run.sharding import prepare_to_shard
 from flora_lab.settings import Training
 from flora_lab.tasks import Examples, Task
 
@@ -70,7 +71,7 @@ def fit(
         trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
     trainer.title, trainer.task, trainer.progress = name, task, progress
     if trainer.is_fsdp_enabled:
-        _prepare_to_shard(model)
+        prepare_to_shard(model)
     try:
         trainer.train(resume_from_checkpoint=checkpoints.last)
     finally:
@@ -111,23 +112,6 @@ class Fit:
         if missing:
             raise RuntimeError(f"the gathered weights have no {missing[0]}")
         return model
-
-
-def _prepare_to_shard(model: nn.Module) -> None:
-    """Give a model what accelerate asks it for: the classes of its blocks, and its embeddings, None for pictures.
-
-    transformers knows both for language models, but not for an UperNet, or for a model of ours around one of its own.
-    """
-    blocks = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    model._no_split_modules = sorted(blocks & {type(module).__name__ for module in model.modules()})
-    try:
-        model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        model.get_input_embeddings = _no_embeddings
-
-
-def _no_embeddings() -> None:
-    return None
 
 
 class _Trainer(Trainer):
