@@ -90,6 +90,8 @@ PARTS: dict[int, list[Step]] = {
             measure="step",
             environment={"LYCORIS_KERNEL_BACKEND": "torch"},  # by default it takes its Triton kernels
         ),
+        Step("initialize.py", ("--start", "gradient", "--tokens", "1024")),
+        Step("initialize.py", ("--start", "activations", "--tokens", "1024")),
         tests(
             "contract",
             *("-p", "xdist", "-n", "8", "tests/flora/test_contract.py"),

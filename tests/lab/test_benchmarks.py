@@ -124,6 +124,16 @@ def test_parameters_are_equal_as_in_a_comparison(name, monkeypatch):
     assert {"conv-192": "flora-k3", "depthwise": "flora-all", "experts": "flora-merged"}[name] in sizes
 
 
+@pytest.mark.parametrize("start", ["gradient", "activations"])
+def test_a_start_from_data_is_timed(start, tmp_path, monkeypatch):
+    flags = ["--tiny", "--blocks", "2", "--batches", "2", "--threads", "1", "--start", start]
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["initialize.py", *flags, "--output", str(tmp_path / "rows.json")])
+    import_module("initialize").main()
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["method"] == start and row["seconds"] > 0 and row["peak_bytes"] > row["model_bytes"]
+
+
 def test_the_parts_for_a_gpu_are_commands_that_these_scripts_take(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     gpu = import_module("gpu")
@@ -143,7 +153,7 @@ def test_the_parts_for_a_gpu_are_commands_that_these_scripts_take(tmp_path, monk
             layout, compile = getattr(own, "channels_last", False), getattr(own, "compile", None)
             marks = (part, Path(script).stem, own.precision, compile, layout, tuple(step.environment))
             assert outputs.setdefault(own.output, marks) == marks  # a file has rows of one setting, from one part
-    assert len(outputs) == len({output.name for output in outputs}) == 10
+    assert len(outputs) == len({output.name for output in outputs}) == 11
 
 
 ALONE = """import os, sys
