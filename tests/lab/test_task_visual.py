@@ -462,7 +462,8 @@ def simple_evaluate(model, model_args, tasks, batch_size, cli_args):
     files = {file.name for file in Path(model_args.removeprefix("pretrained=")).iterdir()}
     assert model == "llava_hf" and {"config.json", "model.safetensors", "processor_config.json"} <= files
     assert Path(cli_args.output_path).is_dir()
-    return {"results": {"pope": {"alias": "pope", "pope_accuracy,none": 0.75, "pope_f1_stderr,none": 0.1}}}
+    return {"results": {"pope": {"alias": "pope", "pope_accuracy,none": 0.75, "pope_f1_stderr,none": 0.1},
+                        "mmbench_en_dev_static": {"gpt_eval_score,none": 65.0}}}
 """
 
 
@@ -474,14 +475,15 @@ def test_lmms_eval_gets_the_merged_model_in_a_process_of_its_own(tmp_path, monke
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_FSDP"):
         monkeypatch.setenv(name, "2")
-    manager = SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=["pope"]))
+    manager = SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=["pope", "mmbench_en_dev_static"]))
     monkeypatch.setitem(sys.modules, "lmms_eval", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "lmms_eval.tasks", manager)
-    job = task(llava(tmp_path), lmms_eval=["pope"])
+    job = task(llava(tmp_path), lmms_eval=["pope", "mmbench_en_dev_static"])
     job.check(job.splits(0))
     model = job.build()
     adapted = adapt("flora", model, [], 600, {}, target_modules=job.targets_of(model)).model
-    assert job.judge(adapted, None, {}, tmp_path) == {"test": {"pope pope_accuracy": 0.75}}
+    numbers = {"pope pope_accuracy": 0.75, "mmbench_en_dev_static gpt_eval_score": 65.0, "average": 0.7}
+    assert job.judge(adapted, None, {}, tmp_path) == {"test": pytest.approx(numbers)}
     job.lmms_eval = ["gqa"]
     with pytest.raises(ValueError, match="lmms-eval has no task 'gqa'"):
         job.check(job.splits(0))

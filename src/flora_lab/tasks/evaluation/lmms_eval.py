@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 NUMBERS = "numbers.json"
+# the number that the paper's appendix has of each benchmark, and the most it can be
+HEADLINES = {
+    "vqav2_val": ("exact_match", 1),
+    "gqa": ("exact_match", 1),
+    "vizwiz_vqa_val": ("exact_match", 1),
+    "scienceqa_img": ("exact_match", 1),
+    "textvqa_val": ("exact_match", 1),
+    "pope": ("pope_accuracy", 1),
+    "mmbench_en_dev_static": ("gpt_eval_score", 100),
+}
 # what `accelerate launch` and torchrun set for each of their processes
 LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 
@@ -32,7 +44,8 @@ def check(tasks: list[str]) -> None:
 
 
 def evaluate(model: nn.Module, processor: Any, tasks: list[str], kind: str) -> dict[str, float]:
-    """{"pope pope_accuracy": 0.86, …}: what lmms-eval reports of the merged model; merges the adapter for good.
+    """{"pope pope_accuracy": 0.86, …}: what lmms-eval reports of the merged model; merges the adapter for good. Of
+    several tasks in HEADLINES also their "average", a share.
 
     It runs in a process of its own: in one of several that a launcher started, it would wait for the others and take
     its share of the questions only. ``kind``: lmms-eval's name of the model's class, such as llava_hf.
@@ -48,7 +61,16 @@ def evaluate(model: nn.Module, processor: Any, tasks: list[str], kind: str) -> d
         ended = subprocess.run([sys.executable, "-m", __name__, folder, kind, *tasks], env=alone, check=False)
         if ended.returncode:
             raise RuntimeError(f"lmms-eval ended with exit code {ended.returncode}: its messages are above")
-        return json.loads(Path(folder, NUMBERS).read_text())
+        numbers = json.loads(Path(folder, NUMBERS).read_text())
+    return numbers | _average(numbers, tasks)
+
+
+def _average(numbers: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:
+    """Nothing if a task is not in HEADLINES, or lmms-eval does not report its number."""
+    places = {f"{task} {HEADLINES[task][0]}": HEADLINES[task][1] for task in tasks if task in HEADLINES}
+    if not 1 < len(places) == len(tasks) or not places.keys() <= numbers.keys():
+        return {}
+    return {"average": fmean(numbers[place] / most for place, most in places.items())}
 
 
 def _evaluate(folder: str, kind: str, *tasks: str) -> None:
