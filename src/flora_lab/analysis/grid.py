@@ -13,8 +13,8 @@ from flora_lab.analysis.results import Result, at_main_budget
 from flora_lab.analysis.style import INK
 
 ACROSS = 12  # pictures at most
-SIDE = 0.6  # inches
-LEFT, ABOVE = 2.6, 0.5  # room for names, in sides
+SIDE, LARGE = 0.6, 2.4  # inches: of a generated picture, and of a given one
+LEFT, ABOVE = 1.6, 0.3  # inches for names
 
 
 def grid(results: Sequence[Result]) -> Picture | None:
@@ -29,8 +29,9 @@ def grid(results: Sequence[Result]) -> Picture | None:
     lines = [(given or "base model", samples["base"])]
     lines += [(result.label, result.rows[0]["samples"]["images"]) for result in kept]
     columns = _columns(samples["prompts"])
-    side = 2 * SIDE if given else SIDE
-    chart, axes = canvas(width=side * (LEFT + len(columns)), height=side * (ABOVE + len(lines)))
+    side = LARGE if given else SIDE
+    left, above = LEFT / side, ABOVE / side
+    chart, axes = canvas(width=side * (left + len(columns)), height=side * (above + len(lines)))
     for row, (label, images) in enumerate(lines):
         for place, column in enumerate(columns):
             if column < len(images):
@@ -38,12 +39,12 @@ def grid(results: Sequence[Result]) -> Picture | None:
                 axes.imshow(_decoded(images[column]), extent=extent, origin="upper", interpolation="none")
         bold = "bold" if row and kept[row - 1].style.ours else "normal"
         name = "\n".join(textwrap.wrap(label, 20))
-        axes.text(-0.1, row + 0.48, name, ha="right", va="center", color=INK, fontweight=bold)
+        axes.text(-0.06 / side, row + 0.48, name, ha="right", va="center", color=INK, fontweight=bold)
     for place, column in enumerate(columns):
         prompt, before = samples["prompts"][column], samples["prompts"][columns[place - 1]] if place else None
         if prompt != before:
-            axes.text(place, -0.12, textwrap.shorten(prompt, 40), ha="left", va="bottom", color=INK, fontsize=9)
-    axes.set(xlim=(-LEFT, len(columns)), ylim=(len(lines), -ABOVE), aspect="equal")
+            axes.text(place, -0.07 / side, textwrap.shorten(prompt, 40), ha="left", va="bottom", color=INK, fontsize=9)
+    axes.set(xlim=(-left, len(columns)), ylim=(len(lines), -above), aspect="equal")
     axes.set_axis_off()
     chart.suppressComposite = True  # in SVG each picture keeps its own pixels
     same = "pictures" if given else "prompts and starting noise"
