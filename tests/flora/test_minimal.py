@@ -58,7 +58,7 @@ def test_a_command_of_the_laboratory_says_in_one_line_what_to_install(minimal):
 
 def test_plan_needs_no_extra(minimal):
     assert minimal["plan"]["code"] == 0, minimal["plan"]["err"]
-    assert "model.layers.0.mlp.down_proj" in minimal["plan"]["out"]
+    assert "model.layers.0.self_attn.v_proj" in minimal["plan"]["out"]
 
 
 def test_looking_for_peft_leaves_the_hook_that_registers_flora(monkeypatch):

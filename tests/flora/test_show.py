@@ -141,7 +141,7 @@ def test_the_page_of_a_plan(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaConfig(**sizes, vocab_size=40, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "<b>llama")
     page = tmp_path / "plan.html"
-    result = flora("plan", tmp_path / "<b>llama", "budget=0.2", "--html", page)
+    result = flora("plan", tmp_path / "<b>llama", "budget=0.2", "target_modules=all-weights", "--html", page)
     assert result.exit_code == 0, result.output
     text = page.read_text()
     tags = Tags(text)
