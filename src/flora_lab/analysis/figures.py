@@ -28,7 +28,7 @@ from flora_lab.analysis.drawing import (
 from flora_lab.analysis.fields import Row
 from flora_lab.analysis.grid import grid
 from flora_lab.analysis.results import Result, at_main_budget, by_job, ordered
-from flora_lab.analysis.style import FLORA, GRID, INK, OURS, Style, styles
+from flora_lab.analysis.style import FLORA, GRID, INK, Style, styles
 from flora_lab.analysis.tables import factor, metric_name
 
 ENDS = ("full", "head")  # methods at 1 and 0 of the normalised gain
@@ -38,7 +38,7 @@ JOB_MARKERS = "os^DvPX*<>ph"
 def pictures(results: Sequence[Result]) -> list[Picture]:
     """Every figure that can be made of the results: job by job, then those of all jobs."""
     results = [result for result in results if math.isfinite(result.mean)]  # the table says which diverged
-    swept = [result for result in results if _scale(result) is not None]  # they would hide the other variants
+    swept = [result for result in results if result.scale is not None]  # they would hide the other variants
     made: list[Picture | None] = []
     for of in by_job(results).values():
         variants = [result for result in of if result not in swept]
@@ -97,7 +97,7 @@ def budgets(results: Sequence[Result]) -> Picture | None:
 
 def scales(results: Sequence[Result]) -> Picture | None:
     """Metric against the scale s, for variants of FLoRA whose options give it as a number (paper, Fig. 5)."""
-    swept = [(scale, result) for result in ordered(results) if (scale := _scale(result)) is not None]
+    swept = [(scale, result) for result in ordered(results) if (scale := result.scale) is not None]
     several = len({result.budget for _, result in swept}) > 1
     lines: dict[Style, list[tuple[float, Result]]] = {}
     automatic, dashes = [], itertools.cycle(("-", "--", ":", "-."))
@@ -296,9 +296,3 @@ def _unpadded(values: list[float]) -> list[float]:
     if not values or values[-1] > 1e-5:
         return values
     return values[: next((n for n in range(1, len(values)) if values[n] < values[n - 1] / 10), len(values))]
-
-
-def _scale(result: Result) -> float | None:
-    """The scale s that the variant's options give as a number."""
-    scale = (result.rows[0].get("options") or {}).get("scale")
-    return scale if result.method == OURS and isinstance(scale, int | float) and scale > 0 else None

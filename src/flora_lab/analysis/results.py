@@ -62,6 +62,12 @@ class Result:
         return ends.get(self.learning_rate) if len(self.rates) > 1 else None
 
     @property
+    def scale(self) -> float | None:
+        """The scale s that the variant's options give as a number."""
+        scale = (self.rows[0].get("options") or {}).get("scale")
+        return scale if self.method == OURS and isinstance(scale, int | float) and scale > 0 else None
+
+    @property
     def epoch_seconds(self) -> float | None:
         """Median over seeds; of an epoch's steps alone if that was recorded, else its share of the training."""
         times = [
