@@ -14,9 +14,9 @@ import test_task_visual as visual
 from PIL import ExifTags, Image
 
 from flora_lab.tasks.data import coco, dota
-from flora_lab.tasks.data.chats import read_rows
 from flora_lab.tasks.data.glue import SUBSETS, read_tsv
 from flora_lab.tasks.data.pictures import opened, size_of
+from flora_lab.tasks.data.rows import read_rows
 from flora_lab.tasks.diffusion.captions import Captions
 
 # ------------------------------------------------------------------------------------------------------------- texts

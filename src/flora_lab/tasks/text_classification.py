@@ -7,22 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from flora_lab.tasks.data.chats import read_rows
-from flora_lab.tasks.data.records import Portions, Records, need_known, three
+from flora_lab.tasks.data.records import Records, need_known, three
+from flora_lab.tasks.data.rows import Rows
 from flora_lab.tasks.models.pretrained import Pretrained
 from flora_lab.tasks.sentences import SentenceTask
 
 
 @dataclass
-class LabelledTexts(Portions):
-    path: str = field(
-        default="",
-        metadata={
-            "help": "JSON lines, JSON, CSV, TSV or parquet: a file, a folder of splits, or a name on the hub",
-            "path": True,
-        },
-    )
-    subset: str | None = field(default=None, metadata={"help": "of a data set on the hub"})
+class LabelledTexts(Rows):
+    """Which columns have the texts and their classes."""
+
     text: str = field(default="text", metadata={"help": "column of the texts"})
     pair: str | None = field(default=None, metadata={"help": "column of the second texts, if each example has two"})
     label: str = field(default="label", metadata={"help": "column of the classes, names or whole numbers"})
@@ -54,10 +48,8 @@ class TextClassification(SentenceTask):
         """The columns of texts, and "label" with the name of the class. A test split without labels is left out."""
         import datasets
 
-        if not self.data.path:
-            raise ValueError("task.data.path: expected a file, a folder, or a name on the hub")
         found = {}
-        for split, records in read_rows(self.data.path, self.data.subset).items():
+        for split, records in self.data.read().items():
             if split == "test" and not any(_is_labelled(row, self.data.label) for row in records.dataset):
                 continue
             names = getattr(getattr(records.dataset, "features", {}).get(self.data.label), "names", None)

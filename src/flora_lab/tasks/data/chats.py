@@ -1,4 +1,4 @@
-"""Conversations, prompts with their answers, and texts: read from files or the hub, row by row.
+"""Conversations, prompts with their answers, and texts, from rows of columns.
 
 A row is brought to one of TRL's forms: {"messages": [{"role", "content"}, …]}, {"prompt", "completion"}, or {"text"}.
 """
@@ -8,32 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from flora.files import local_path
-from flora_lab.tasks.data.arithmetic import ARITHMETIC, problems
-from flora_lab.tasks.data.records import SPLITS, Portions, Records, split_name
-from flora_lab.tasks.data.tables import SEPARATORS, read_table
-from flora_lab.tasks.data.texts import lines_of, parse_json, read_text
+from flora_lab.tasks.data.records import Records
+from flora_lab.tasks.data.rows import Rows, read_rows
 
 ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT's and LLaVA's files spell them
-ENDINGS = (".jsonl", ".json", ".parquet", *SEPARATORS)
 FORMS = "messages, conversations, prompt and completion, or text"
 
 
 @dataclass
-class Chats(Portions):
+class Chats(Rows):
     """Where the conversations come from."""
 
-    path: str = field(
-        default="",
-        metadata={
-            "help": "JSON lines, JSON, CSV, TSV or parquet: a file, a folder of splits, or a name on the hub",
-            "path": True,
-        },
-    )
-    subset: str | None = field(default=None, metadata={"help": "of a data set on the hub"})
     test_path: str | None = field(
         default=None, metadata={"help": "likewise, to validate and test on in place of a share of path", "path": True}
     )
@@ -44,9 +31,7 @@ class Chats(Portions):
 
     def read(self) -> dict[str, Records]:
         """The rows of "train", and of "validation" and "test" where the source has them. Raises ValueError."""
-        if not self.path:
-            raise ValueError("task.data.path: expected a file, a folder, or a name on the hub")
-        splits = read_rows(self.path, self.subset)
+        splits = super().read()
         if self.test_path:
             other = read_rows(self.test_path, self.test_subset)
             test = other.pop("test", None) or other.pop("train")
@@ -62,72 +47,6 @@ class Chats(Portions):
         if not isinstance(row, Mapping):
             raise ValueError(f"{row!r:.80} is not an object of columns")
         return {self.columns.get(name, name): value for name, value in row.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------- reading
-
-
-def read_rows(path: str, subset: str | None) -> dict[str, Records]:
-    """Raises ValueError naming ``path``, or file and line."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    if path in ARITHMETIC:
-        return {"train": Records(problems(ARITHMETIC[path]), lambda index: f"{path}, row {index}")}
-    place = local_path(path)
-    if place is None:
-        try:
-            found = datasets.load_dataset(path, subset)
-        except Exception as error:  # of the hub's and datasets' many classes
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-        splits = {split_name(name): Records(rows, _namer(f"{path}, {name}")) for name, rows in found.items()}
-    else:
-        splits = _files(place)
-    if "train" not in splits and set(splits) != {"test"}:
-        raise ValueError(f"{path} has no train split, but {', '.join(splits)}")
-    return splits
-
-
-def _files(place: Path) -> dict[str, Records]:
-    """A split's files have its name, or lie in a folder of its name; a file with another name is train."""
-    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.suffix in ENDINGS)
-    if not files:
-        raise ValueError(f"{place}: no file that ends in {', '.join(ENDINGS)}")
-    rows: dict[str, list] = {}
-    places: dict[str, list[str]] = {}
-    for file in files:
-        names = (re.split(r"[-_.]", file.stem)[0], file.absolute().parent.name) if len(files) > 1 else ()
-        split = next((split for split in map(split_name, names) if split in SPLITS), "train")
-        for where, row in _parquet(file) if file.suffix == ".parquet" else _text_rows(file):
-            rows.setdefault(split, []).append(row)
-            places.setdefault(split, []).append(where)
-    if not rows:
-        raise ValueError(f"{place} is empty")
-    return {split: Records(rows[split], places[split].__getitem__) for split in rows}
-
-
-def _text_rows(file: Path) -> list[tuple[str, Any]]:
-    """Every row of JSON lines, a JSON list or a table, with its place."""
-    text = read_text(file)
-    if file.suffix in SEPARATORS:
-        return read_table(file, text)
-    if text.lstrip().startswith("["):
-        return [(f"{file}, row {index}", row) for index, row in enumerate(parse_json(text, file))]
-    return [(place, parse_json(line, place)) for place, line in lines_of(text, file)]
-
-
-def _parquet(file: Path) -> list[tuple[str, Any]]:
-    import pyarrow.parquet as parquet
-
-    try:
-        rows = parquet.read_table(file).to_pylist()
-    except Exception as error:  # of pyarrow's many classes
-        raise ValueError(f"{file}: {error}") from error
-    return [(f"{file}, row {index}", row) for index, row in enumerate(rows)]
-
-
-def _namer(source: str) -> Any:
-    return lambda index: f"{source}, row {index}"
 
 
 # --------------------------------------------------------------------------------------------------------- its forms

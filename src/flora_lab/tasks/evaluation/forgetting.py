@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks.data.chats import read_rows
+from flora_lab.tasks.data.rows import read_rows
 
 if TYPE_CHECKING:
     from torch import nn
