@@ -93,6 +93,12 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         task_of(tmp_path, [*ROWS, row]).splits(0)
 
 
+def test_a_row_of_the_test_split_that_has_no_columns_is_named(tmp_path):
+    write(tmp_path / "data", [["cats"]], "test.jsonl")
+    with pytest.raises(ValueError, match=r"test\.jsonl, row 0: 'cats' is not an object of columns"):
+        task_of(tmp_path).splits(0)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

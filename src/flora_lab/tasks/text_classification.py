@@ -50,7 +50,7 @@ class TextClassification(SentenceTask):
 
         found = {}
         for split, records in self.data.read().items():
-            if split == "test" and not any(_is_labelled(row, self.data.label) for row in records.dataset):
+            if split == "test" and all(_lacks(row, self.data.label) for row in records.dataset):
                 continue
             names = getattr(getattr(records.dataset, "features", {}).get(self.data.label), "names", None)
             rows = [self._example(records.name(index), row, names) for index, row in enumerate(records.dataset)]
@@ -72,7 +72,7 @@ class TextClassification(SentenceTask):
             if not isinstance(row[column], str):
                 raise ValueError(f"{place}: column {column!r} is {type(row[column]).__name__}, not text")
         label = row[self.data.label]
-        if not _is_labelled(row, self.data.label) or not isinstance(label, str | int):
+        if _lacks(row, self.data.label) or not isinstance(label, str | int):
             raise ValueError(f"{place}: {self.data.label}={label!r}; expected the name of a class, or a whole number")
         return {**{name: row[name] for name in self.columns}, "label": names[label] if names else str(label)}
 
@@ -89,6 +89,6 @@ class TextClassification(SentenceTask):
         return {split: self.tokenized(records) for split, records in self._examples.items()}
 
 
-def _is_labelled(row: Mapping[str, Any], column: str) -> bool:
-    """The hub marks test splits with labels that are not public by -1."""
-    return row.get(column) not in (None, "", -1)
+def _lacks(row: Any, column: str) -> bool:
+    """Whether a row has no label. The hub marks test splits whose labels are not public by -1."""
+    return isinstance(row, Mapping) and row.get(column) in (None, "", -1)
