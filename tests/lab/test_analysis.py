@@ -641,7 +641,7 @@ def seeded(job, variant, *values, budget=1000):
     return [row(variant, budget, seed, value=value, job=job) for seed, value in enumerate(values)]
 
 
-def test_all_pairs_of_runs_over_jobs(tmp_path):
+def test_all_pairs_of_runs_over_jobs_and_budgets(tmp_path):
     rows = [
         *seeded("a", "lora", 0.5, 0.6),
         *seeded("a", "flora", 0.53, 0.62, 0.9),
@@ -659,7 +659,11 @@ def test_all_pairs_of_runs_over_jobs(tmp_path):
         ["DoRA", "+30.00", "–", "1 of 1", "–", "–", "–"],
         ["FLoRA", "+2.00", f"{p:.3f}", "3 of 3", "-29.00", "–", "0 of 1"],
     ]
-    assert across.pairs(summarise(seeded("a", "lora", 0.5) + seeded("a", "flora", 0.6))) is None
+    one = seeded("a", "lora", 0.5) + seeded("a", "flora", 0.6)
+    assert across.pairs(summarise(one)) is None
+    two = one + seeded("a", "lora", 0.6, budget=2000) + seeded("a", "flora", 0.8, budget=2000)
+    expected = ["FLoRA", "+15.00", f"{ttest_1samp([10, 20], 0).pvalue:.3f}", "2 of 2"]
+    assert across.pairs(summarise(two)).lines[0][:4] == expected
     page, file = tmp_path / "page.md", write(tmp_path / "results.jsonl", *rows)
     page.write_text(
         "<!-- a -->\n<!-- b -->\n<!-- c -->\n<!-- pairs: a, b -->\n| old |\n<!-- pairs: a, z -->\n| kept |\n"

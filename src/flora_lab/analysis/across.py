@@ -1,4 +1,4 @@
-"""Numbers over several jobs. No torch."""
+"""Numbers over several jobs and budgets. No torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ NOTE = (
 
 
 def pairs(results: Sequence[Result]) -> Table | None:
-    """Every method that is given ranks by the budget against LoRA and DoRA. None without two jobs to compare in.
+    """Every method that is given ranks by the budget against LoRA and DoRA. None without two jobs, or two
+    budgets, to compare at.
 
     Jobs whose metric is no share or correlation are left out.
     """
     jobs = {job: of for job, of in by_job(results).items() if factor(of) == 100}
     found: dict[str, dict[str, list[float]]] = {}
     styles: dict[str, Style] = {}
-    used: set[str] = set()
+    used: set[tuple[str, int | None]] = set()
     for job, of in jobs.items():
         for rival in RIVALS:
             for theirs in plain(of, rival):
@@ -37,7 +38,7 @@ def pairs(results: Sequence[Result]) -> Table | None:
                         differences = [ours.values[seed] - theirs.values[seed] for seed in common]
                         found.setdefault(ours.label, {}).setdefault(rival, []).extend(differences)
                         styles[ours.label] = ours.style
-                        used.add(job)
+                        used.add((job, ours.budget))
     if len(used) < 2:
         return None
     lines = [
