@@ -23,6 +23,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 WEIGHT_FILES = (WEIGHTS, "adapter_model.bin")
 PENDING = "adapter_config.pending.json"  # beside an adapter while its files are replaced
+ENDINGS = frozenset(".bin .ckpt .csv .json .jsonl .parquet .pt .pth .safetensors .tsv .txt".split())  # of files
 
 # ---------------------------------------------------------------------------------------------- path or name on the hub
 
@@ -36,8 +37,8 @@ def local_path(source: str | os.PathLike) -> Path | None:
     """The path of a model, an adapter or a data set that a user named; None if it is a name on the hub.
 
     This is the only rule for path against hub name. What exists here is a path. A ``Path`` is a path, and so is a
-    string that starts with ".", "/" or "~", that has more than one slash, or whose first part is a folder here. Any
-    other string, NAME or OWNER/NAME, is a name on the hub.
+    string that starts with ".", "/" or "~", that has more than one slash, whose first part is a folder here, or that
+    has no slash and ends as files do (`ENDINGS`). Any other string, NAME or OWNER/NAME, is a name on the hub.
 
     Raises:
         ValueError: if it is a path and does not exist.
@@ -46,7 +47,8 @@ def local_path(source: str | os.PathLike) -> Path | None:
     if path.exists():
         return path
     first, slash, _ = name.partition("/")
-    must_be_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(slash and Path(first).is_dir())
+    must_be_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    must_be_path |= Path(first).is_dir() if slash else path.suffix.lower() in ENDINGS
     if must_be_path or not isinstance(source, str):
         raise ValueError(f"{name}: no such file or folder")
     return None
@@ -64,11 +66,12 @@ def from_hub(name: str, patterns: Sequence[str], revision: str | None = None) ->
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{name!r} is not a file or folder here, and the hub returned: {_one_line(error)}") from error
+        raise ValueError(hub_failure(name, error)) from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def hub_failure(name: str, error: Exception) -> str:
+    """What to tell a user who may have meant a path: the hub's own error speaks of the hub alone."""
+    return f"{name!r} is not a file or folder here, and the hub returned: {' '.join(str(error).split())}"
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -106,11 +109,7 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """As ``replace_file``, for a path that does not exist yet.
-
-    Raises:
-        FileExistsError: if it exists.
-    """
+    """As ``replace_file``, for a path that does not exist yet. Raises FileExistsError if it exists."""
     if user_path(path).exists():
         raise FileExistsError(f"{path} exists already; name a new file, or remove it first")
     with replace_file(path) as temporary:

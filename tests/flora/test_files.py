@@ -43,7 +43,19 @@ def test_a_tilde_is_the_home_folder(here):
     assert (here / "new" / "folder" / "x").is_file() and (here / "new" / "file").is_file()
 
 
-PATHS = ["./none", "../none", "/none", "~/none", ".none", "a/b/c", "models/none", Path("none"), Path("someone/none")]
+PATHS = [
+    "./none",
+    "../none",
+    "/none",
+    "~/none",
+    ".none",
+    "a/b/c",
+    "models/none",
+    "none.csv",
+    "none.JSON",
+    Path("none"),
+    Path("someone/none"),
+]
 
 
 @pytest.mark.parametrize("source", PATHS, ids=map(repr, PATHS))
@@ -52,7 +64,7 @@ def test_what_looks_like_a_path_must_exist(here, source):
         local_path(source)
 
 
-@pytest.mark.parametrize("source", ["none", "someone/model", "some.one/model-2_x"])
+@pytest.mark.parametrize("source", ["none", "none-v1.1", "someone/model", "some.one/model-2_x", "someone/none.json"])
 def test_all_else_is_a_name_on_the_hub(here, source):
     assert local_path(source) is None
 

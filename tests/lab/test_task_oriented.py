@@ -137,7 +137,7 @@ def test_classes_and_files_that_do_not_fit_are_named(data):
     with pytest.raises(ValueError, match="expected one folder labelTxt, there are labelTxt, labelTxt-v1.5"):
         dota.read(data, [], [], False)
     with pytest.raises(ValueError, match="expected images/ and labelTxt/ in it, or in train/ and val/"):
-        dota.read(data / "nowhere", [], [], False)
+        dota.read(data / "train" / "images", [], [], False)
 
 
 @needs_package

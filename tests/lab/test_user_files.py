@@ -1,7 +1,9 @@
 """Files that users bring, the same for every task: text in UTF-8, pictures upright, and kinds that are not read."""
 
 import json
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import test_task_images as images
@@ -15,9 +17,11 @@ from PIL import ExifTags, Image
 
 from flora_lab.tasks.data import coco, dota
 from flora_lab.tasks.data.glue import SUBSETS, read_tsv
-from flora_lab.tasks.data.pictures import opened, size_of
+from flora_lab.tasks.data.pictures import opened, read, size_of
 from flora_lab.tasks.data.rows import read_rows
-from flora_lab.tasks.diffusion.captions import Captions
+from flora_lab.tasks.diffusion.captions import Captions, read_captions
+from flora_lab.tasks.evaluation.forgetting import Passages
+from flora_lab.tasks.glue import Glue, Sentences
 
 # ------------------------------------------------------------------------------------------------------------- texts
 
@@ -92,6 +96,33 @@ def test_text_is_utf8_and_another_encoding_is_named_by_file_and_line(kind, tmp_p
     with pytest.raises(ValueError) as error:
         read(tmp_path)
     assert str(error.value) == f"{file}, line {line}: invalid continuation byte; expected UTF-8"
+
+
+# ------------------------------------------------------------------------------------------------ what is not there
+
+READERS = {
+    "rows": lambda name: read_rows(name, None),
+    "pictures": read,
+    "captions": lambda name: read_captions(Captions(path=name)),
+    "sentences": lambda name: Glue(data=Sentences(path=name)).splits(0),
+    "texts": lambda name: Passages(name).read(None, None),
+    "objects": lambda name: coco.read(Path(name), False),
+    "boxes": lambda name: dota.read(Path(name), [], [], False),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_data_that_is_not_there_is_said_to_be_no_file(kind, tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise ConnectionError("Couldn't reach it\non the Hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    hub = "'data/none.json' is not a file or folder here, and the hub returned: Couldn't reach it on the Hub"
+    for name in ("none.csv", "data/none.json"):
+        with pytest.raises(ValueError) as error:
+            READERS[kind](name)
+        assert str(error.value) in (f"{name}: no such file or folder", hub)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flora.files import local_path
 from flora_lab.tasks.data.coco_check import box_is_empty, check_fields, mask_is_empty, short
 from flora_lab.tasks.data.records import split_name
 from flora_lab.tasks.data.texts import parse_json, read_text
@@ -85,6 +86,7 @@ def read(folder: Path, drop_empty: bool) -> Source:
 
     ``drop_empty``: leave out objects without area, which are errors otherwise. Raises ValueError naming file and row.
     """
+    local_path(folder)  # raises, if there is none
     source = Source([], {}, [])
     for split, file, images in _files(folder):
         content = _load(file)

@@ -15,6 +15,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flora.files import local_path
 from flora_lab.tasks.data.pictures import picture_files, size_of
 from flora_lab.tasks.data.records import split_name
 from flora_lab.tasks.data.texts import read_lines
@@ -63,9 +64,8 @@ def read(folder: Path, classes: Sequence[str], ignore: Sequence[str], drop_bad: 
     ``classes``: default are those of all files, by name. ``ignore``: classes to leave out; ``drop_bad``: leave out
     objects without area, not convex, or with the centre outside their picture. Raises ValueError naming file and line.
     """
-    places = (
-        {split_name(path.name): path for path in sorted(folder.iterdir()) if _labels(path)} if folder.is_dir() else {}
-    )
+    local_path(folder)  # raises, if there is none
+    places = {split_name(path.name): path for path in sorted(folder.glob("*/")) if _labels(path)}
     if not places and _labels(folder):
         places = {"train": folder}
     if not places:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flora.files import hub_failure
 from flora_lab.tasks.data.records import Records
 from flora_lab.tasks.data.texts import read_text
 
@@ -105,5 +106,5 @@ def read_hub(path: str, subset: str, split: str) -> Records:
     try:
         rows = datasets.load_dataset(path, subset, split=split)
     except Exception as error:  # of the hub's and datasets' many classes
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(hub_failure(path, error)) from error
     return Records(rows, lambda index: f"{path}, {split}, row {index}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flora.files import local_path
+from flora.files import hub_failure, local_path
 from flora_lab.tasks.data.records import SPLITS, Portions, Records, split_name
 
 DIGITS = "digits"
@@ -64,7 +64,8 @@ def read(path: str, images: Iterable[str] = ()) -> dict[str, Records]:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # of pyarrow's, the hub's and datasets' many classes
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        text = f"{path}: {' '.join(str(error).split())}" if path == DIGITS or place else hub_failure(path, error)
+        raise ValueError(text) from error
     for records in splits.values():
         for column in set(images) & set(records.dataset.column_names):
             if not isinstance(records.dataset.features[column], datasets.Image):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flora.files import local_path
+from flora.files import hub_failure, local_path
 from flora_lab.tasks.data.arithmetic import ARITHMETIC, problems
 from flora_lab.tasks.data.records import SPLITS, Portions, Records, split_name
 from flora_lab.tasks.data.tables import SEPARATORS, read_table
@@ -48,7 +48,7 @@ def read_rows(path: str, subset: str | None) -> dict[str, Records]:
         try:
             found = datasets.load_dataset(path, subset)
         except Exception as error:  # of the hub's and datasets' many classes
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+            raise ValueError(hub_failure(path, error)) from error
         splits = {split_name(name): Records(rows, _namer(f"{path}, {name}")) for name, rows in found.items()}
     else:
         splits = _files(place)
