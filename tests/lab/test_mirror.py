@@ -4,6 +4,7 @@ import json
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -125,6 +126,38 @@ def test_a_trial_elsewhere_gets_the_base_model_through_the_mirror(tmp_path):
     file.unlink()
     with pytest.raises(ConfigError, match="is not on this machine: set `mirror`"):
         base_model(config.task, file, 0)
+
+
+def test_a_fresh_start_deletes_the_job_s_own_files_there_and_no_others(tmp_path, empty):
+    job, *keys = with_methods(tmp_path, "head")
+    config = load_config(str(job), [*map(str, keys), f"mirror={URL}"])
+    Job(config).open()
+    for name in ("precious", "trials/old/model"):
+        empty.pipe_file(f"/bucket/job/{name}", b"x")
+    Job(replace(config, fresh=True)).open()
+    assert {"/bucket/job/precious", "/bucket/job/config.yaml"} < set(empty.find("/bucket"))
+    assert not empty.exists("/bucket/job/trials")
+
+
+def test_a_trial_does_not_go_on_from_one_with_other_keys(tmp_path, monkeypatch):
+    """A machine of a cluster may have one, which `fresh=true` can't reach."""
+
+    def fit(*args):
+        nonlocal found
+        found = content(folder).keys() & {"checkpoints/checkpoint-1/complete.json"}
+        write(folder, **{"checkpoints/checkpoint-1/complete.json": "{}"})
+        raise KeyboardInterrupt
+
+    job, *keys = with_methods(tmp_path, "head")
+    folder, found = tmp_path / "trial", None
+    monkeypatch.setattr("flora_lab.run.trial.fit", fit)
+    for more, goes_on in (
+        ([], False), ([], True), (["training.eval_steps=5"], True), (["training.weight_decay=0.5"], False)
+    ):  # fmt: skip
+        config = load_config(str(job), [*map(str, keys), *more])
+        with pytest.raises(KeyboardInterrupt):
+            run(config, Trial("head", None, 0, 0.1), None, folder)
+        assert bool(found) == goes_on, more
 
 
 def test_a_machine_that_dies_costs_no_result_and_repeats_none(tmp_path, monkeypatch):

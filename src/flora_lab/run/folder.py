@@ -53,6 +53,13 @@ class Trial:
         return "-".join(part for part in parts if part)
 
 
+def keys_of(config: Config, trial: Trial) -> dict:
+    """Everything that a trial's weights depend on, by key."""
+    flat = _flat(asdict(config) | {"methods": {trial.variant: asdict(config.methods[trial.variant])}})
+    free = (*FREE, *OF_TRIALS)
+    return asdict(trial) | {k: v for k, v in flat.items() if not any(fnmatch(k, pattern) for pattern in free)}
+
+
 def learning_rate(config: Config, variant: str) -> float:
     return config.methods[variant].learning_rate or config.training.learning_rate
 

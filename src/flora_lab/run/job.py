@@ -84,12 +84,13 @@ class Job(Folder):
 
     def _clear(self) -> None:
         """Delete what earlier starts wrote."""
-        for path in (self.folder / name for name in (*FOLDERS, *FILES, *METHODS, *self.config.methods)):
+        names = dict.fromkeys([*FOLDERS, *FILES, *METHODS, *self.config.methods])
+        for path in (self.folder / name for name in names):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        self.mirror.clear()
+        self.mirror.clear(names)
 
     def add(self, row: Row) -> None:
         if self.main:

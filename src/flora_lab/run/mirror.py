@@ -71,11 +71,14 @@ class Mirror:
             with replace_file(file) as part:
                 self.files.get_file(self._path(f"{BASES}/{file.name}"), str(part))
 
-    def clear(self) -> None:
-        """Delete everything there."""
-        if self.url:
-            self.files.rm(self.root, recursive=True)
-            self.files.makedirs(self.root, exist_ok=True)
+    def clear(self, names: Iterable[str]) -> None:
+        """Delete these files and folders there, and nothing else: the storage may hold more than this job."""
+        if not self.url:
+            return
+        self.files.invalidate_cache()
+        for path in map(self._path, names):
+            if self.files.exists(path):
+                self.files.rm(path, recursive=True)
 
     def _path(self, place: str) -> str:
         return f"{self.root}/{place}"

@@ -5,6 +5,7 @@ Its outcome is a row, a dict of plain values (`analysis.fields`), which is all t
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping
@@ -16,16 +17,17 @@ from pathlib import Path
 import peft
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 
+from flora.files import replace_file
 from flora_lab.analysis.fields import Row
 from flora_lab.analysis.measure import Norms, spectra
 from flora_lab.methods import METHODS, AdaptedModel, adapt, head_parameters
 from flora_lab.run.base import base_model, digest
 from flora_lab.run.fit import Fit, fit, steps
-from flora_lab.run.folder import Trial
+from flora_lab.run.folder import Trial, keys_of
 from flora_lab.run.machine import Reserved, machine, peak_memory, reset_peak
 from flora_lab.run.mirror import Mirror, PushCheckpoints
 from flora_lab.run.saved import round_trip, save
@@ -33,11 +35,13 @@ from flora_lab.settings import Config
 from flora_lab.tasks import Examples, Task
 
 START_BATCHES = 32
+KEYS = "keys.json"  # in a trial's folder
 
 
 def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool = True) -> Row:
     """The row of a trial. ``file``: the base model's weights, if it has some; ``folder``: for what the trial saves."""
     task, mirror = config.task, Mirror(config)
+    _take(folder, keys_of(config, trial))
     mirror.pull(folder)
     if file:
         mirror.fetch(file)
@@ -97,6 +101,17 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         mirror.push(folder)
     return row
+
+
+def _take(folder: Path, keys: Mapping) -> None:
+    """Empty a folder that a trial with other keys has left: `fresh=true` can't do so on another machine."""
+    if PartialState().is_main_process:
+        mark, text = folder / KEYS, json.dumps(keys, indent=2)
+        if not mark.exists() or mark.read_text() != text:
+            shutil.rmtree(folder, ignore_errors=True)
+            with replace_file(mark) as new:
+                new.write_text(text)
+    PartialState().wait_for_everyone()
 
 
 # ------------------------------------------------------------------------------------------------------------- set up
