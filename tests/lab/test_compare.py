@@ -174,7 +174,8 @@ def test_what_was_left_out_runs_once_it_can(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--methods", "lora,dora"], "--methods dora: the job has head, lora"),
+        (["--methods", "lora,dora"], "--methods dora: the job has head, lora; methods.dora.learning_rate=1e-3 adds it"),
+        (["--methods", "lora,dorra"], "--methods dorra: the job has head, lora\n"),
         (["--seeds", "1,1"], "comparison.seeds=[1, 1]: expected one or more different values"),
         (["--seeds", "-1"], "comparison.seeds=[-1]: expected at least 0"),
         (["--budgets", "many"], "comparison.budgets"),

@@ -98,9 +98,14 @@ BAD = [
     (line([10, "a", *SHIP[2:]]), "'a' is not a number, expected x1 y1"),
     (line(["nan", *SHIP[1:]]), "has a corner that is not finite"),
     (line(SHIP, difficult="x"), "difficult is 'x', expected 0"),
-    (line([x + 70 for x in SHIP]), "has its centre outside the image of 64 × 48; task.data.drop_bad=true leaves"),
-    (line([-x for x in SHIP]), "has its centre outside the image of 64 × 48"),
-    (line([10, 10, 20, 10, 10, 20, 20, 20]), "has an area below one pixel"),  # a bow tie
+    (
+        line([x + 70 for x in SHIP]),
+        "has more than half of its width or height outside the image of 64 × 48; task.data.drop_bad=true leaves",
+    ),
+    (line([-x for x in SHIP]), "outside the image of 64 × 48"),
+    (line([-5000, -5000, 5000, -5000, 5000, 5000, -5000, 5000]), "outside the image of 64 × 48"),
+    (line([10, 10, 300, 10, 300, 30, 10, 30]), "outside the image of 64 × 48"),  # 300 for 30
+    (line([10, 10, 20, 10, 10, 20, 20, 20]), "is not convex: its corners are not in order"),  # a bow tie
     (line([10, 10, 30, 10, 30, 30, 25, 12]), "is not convex: its corners are not in order around it"),
     (line([10, 10, 10, 10, 10, 10, 10, 10]), "has an area below one pixel"),
     (line([10, 10, 20, 20, 30, 30, 15, 15]), "has an area below one pixel"),

@@ -77,7 +77,9 @@ def pairs(config: Config, variants: Iterable[str], budgets: Sequence[int]) -> li
 def check_comparison(config: Config, variants: Iterable[str]) -> None:
     """Raise ConfigError for variants, seeds or rates that can't be compared."""
     if unknown := set(variants) - set(config.methods):
-        raise ConfigError(f"--methods {min(unknown)}: the job has {', '.join(config.methods)}")
+        name = min(unknown)
+        add = f"; methods.{name}.learning_rate=1e-3 adds it" if name in METHODS else ""
+        raise ConfigError(f"--methods {name}: the job has {', '.join(config.methods)}{add}")
     for name in ("seeds", "rates"):
         values = getattr(config.comparison, name)
         if not values or len(set(values)) < len(values):

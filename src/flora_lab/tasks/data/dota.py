@@ -62,7 +62,8 @@ def read(folder: Path, classes: Sequence[str], ignore: Sequence[str], drop_bad: 
     """From SPLIT/images/NAME.png with SPLIT/labelTxt/NAME.txt, or without SPLIT, which is all train.
 
     ``classes``: default are those of all files, by name. ``ignore``: classes to leave out; ``drop_bad``: leave out
-    objects without area, not convex, or with the centre outside their picture. Raises ValueError naming file and line.
+    objects without area, not convex, or with more than half of their width or height outside their picture. Raises
+    ValueError naming file and line.
     """
     local_path(folder)  # raises, if there is none
     places = {split_name(path.name): path for path in sorted(folder.glob("*/")) if _labels(path)}
@@ -145,17 +146,17 @@ def _object(where: str, line: str) -> tuple[list[float], str, bool]:
 
 def _problem(quad: list[float], width: int, height: int) -> str | None:
     """What is wrong with an object's corners, in words."""
-    corners = list(zip(quad[::2], quad[1::2], strict=True))
-    x, y = (sum(values) / 4 for values in zip(*corners, strict=True))
-    if not (0 <= x <= width and 0 <= y <= height):
-        return f"has its centre outside the image of {width} × {height}"
-    turns = []
+    for numbers, size in ((quad[::2], width), (quad[1::2], height)):
+        low, high = min(numbers), max(numbers)
+        if min(high, size) - max(low, 0) < (high - low) / 2:
+            return f"has more than half of its width or height outside the image of {width} × {height}"
+    corners, turns = list(zip(quad[::2], quad[1::2], strict=True)), []
     for n in range(4):
         (ax, ay), (bx, by), (cx, cy) = (corners[(n + step) % 4] for step in range(3))
         turns.append((bx - ax) * (cy - by) - (by - ay) * (cx - bx))
-    if abs(sum(turns)) < 4:  # four times the area of a convex quadrilateral
-        return "has an area below one pixel"
-    return None if min(turns) >= 0 or max(turns) <= 0 else "is not convex: its corners are not in order around it"
+    if min(turns) < 0 < max(turns):
+        return "is not convex: its corners are not in order around it"
+    return "has an area below one pixel" if abs(sum(turns)) < 4 else None  # four times the area
 
 
 # ------------------------------------------------------------------------------------------------------------ geometry
