@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.stats import ttest_1samp, ttest_rel
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -28,7 +29,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import flora_lab
 from flora import FloraConfig
 from flora_lab.analysis import across, analyse, fields, figures, measure, tables
-from flora_lab.analysis.drawing import apart
+from flora_lab.analysis.drawing import Picture, apart, canvas
 from flora_lab.analysis.measure import Norms, amplification, deltas, spectra
 from flora_lab.analysis.results import chosen, left_out, summarise
 from flora_lab.analysis.rows import read
@@ -635,6 +636,20 @@ def test_tables_are_replaced_in_a_page(tmp_path):
     page.write_text("# One\n")
     with pytest.raises(ValueError, match="page.md: there is no line '<!-- task -->' to put the table of task below"):
         analyse([file], tmp_path / "out", page)
+
+
+def test_a_png_keeps_every_colour_and_says_what_it_shows(tmp_path):
+    chart, axes = canvas()
+    colours = {colour for colour, *_ in PALETTE.values()}
+    for place, colour in enumerate(colours):
+        axes.plot([0, 1], [place, place], color=colour, linewidth=4)
+    picture = Picture("job", "curves", "Learning curves", "", chart, "at a budget of 8 parameters")
+    picture.png(tmp_path / picture.file)
+    kept = Image.open(tmp_path / "job-curves.png").convert("RGB").getcolors(2**16)
+    assert colours <= {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in kept}
+    assert picture.heading == "job: learning curves, at a budget of 8 parameters"
+    assert Picture(None, "gains", "Normalised gain", "", chart).heading == "Normalised gain"
+    assert picture.heading not in picture.svg()
 
 
 def seeded(job, variant, *values, budget=1000):

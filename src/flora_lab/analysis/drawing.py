@@ -34,19 +34,33 @@ class Picture:
     title: str
     caption: str
     chart: Figure
-    colours: int | None = 128  # of its PNG, which makes it a third of the size; None: all
+    at: str = ""  # the budget of what it shows, in words
+    colours: int | None = 256  # of its PNG, the most frequent, which makes it a third of the size; None: all
 
     @property
     def file(self) -> str:
         """Name of its PNG: letters, digits, dots and dashes."""
         return re.sub(r"[^\w.-]+", "-", f"{self.job or 'all'}-{self.name}") + ".png"
 
+    @property
+    def heading(self) -> str:
+        """What a PNG says on its own: the job, the title, and at what budget if it shows one of several."""
+        parts = [self.job, self.title.lower() if self.job else self.title]
+        return ", ".join(filter(None, [": ".join(filter(None, parts)), self.at]))
+
     def png(self, path: Path) -> None:
         from PIL import Image
 
+        title = self.chart.suptitle(self.heading, fontsize=9, x=0.01, ha="left")
         self.chart.savefig(buffer := io.BytesIO(), dpi=180, format="png", facecolor="white")
+        title.set_text("")  # the page has its own
         drawn = Image.open(buffer).convert("RGB")
-        (drawn.quantize(self.colours) if self.colours else drawn).save(path, "PNG", optimize=True)
+        if self.colours:  # Pillow's own choice would change a line's colour
+            counts = sorted(drawn.getcolors(drawn.width * drawn.height), reverse=True)
+            palette = Image.new("P", (1, 1))
+            palette.putpalette([value for _, colour in counts[: self.colours] for value in colour])
+            drawn = drawn.quantize(palette=palette, dither=Image.Dither.NONE)
+        drawn.save(path, "PNG", optimize=True)
 
     def svg(self) -> str:
         """For the page: text stays text, in the page's font and colour; no id occurs in another figure too."""

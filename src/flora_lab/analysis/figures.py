@@ -128,7 +128,7 @@ def curves(results: Sequence[Result]) -> Picture | None:
     draw(axes, lines)
     axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="epoch", ylabel=f"validation {metric_name(kept)}")
-    return Picture(results[0].job, "curves", "Learning curves", f"Means over seeds, {at}.", chart)
+    return Picture(results[0].job, "curves", "Learning curves", f"Means over seeds, {at}.", chart, at)
 
 
 def norms(results: Sequence[Result]) -> Picture | None:
@@ -146,9 +146,10 @@ def norms(results: Sequence[Result]) -> Picture | None:
     caption = (
         "Above, the Frobenius norm of the update, mean over all weights; below, the feature amplification factor, the "
         "norm of ΔW over that of W projected on the range of each of ΔW’s mode unfoldings (for matrices the paper’s, "
-        f"section 6.2.2). Means over seeds, {at}. BitFit and bottleneck adapters update no weight."
+        f"section 6.2.2). Means over seeds, {at}. BitFit and bottleneck adapters update no weight. "
+        "What is below a ten-thousandth of the largest is not drawn."
     )
-    return Picture(results[0].job, "norms", "How updates grow", caption, chart)
+    return Picture(results[0].job, "norms", "How updates grow", caption, chart, at)
 
 
 def spectra(results: Sequence[Result]) -> Picture | None:
@@ -178,7 +179,7 @@ def spectra(results: Sequence[Result]) -> Picture | None:
         "of the weights of at least median rank, up to that rank. Core: along every mode, from the first rank to the "
         f"last. {at[0].upper() + at[1:]}."
     )
-    return Picture(results[0].job, "spectra", "Spectra", caption, chart)
+    return Picture(results[0].job, "spectra", "Spectra", caption, chart, at)
 
 
 def trained(rows: Sequence[Row], metric: str, path: Path) -> None:
