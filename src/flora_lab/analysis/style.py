@@ -2,7 +2,7 @@
 
 A label is made of the method and the options of a variant; the name that the user gave the variant is shown only
 where two variants would have one label. `PALETTE` has every colour: dark enough for text on white (the page brightens
-them on dark). Methods that are often drawn together differ in colour (ΔE of 30, and of 15 to readers who see no red and
+them on dark). Methods that are often drawn together differ in colour (ΔE of 29, and of 15 to readers who see no red and
 green apart), the others at least in marker and dashes.
 """
 
@@ -22,12 +22,12 @@ INK, GRID = "#1b1f24", "#8a8f96"  # the page replaces the ink by its own text co
 PALETTE = {  # colour, marker and dashes of a method, or of a method and its start
     "full": (INK, "s", "--"),
     "head": (GRID, "v", "--"),
-    "bitfit": ("#7e2bea", "<", "-"),
-    "houlsby": ("#ab71bb", "h", "-"),
-    "pfeiffer": ("#ea03eb", "H", "-."),
+    "bitfit": ("#9610fa", "<", "-"),
+    "houlsby": ("#b97aba", "h", "-"),
+    "pfeiffer": ("#f71df9", "H", "-."),
     "lora": ("#0072b2", "o", "-"),
     "dora": ("#7b61e0", "D", "--"),
-    "adalora": ("#096464", "p", "-."),
+    "adalora": ("#0c7177", "p", "-."),
     "rslora": ("#0072b2", "v", ":"),
     "loraplus": ("#0072b2", "s", "-."),
     "pissa": ("#3a7ca5", "^", "--"),
@@ -36,19 +36,19 @@ PALETTE = {  # colour, marker and dashes of a method, or of a method and its sta
     "eva": ("#7b61e0", "P", "-."),
     "lora_ga": ("#7b61e0", "X", ":"),
     "corda": ("#7b61e0", "d", "--"),
-    "loha": ("#026f3d", "^", "-"),
-    "lokr": ("#4b7e01", "P", "-."),
-    "hira": ("#026f3d", "D", ":"),
-    "gralora": ("#026f3d", "p", "--"),
-    "miss": ("#4b7e01", "h", ":"),
-    "oft": ("#4b7e01", "H", "--"),
-    "locon": ("#635b20", "X", "--"),
+    "loha": ("#017a4f", "^", "-"),
+    "lokr": ("#3b7603", "P", "-."),
+    "hira": ("#017a4f", "D", ":"),
+    "gralora": ("#017a4f", "p", "--"),
+    "miss": ("#3b7603", "h", ":"),
+    "oft": ("#3b7603", "H", "--"),
+    "locon": ("#998f34", "X", "--"),
     "flora": ("#d55e00", "o", "-"),
-    "flora-core": ("#bc6958", "d", ":"),
+    "flora-core": ("#b93243", "d", ":"),
     "flora-factor": ("#b5673a", "8", ":"),
-    "flora-activations": ("#a3148c", "p", "--"),
-    "flora-gradient": ("#fe2f4e", ">", "-."),
-    "flora-official": ("#db2a72", "*", "--"),
+    "flora-activations": ("#ad33a2", "p", "--"),
+    "flora-gradient": ("#fa2f81", ">", "-."),
+    "flora-official": ("#c47f5e", "*", "--"),
 }
 OTHERS = [("#7a6a9b", "d"), ("#4f8f8f", ">"), ("#9b7a5a", "*"), ("#5f7fae", "8"), ("#8a8a3a", "<")]  # dash-dotted
 
