@@ -224,11 +224,19 @@ BAD = {
     "no last answer": ({"messages": CHAT[:4]}, "a conversation without an answer: its last message is the user's"),
     "an empty message": ({"messages": [{"role": "user", "content": " "}]}, "message 1, of user, is empty"),
     "no role": ({"messages": [{"content": "One?"}]}, "message 1 has no role, but content"),
-    "no content": ({"messages": [{"role": "user"}]}, "message 1, of user, is NoneType, not text"),
+    "no content": ({"messages": [{"role": "user"}]}, "message 1, of user, is null, not text"),
+    "a tool call": (
+        {"messages": [CHAT[1], {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}]},
+        "message 2, of assistant, calls a tool (tool_calls), which is not read; expected text alone",
+    ),
+    "a call beside a text": (
+        {"messages": [CHAT[1], {**CHAT[2], "function_call": {"name": "add"}}]},
+        "message 2, of assistant, calls a tool (function_call), which is not read",
+    ),
     "no messages": ({"messages": []}, "the conversation is []; expected a list of messages"),
     "an empty text": ({"text": "\n"}, "column 'text' is empty"),
     "an empty answer": ({"prompt": "1?", "completion": ""}, "column 'completion' is empty"),
-    "a prompt that is null": ({"prompt": None, "completion": "2"}, "column 'prompt' is NoneType, not text"),
+    "a prompt that is null": ({"prompt": None, "completion": "2"}, "column 'prompt' is null, not text"),
     "a prompt without its messages": ({"prompt": CHAT[1:2], "completion": "2"}, "column 'prompt' is list, not text"),
     "no known column": ({"input": "1"}, "has the columns input; expected messages, conversations, prompt and"),
     "a picture": (
@@ -269,9 +277,27 @@ OTHER = {
         "tokens",
         "line 1: no token of an answer within task.data.max_length=5",
     ),
-    "no number": ({"prompt": "1?", "completion": "{text}"}, "number", "line 1: no number in its answer, one text"),
+    "no number": (
+        {"prompt": "1?", "completion": "{text}"},
+        "number",
+        "line 1: task.evaluate=number finds none in its answer, 'one text'; expected '#### 3' or 'The answer is 3'",
+    ),
+    "no option": (
+        {"prompt": "1?", "completion": "{text}"},
+        "option",
+        "line 1: task.evaluate=option finds none in its answer, 'one text'; expected one such as 'true' or 'answer2'",
+    ),
     "no column": ({"prompt": "{question}"}, "tokens", "line 1: no column 'completion', but text"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["model.name", "model.tokenizer", "chat_template"])
+def test_what_cannot_be_loaded_is_no_fault_of_a_row(key, tmp_path):
+    job = task(lines(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 9), model=tiny_model(tmp_path / "model"))
+    missing = str(tmp_path / "missing")
+    setattr(job if key == "chat_template" else job.model, key.rpartition(".")[2], missing)
+    with pytest.raises(ValueError, match=rf"^{missing if key == 'chat_template' else f'task.{key}={missing}'}: "):
+        job.splits(0)
 
 
 @pytest.mark.parametrize("fault", OTHER)
@@ -304,7 +330,9 @@ def test_a_template_that_rewrites_the_conversation_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"line 1: its answers are not where .* set task.data.answers_only=false"):
         job.splits(0)
     job = task(lines(tmp_path / "a.jsonl", [{"messages": CHAT}]), model=tiny_model(tmp_path / "other", None))
-    with pytest.raises(ValueError, match=r"line 1: the chat template of .* refuses it"):
+    with pytest.raises(
+        ValueError, match=r"line 1: task.model.name=.*other has no chat template; set task.chat_temp.* or give"
+    ):
         job.splits(0)
     (tmp_path / "my.jinja").write_text(TEMPLATE)
     job.chat_template, job.data.path = (

@@ -261,7 +261,7 @@ def test_a_folder_of_pictures_and_encoded_ones(tmp_path):
 
 BAD = {
     "no answer": ({"conversations": said("One?")}, "a conversation without an answer: no message is the assistant's"),
-    "no conversation": ({"text": "a"}, "has the columns text; expected conversations or messages"),
+    "no conversation": ({"c": 1, "a": 1, "b": 1}, "has the columns c, a, b; expected conversations or messages"),
     "no tag": (
         {"image": "red.png", "conversations": said("?", "a")},
         "'<image>' stands in it 0 times, but column 'image'",
@@ -312,7 +312,10 @@ BAD = {
         {"image": "broken.png", "conversations": said("<image> ?", "a")},
         "column 'image' is not a readable image: not a picture",
     ),
-    "too long": ({"conversations": said("?", "x" * 128)}, "148 tokens with its pictures, above the 128 allowed"),
+    "too long": (
+        {"conversations": said("?", "x" * 128)},
+        "148 tokens with its pictures; the model has 128 positions (max_position_embeddings)",
+    ),
 }
 
 
@@ -325,6 +328,63 @@ def test_a_row_that_cannot_be_learned_is_named(fault, tmp_path):
     with pytest.raises(ValueError) as error:
         job.check(job.splits(0))
     assert f"{file}, row 11" in str(error.value) and message in str(error.value)
+
+
+def test_the_first_row_of_the_file_is_named(tmp_path):
+    file = llava(tmp_path, [{"conversations": said("<image> ?", "a")}] * 12)
+    job = task(file)
+    with pytest.raises(ValueError, match=f"^{file}, row 0: "):
+        job.check(job.splits(0))
+
+
+@pytest.mark.parametrize("key", ["model.name", "model.tokenizer", "chat_template"])
+def test_what_cannot_be_loaded_is_no_fault_of_a_row(key, tmp_path):
+    job = task(llava(tmp_path))
+    job.model = ImageTextModel(name=saved(tmp_path / "model"))
+    missing = str(tmp_path / "missing")
+    setattr(job if key == "chat_template" else job.model, key.rpartition(".")[2], missing)
+    with pytest.raises(ValueError, match=rf"^{missing if key == 'chat_template' else f'task.{key}={missing}'}: "):
+        job.splits(0)
+
+
+def test_a_processor_without_a_chat_template_is_named(tmp_path):
+    job = task_of("qwen2_vl", tmp_path, llava(tmp_path))
+    (tmp_path / "qwen2_vl" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"^task.model.tokenizer=.* has no chat template; set task.chat_template$"):
+        job.splits(0)
+
+
+def test_every_row_is_measured_with_its_pictures(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    large = {"image": "large.png", "conversations": said("<image> Which?", "red")}
+    file = llava(tmp_path, [*rows(9), large, *rows(3)])  # with the shortest text
+    job = task_of("qwen2_vl", tmp_path, file, "tokens")
+    splits, sizes = job.splits(0), {}
+    for some in splits.values():
+        for n in range(len(some)):
+            sizes[some.records.name(n)] = job.collate([some[n]])["input_ids"].shape[1]
+    size = sizes.pop(f"{file}, row 9")
+    assert max(sizes.values()) < size
+    job.data.max_length = size
+    job.check(splits)
+    job.data.max_length = size - 1
+    with pytest.raises(ValueError, match=rf"row 9: {size} tokens with its pictures; task.data.max_length={size - 1}$"):
+        job.check(splits)
+
+
+def test_a_picture_that_the_processor_refuses_is_named(tmp_path):
+    Image.new("RGB", (402, 2)).save(tmp_path / "stripe.png")
+    stripe = {"image": "stripe.png", "conversations": said("<image> ?", "red")}
+    job = task_of("qwen2_vl", tmp_path, llava(tmp_path, [*rows(9), stripe]))
+    with pytest.raises(ValueError, match=r"train.json, row 9: its processor refuses it: absolute aspect ratio"):
+        job.check(job.splits(0))
+
+
+def test_a_prompt_leaves_a_position_for_its_answer(tmp_path):
+    test = llava(tmp_path, [{"conversations": said("x" * 110, "a")}] * 2, "test.json")
+    job = task(llava(tmp_path), test_path=str(test))
+    with pytest.raises(ValueError, match="test.json, row 0: 129 tokens with its pictures; the model has 128 positions"):
+        job.check(job.splits(0))
 
 
 def test_markup_is_text_where_it_is_said(tmp_path):

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 from flora_lab.lines import counted
 from flora_lab.tasks.data.chats import Chats, formed
 from flora_lab.tasks.data.records import Records, three
-from flora_lab.tasks.data.texts import read_text
 from flora_lab.tasks.data.tokens import IGNORED, answer_labels, prompts
 from flora_lab.tasks.evaluation import lm_eval
-from flora_lab.tasks.evaluation.answers import ANSWERS
+from flora_lab.tasks.evaluation.answers import ANSWERS, need
 from flora_lab.tasks.evaluation.forgetting import Passages, forgotten
 from flora_lab.tasks.evaluation.generation import EVALUATED, TOKENS, Answering
 from flora_lab.tasks.models.language_model import LanguageModel
-from flora_lab.tasks.models.pretrained import brief
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,6 +112,7 @@ class Language(Answering):
     @cached_property
     def _records(self) -> dict[str, Records]:
         """Rows as tokens: "input_ids", "labels", and "prompt" and "answer", for the last answer."""
+        self.load()
         return {split: self._tokenized(records, split == "train") for split, records in self.data.read().items()}
 
     def _tokenized(self, records: Records, train: bool) -> Records:
@@ -152,8 +151,8 @@ class Language(Answering):
         ids, labels, prompt, answer = self._ids(row)
         if generated and not prompt:
             raise ValueError(f"a text has no prompt; expected task.evaluate={TOKENS}")
-        if generated and ANSWERS[self.evaluate](characters(row, answer=True)) is None:
-            raise ValueError(f"no {self.evaluate} in its answer, {characters(row, answer=True):.80}")
+        if generated:
+            need(self.evaluate, characters(row, answer=True))
         most, longest = keys.max_length, self.model.positions
         if most and len(ids) > most and not generated:
             if keys.longer == "refuse":
@@ -192,22 +191,19 @@ class Language(Answering):
 
         def rendered(count: int, start: bool = False) -> list[int]:
             keys = {"tokenize": True, "return_dict": True, "add_generation_prompt": start}
-            return self.tokenizer.apply_chat_template(messages[:count], **keys)["input_ids"]
+            return self.templated(self.tokenizer, messages[:count], **keys)["input_ids"]
 
-        try:
-            ids = rendered(len(messages))
-            turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-            spans = [(rendered(number, True), rendered(number + 1)) for number in turns]
-        except Exception as error:  # a template's own code may raise anything
-            raise ValueError(f"the chat template of {self.model.name} refuses it: {brief(error)}") from error
+        if not self.tokenizer.chat_template:
+            remedy = "set task.chat_template, or give prompt and completion in place of messages"
+            raise ValueError(f"{self.model.reader} has no chat template; {remedy}")
+        ids = rendered(len(messages))
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [(rendered(number, True), rendered(number + 1)) for number in turns]
         return ids, answer_labels(ids, spans), spans[-1][0]
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = self.model.load_tokenizer()
-        if self.chat_template:
-            tokenizer.chat_template = read_text(Path(self.chat_template).expanduser())
-        return tokenizer
+        return self.with_template(self.model.load_tokenizer())
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Prompts are padded on the left, to generate on their right; packed examples are one long row."""

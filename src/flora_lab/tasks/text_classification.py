@@ -78,14 +78,15 @@ class TextClassification(SentenceTask):
 
     @cached_property
     def classes(self) -> Sequence[str]:
-        """In the order of their numbers, else of their names. Raises ValueError if there is one only."""
+        """In the order of their numbers, else of their names."""
         found = {name for records in self._examples.values() for name in records.dataset["label"]}
-        if len(found) < 2:
-            raise ValueError(f"{self.data.path} has the class {', '.join(found)} only; expected two or more")
         return sorted(found, key=int if all(name.isdecimal() for name in found) else None)
 
     @cached_property
     def _records(self) -> dict[str, Records]:
+        """Raises ValueError if there is one class only."""
+        if len(self.classes) < 2:
+            raise ValueError(f"{self.data.path} has the class {', '.join(self.classes)} only; expected two or more")
         return {split: self.tokenized(records) for split, records in self._examples.items()}
 
 

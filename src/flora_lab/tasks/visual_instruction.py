@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flora_lab.lines import counted
 from flora_lab.tasks.data.dialogues import Dialogue, Dialogues, dialogue, spread
 from flora_lab.tasks.data.records import Records, check_each, three
-from flora_lab.tasks.data.texts import read_text
 from flora_lab.tasks.data.tokens import IGNORED, answer_labels
 from flora_lab.tasks.evaluation import lmms_eval
-from flora_lab.tasks.evaluation.answers import ANSWERS
+from flora_lab.tasks.evaluation.answers import ANSWERS, need
 from flora_lab.tasks.evaluation.generation import EVALUATED, TOKENS, Answering
 from flora_lab.tasks.models.image_text import ImageTextModel
 from flora_lab.tasks.models.language_model import in_float32
@@ -60,35 +61,47 @@ class VisualInstruction(Answering):
 
     @cached_property
     def _records(self) -> dict[str, Records]:
+        self.load()
         return self.data.read()
 
     def check(self, splits: dict[str, Rows]) -> None:
-        """Build every example and open every picture; pass the one with the longest text of each split to the
-        processor, which may make more tokens of its pictures than the model has positions."""
+        """Build every example, open every picture, and count the tokens that both become.
+
+        How many tokens a processor makes of pictures depends on their sizes alone: one row of each is passed to it.
+        """
         lmms_eval.check(self.lmms_eval)
-        for rows in splits.values():
-            lengths = [0] * len(rows)
+        seen: list[tuple[int, Rows, int, int, tuple[tuple[int, int], ...]]] = []
 
-            def look(records: Records, index: int, rows: Rows = rows, lengths: list[int] = lengths) -> None:
-                lengths[index] = len(rows[index]["ids"])
+        def look(rows: Rows, index: int) -> None:
+            example = rows[index]
+            sizes = tuple(picture.size for picture in example["images"])
+            seen.append((rows.place(index), rows, index, len(example["ids"]), sizes))  # thread-safe
 
-            check_each([rows.records], look)
-            index = max(range(len(rows)), key=lengths.__getitem__)
-            tokens, most = self.collate([rows[index]])["input_ids"].shape[1], self._most
-            if most and tokens > most:
-                raise ValueError(
-                    f"{rows.records.name(index)}: {tokens} tokens with its pictures, above the {most} allowed"
-                )
+        check_each(splits.values(), look)
+        more: dict[tuple[tuple[int, int], ...], int] = {}  # tokens than in the text, by the pictures' sizes
+        for _, rows, index, length, sizes in counted(sorted(seen, key=itemgetter(0)), len(seen), "measuring"):
+            name = rows.records.name(index)
+            if sizes not in more:
+                try:
+                    more[sizes] = self.collate([rows[index]])["input_ids"].shape[1] - length
+                except Exception as error:  # a processor's own code may raise anything
+                    raise ValueError(f"{name}: its processor refuses it: {brief(error)}") from error
+            self._need_room(name, length + more[sizes] + rows.generated)
 
-    @property
-    def _most(self) -> int | None:
-        return min(filter(None, (self.data.max_length, self.model.positions)), default=None)
+    def _need_room(self, name: str, tokens: int) -> None:
+        """Raises ValueError naming the row. ``tokens``: of an example, or of a prompt and the first of an answer."""
+        positions, longest = self.model.positions, self.data.max_length
+        if longest and tokens > longest:
+            raise ValueError(f"{name}: {tokens} tokens with its pictures; task.data.max_length={longest}")
+        if positions and tokens > positions:
+            limit = f"the model has {positions} positions (max_position_embeddings)"
+            raise ValueError(f"{name}: {tokens} tokens with its pictures; {limit}")
 
     @cached_property
     def processor(self) -> Any:
-        processor = self.model.load_processor()
-        if self.chat_template:
-            processor.chat_template = read_text(Path(self.chat_template).expanduser())
+        processor = self.with_template(self.model.load_processor())
+        if not processor.chat_template:
+            raise ValueError(f"{self.model.reader} has no chat template; set task.chat_template")
         return processor
 
     @property
@@ -109,8 +122,7 @@ class VisualInstruction(Answering):
         turns = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
         if generated:
             answer = self._answer(row, talk)
-            if ANSWERS[self.evaluate](answer) is None:
-                raise ValueError(f"no {self.evaluate} in its answer, {answer:.80}")
+            need(self.evaluate, answer)
             text = self._rendered(talk, turns[-1], True)
             return {"text": text, "ids": self._ids(text), "answer": answer, "dialogue": talk}
         text = self._rendered(talk, len(talk.messages))
@@ -132,10 +144,7 @@ class VisualInstruction(Answering):
         return "\n".join(said)
 
     def _rendered(self, talk: Dialogue, count: int, start: bool = False) -> str:
-        try:
-            return self.processor.apply_chat_template(talk.messages[:count], add_generation_prompt=start)
-        except Exception as error:  # a template's own code may raise anything
-            raise ValueError(f"the chat template of {self.model.name} refuses it: {brief(error)}") from error
+        return self.templated(self.processor, talk.messages[:count], add_generation_prompt=start)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=self._opened(text))["input_ids"]
@@ -216,6 +225,9 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def place(self, index: int) -> int:
+        return self.records.place(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = self.records.name(index)

@@ -14,6 +14,7 @@ from flora_lab.tasks.data.records import Records
 from flora_lab.tasks.data.rows import Rows, read_rows
 
 ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT's and LLaVA's files spell them
+CALLS = ("tool_calls", "function_call")  # as OpenAI's files spell them
 FORMS = "messages, conversations, prompt and completion, or text"
 
 
@@ -84,7 +85,7 @@ def filled(template: str, row: Mapping[str, Any], needed: bool = False) -> str:
 
 def conversation(messages: Any, image: str | None = None) -> list[dict[str, str]]:
     """Messages of role and content, which end with an answer. ``image``: what stands in a text for a picture among its
-    parts, if there may be some. Raises ValueError if a message is empty, or none answers."""
+    parts, if there may be some. Raises ValueError if a message is empty or calls a tool, or none answers."""
     if not isinstance(messages, list) or not messages or not all(isinstance(one, Mapping) for one in messages):
         raise ValueError(f"the conversation is {messages!r:.80}; expected a list of messages")
     made = []
@@ -93,6 +94,9 @@ def conversation(messages: Any, image: str | None = None) -> list[dict[str, str]
         if not isinstance(role, str):
             raise ValueError(f"message {number} has no role, but {', '.join(message)}")
         what, content = f"message {number}, of {role},", message.get("content", message.get("value"))
+        for call in CALLS:
+            if message.get(call):
+                raise ValueError(f"{what} calls a tool ({call}), which is not read; expected text alone")
         content = _joined(content, what, image) if isinstance(content, list) else content
         made.append({"role": ROLES.get(role, role), "content": _text(content, what)})
     if not any(message["role"] == "assistant" for message in made):
@@ -117,7 +121,7 @@ def _joined(parts: list[Any], what: str, image: str | None) -> str:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{what} is {type(value).__name__}, not text")
+        raise ValueError(f"{what} is {'null' if value is None else type(value).__name__}, not text")
     if not value.strip():
         raise ValueError(f"{what} is empty")
     return value

@@ -72,7 +72,8 @@ def dialogue(row: Mapping[str, Any], keys: Dialogues, tokens: Collection[str]) -
     """
     given = row["messages"] if row.get("messages") is not None else row.get("conversations")
     if given is None:
-        raise ValueError(f"has the columns {', '.join(set(row) - {FOLDER})}; expected conversations or messages")
+        columns = ", ".join(name for name in row if name != FOLDER)
+        raise ValueError(f"has the columns {columns}; expected conversations or messages")
     messages, cells = conversation(given, IMAGE), _pictures(row, given, keys)
     users = [message["content"] for message in messages if message["role"] == "user"]
     count, text = sum(one.count(IMAGE) for one in users), " ".join(message["content"] for message in messages)

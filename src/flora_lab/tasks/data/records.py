@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flora_lab.lines import counted
@@ -49,10 +48,11 @@ class Portions:
 @dataclass
 class Records:
     """A ``datasets.Dataset`` or a list, and for each of its rows the name under which a user finds it: file and line,
-    say."""
+    say. ``place``: a row's number in its source, in whose order rows are checked."""
 
     dataset: Any
     name: Callable[[int], str]
+    place: Callable[[int], int] = operator.index
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -64,7 +64,7 @@ class Records:
         indices = list(indices)
         rows = self.dataset
         some = [rows[index] for index in indices] if isinstance(rows, list) else rows.select(indices)
-        return Records(some, lambda index: self.name(indices[index]))
+        return Records(some, lambda index: self.name(indices[index]), lambda index: self.place(indices[index]))
 
 
 def split_name(name: str) -> str:
@@ -89,15 +89,16 @@ def source_of(records: Records, split: str) -> str:
     return records.name(0).rsplit(", row", 1)[0] if len(records) else f"the {split} split"
 
 
-def check_each(splits: Iterable[Records], check: Callable[[Records, int], Any]) -> None:
-    """Call ``check`` on every record, several at a time, and show how many are done.
+def check_each(splits: Iterable[Any], check: Callable[[Any, int], Any]) -> None:
+    """Call ``check`` on every record of `Records`, or of what has their length and ``place``, several at a time, and
+    show how many are done.
 
-    The ValueError of the first that fails is raised.
+    The ValueError of the first in the source that fails is raised.
     """
-    every = list(splits)
+    every = [(records.place(index), records, index) for records in splits for index in range(len(records))]
+    every.sort(key=operator.itemgetter(0))
     with ThreadPoolExecutor(8) as threads:
-        checks = (threads.map(partial(check, records), range(len(records))) for records in every)
-        for _ in counted(chain.from_iterable(checks), sum(map(len, every)), "checking"):
+        for _ in counted(threads.map(lambda one: check(*one[1:]), every), len(every), "checking"):
             pass
 
 

@@ -52,6 +52,19 @@ ANSWERS: dict[str, Callable[[str], float | str | None]] = {
     "vqa": words,
 }
 
+EXPECTED = {
+    "number": "'#### 3' or 'The answer is 3'",
+    "option": "one such as 'true' or 'answer2'",
+    "text": "a text",
+    "vqa": "a text",
+}
+
+
+def need(kind: str, answer: str) -> None:
+    """Raise ValueError if a row's answer is none that generated ones can be compared with."""
+    if ANSWERS[kind](answer) is None:
+        raise ValueError(f"task.evaluate={kind} finds none in its answer, {answer!r:.80}; expected {EXPECTED[kind]}")
+
 
 def votes(predicted: str, right: str) -> float:
     """VQA accuracy (Antol et al. 2015): the share of three people who gave the answer, at most 1, over all choices of

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora_lab.tasks.base import Task
+from flora_lab.tasks.data.texts import read_text
 from flora_lab.tasks.data.tokens import IGNORED
 from flora_lab.tasks.evaluation.answers import accuracy
 from flora_lab.tasks.models.language_model import LanguageModel
+from flora_lab.tasks.models.pretrained import brief
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,6 +29,28 @@ class Answering(Task):
     tokenizer: Any
     evaluate: str
     new_tokens: int
+    chat_template: str | None
+
+    def load(self) -> None:
+        """Load the tokenizer and the model's config, before any row, which would be blamed for what they lack.
+
+        Raises ValueError naming the key.
+        """
+        _ = self.tokenizer, self.model.config_of_text
+
+    def with_template(self, reader: Any) -> Any:
+        """The tokenizer or processor with the template of the file, if there is one. Raises ValueError naming it."""
+        if self.chat_template:
+            reader.chat_template = read_text(Path(self.chat_template).expanduser())
+        return reader
+
+    def templated(self, reader: Any, messages: list[dict[str, Any]], **keys: Any) -> Any:
+        """What the tokenizer's or processor's template makes of messages. Raises ValueError if it refuses them."""
+        try:
+            return reader.apply_chat_template(messages, **keys)
+        except Exception as error:  # a template's own code may raise anything
+            template = self.chat_template or self.model.reader
+            raise ValueError(f"the chat template of {template} refuses it: {brief(error)}") from error
 
     @property
     def metric(self) -> str:

@@ -30,11 +30,13 @@ class ImageTextModel(LanguageModel):
         try:
             processor = AutoProcessor.from_pretrained(str(Pretrained(name=name).source()))
         except Exception as error:  # a model's own code may raise anything
-            raise ValueError(f"{name}: {brief(error)}") from error
+            raise ValueError(f"{self.reader}: {brief(error)}") from error
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-            raise ValueError(f"{name} has no processor of pictures and text, but a {type(processor).__name__}")
+            kind = type(processor).__name__
+            raise ValueError(f"{self.reader} has no processor of pictures and text, but a {kind}")
         if not isinstance(getattr(processor, "image_token", None), str):
-            raise ValueError(f"{name}: its {type(processor).__name__} does not say which token stands for a picture")
+            kind = type(processor).__name__
+            raise ValueError(f"{self.reader}: its {kind} does not say which token stands for a picture")
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         return processor

@@ -70,13 +70,21 @@ class LanguageModel(Pretrained):
         try:
             config = AutoConfig.from_pretrained(self.source()) if self.name else make_config(self.config)
         except Exception as error:  # a model's own code may raise anything
-            raise ValueError(f"{self.name or self.config['model_type']}: {brief(error)}") from error
+            what = f"task.model.name={self.name}" if self.name else self.config["model_type"]
+            raise ValueError(f"{what}: {brief(error)}") from error
         return config.get_text_config()
 
     @property
     def positions(self) -> int | None:
         """The most tokens that the model reads; None if it has no limit."""
         return getattr(self.config_of_text, "max_position_embeddings", None)
+
+    @property
+    def reader(self) -> str:
+        """The key that the tokenizer or processor is given by, for messages."""
+        if not self.tokenizer and not self.name:
+            return "the tokenizer of bytes"
+        return f"task.model.tokenizer={self.tokenizer}" if self.tokenizer else f"task.model.name={self.name}"
 
     def load_tokenizer(self) -> Any:
         """The tokenizer; one of bytes for a model that is given by its config alone. Raises ValueError naming it."""
@@ -88,11 +96,11 @@ class LanguageModel(Pretrained):
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(Pretrained(name=name).source()))
         except (ImportError, OSError, ValueError) as error:
-            raise ValueError(f"{name}: {brief(error)}") from error
+            raise ValueError(f"{self.reader}: {brief(error)}") from error
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one if its file is missing
-            raise ValueError(f"{name} has no tokenizer")
+            raise ValueError(f"{self.reader} has no tokenizer")
         if tokenizer.eos_token is None:
-            raise ValueError(f"{name}: the tokenizer has no token for the end of a text (eos_token)")
+            raise ValueError(f"{self.reader}: the tokenizer has no token for the end of a text (eos_token)")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
