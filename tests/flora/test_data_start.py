@@ -124,6 +124,18 @@ def test_two_passes_over_a_long_mode_find_what_the_whole_gradient_gives():
     torch.testing.assert_close(factor @ factor.mT, span @ span.mT, rtol=1e-6, atol=1e-7)
 
 
+def test_bases_in_half_precision_cost_the_start_little():
+    (left, right), values = falling(150, 220)
+    model = nn.Sequential(nn.Linear(220, 150, bias=False)).bfloat16()
+    model = get_peft_model(model, FloraConfig(target_modules=["0"], init="gradient", r=4))
+    batches = [right.mT.bfloat16()]
+    flora.initialize(model, batches, loss=lambda model, x: (model(x) * (left * values).mT).sum())
+    factor = layers(model)[0].space("default").factors[1].detach()
+    torch.testing.assert_close(factor.mT @ factor, torch.eye(4), rtol=0, atol=1e-5)
+    span = leading_vectors(unfold((left * values) @ right.mT, 1), 4).float()
+    torch.testing.assert_close(factor @ factor.mT, span @ span.mT, rtol=0, atol=0.02)
+
+
 class Shared(nn.Sequential):
     """Calls a layer, changes what it gives in place, and reads the layer's weight once more."""
 

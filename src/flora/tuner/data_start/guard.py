@@ -76,7 +76,7 @@ def at_its_start(model: nn.Module, layers: Sequence[FloraLayer], adapter: str) -
         _activate(model, adapter)
     models = [(module, module.start_checked) for module in model.modules() if isinstance(module, FloraModel)]
     factors = [layer.space(adapter).factors[output_mode(layer.roles)].detach() for layer in layers]
-    before = [factor.clone() for factor in factors]
+    before = [factor.clone() if factor.any() else None for factor in factors]  # most are zero: together they are large
     try:
         for module, _ in models:
             module.start_checked = tuple(module.peft_config)
@@ -85,7 +85,7 @@ def at_its_start(model: nn.Module, layers: Sequence[FloraLayer], adapter: str) -
         yield
     except BaseException:
         for factor, numbers in zip(factors, before, strict=True):
-            factor.copy_(numbers)
+            factor.zero_() if numbers is None else factor.copy_(numbers)
         raise
     finally:
         for module, checked in models:

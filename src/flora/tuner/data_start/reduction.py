@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flora import tucker
+from flora.layers.execution.cost import LOW_PRECISION
 from flora.layers.kinds import output_mode
 from flora.layers.starts import fill_core
 from flora.layers.weights.sharded import has_engine, is_distributed, part_like, whole
@@ -104,7 +105,7 @@ class Reduction:
                 rows = tucker.unfold(part, mode)
                 self._add(mode, rows @ self._random(mode, rows.shape[1], width, rows))
         else:
-            self._add(-1, tucker.project(part, self.bases))
+            self._add(-1, tucker.project(part, self._bases(part)))
 
     def _add_products(self, part: Products) -> None:
         mode = 1 - self.output_mode
@@ -112,9 +113,12 @@ class Reduction:
             random = self._random(mode, part.output.shape[1], self.widths[mode], part.output)
             self._add(mode, part.input.mT @ (part.output @ random))
         else:
-            basis = self.bases[mode]
+            basis = self._bases(part.input)[mode]
             inputs = part.input if basis is None else part.input @ basis
             self._add(-1, part.output.mT @ inputs if mode else inputs.mT @ part.output)
+
+    def _bases(self, like: Tensor) -> Factors:
+        return [None if basis is None else basis.to(like.dtype) for basis in self.bases]
 
     def _add(self, key: int, term: Tensor) -> None:
         self.sums[key] = term if key not in self.sums else self.sums[key].add_(term)
@@ -125,10 +129,13 @@ class Reduction:
         return torch.randn(rows, columns, generator=generator).to(like.device, like.dtype)
 
     def find_bases(self) -> None:
-        """End the first pass."""
+        """End the first pass. A basis is kept in the weight's precision, which no part of D exceeds."""
+        kept = self.layer.base_parameter.dtype
         for mode in self.widths:
-            self.bases[mode] = torch.linalg.qr(self._sum(mode)).Q
-        self.sums, self.needs_bases = {}, False
+            basis = torch.linalg.qr(self._sum(mode)).Q
+            self.bases[mode] = basis.to(kept) if kept in LOW_PRECISION else basis
+            self.sums.pop(mode, None)
+        self.needs_bases = False
 
     def _sum(self, key: int) -> Tensor:
         """The mean of a sum over all processes. Some may have seen nothing of the layer, but not all."""
@@ -153,21 +160,22 @@ class Reduction:
 
     def start(self) -> Start:
         """Orthonormal rows of the core's output unfolding, and factors with orthonormal columns: the sizes of every
-        start (``layers.starts``)."""
+        start (``layers.starts``). What it came from is gone then, because all layers' sums are large."""
         small = self._sum(-1)
         self.is_zero = not small.any()
+        bases, self.sums, self.bases = self._bases(small), {}, []
         try:
-            return self._decomposed(small)
+            return self._decomposed(small, bases)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"layer {self.layer.name!r}: {self.source} of shape {list(self.layer.weight_shape)} has numbers up to "
                 f"{small.abs().max():.1g}, too large to decompose; for a gradient a smaller warmup_rate may help"
             ) from error
 
-    def _decomposed(self, small: Tensor) -> Start:
+    def _decomposed(self, small: Tensor, bases: Factors) -> Start:
         factors: Factors = [None] * len(self.ranks)
         inner: Factors = [None] * len(self.ranks)
-        for mode, (rank, basis) in enumerate(zip(self.ranks, self.bases, strict=True)):
+        for mode, (rank, basis) in enumerate(zip(self.ranks, bases, strict=True)):
             if mode != self.output_mode:
                 factor = self._directions(mode, tucker.unfold(small, mode), rank, basis)
                 factors[mode], inner[mode] = factor, factor if basis is None else basis.mT @ factor
@@ -187,7 +195,7 @@ class Reduction:
         leading = leading[:, lengths > torch.finfo(matrix.dtype).eps * max(matrix.shape) * lengths.max()]
         leading = leading if basis is None else basis @ leading
         more = self._random(8 + mode, size, rank - leading.shape[1], matrix)
-        return torch.cat([leading, torch.linalg.qr(torch.cat([leading, more], 1)).Q[:, leading.shape[1] :]], 1)
+        return torch.linalg.qr(torch.cat([leading, more], 1)).Q
 
 
 def two_passes(reductions: Sequence[Reduction], run: Callable[[], None]) -> list[Start]:
