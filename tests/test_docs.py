@@ -154,7 +154,7 @@ def test_commands_are_those_that_flora_has(page, line):
     context = click.Context(command, info_name=line)
     command.parse_args(context, words)  # refuses unknown options and missing arguments
     if isinstance(command, KeyedCommand):
-        known = {key for key, _ in command.keys()}
+        known = {key for key, _ in command.rows()}
         for override in as_overrides(context.params["overrides"]):
             key = override.partition("=")[0]
             assert key in known or key.split(".")[0] in ("methods",), f"{page}: {key!r} is no key of {line!r}"

@@ -59,12 +59,26 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-class KeyedCommand(click.Command):
+class ListingCommand(click.Command):
+    """A command whose help ends with a list of names, each with what it is."""
+
+    def __init__(
+        self, name: str | None, *, heading: str, rows: Callable[[], Iterable[tuple[str, str]]], **kwargs: Any
+    ) -> None:
+        super().__init__(name, **kwargs)
+        self.heading, self.rows = heading, rows  # called for the help only: importing what they list takes seconds
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section(self.heading):
+            formatter.write_dl(list(self.rows()))
+
+
+class KeyedCommand(ListingCommand):
     """A command with `key=value` arguments after its options. Its help ends with the list of keys."""
 
     def __init__(self, name: str | None, *, keys: Callable[[], Iterator[tuple[str, str]]], **kwargs: Any) -> None:
-        super().__init__(name, **kwargs, context_settings={"ignore_unknown_options": True})
-        self.keys = keys  # called for the help only: importing what it lists takes seconds
+        ignore = {"ignore_unknown_options": True}
+        super().__init__(name, heading="Keys [default]", rows=keys, **kwargs, context_settings=ignore)
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click's. Raises Refused for an option where the first argument belongs."""
@@ -74,10 +88,6 @@ class KeyedCommand(click.Command):
             name, key = (first.name or "").upper(), value.lstrip("-").partition("=")[0]
             raise Refused(f"{value}: {name} comes first, as in `{ctx.command_path} {name} {key}=VALUE`")
         return super().invoke(ctx)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Keys [default]"):
-            formatter.write_dl(list(self.keys()))
 
 
 def described_keys(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:

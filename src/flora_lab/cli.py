@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from flora.files import full_disk
-from flora.keys import KeyedCommand, Refused, as_overrides, described_keys, flags
+from flora.keys import KeyedCommand, ListingCommand, Refused, as_overrides, described_keys, flags
 from flora_lab.errors import ConfigError, TrialsFailed
 from flora_lab.sources import hint
 
@@ -178,14 +178,24 @@ def data(what: tuple[str, ...]) -> None:
             )
 
 
-@click.command(short_help="Write a commented YAML for your own data.")
+def layouts() -> Iterator[tuple[str, str]]:
+    """Every task, with how its data lie."""
+    with job_errors():
+        from flora_lab.starter import LAYOUTS
+        from flora_lab.tasks import TASKS
+
+        yield from ((task, LAYOUTS[task]) for task in TASKS)
+
+
+@click.command(
+    cls=ListingCommand, heading="Tasks", rows=layouts, short_help="Write a commented YAML for your own data."
+)
 @click.argument("task")
 @click.argument("file", required=False)
 def init(task: str, file: str | None) -> None:
     """Write one complete YAML for a job of TASK on your own data, each key explained.
 
-    TASK is image_classification, glue, semantic_segmentation, instance_segmentation, text_to_image, language,
-    visual_instruction or oriented_detection. FILE, by default TASK.yaml, must not exist.
+    FILE, by default TASK.yaml, must not exist.
     """
     with job_errors():
         from flora.files import new_file

@@ -134,6 +134,11 @@ def test_rank_1_on_the_task_s_model_fits_every_budget_of_the_first_job(name, tmp
     assert config.budget in budgets and least <= min(budgets)
 
 
+def test_the_help_of_init_lists_every_task_and_its_data():
+    shown = call(init, "--help").output
+    assert all(re.search(rf"^  {task} +\w+/", shown, re.MULTILINE) for task in TASKS), shown
+
+
 def test_init_of_no_task():
     assert_refused(call(init, "image_clasification"), "did you mean 'image_classification'?", "expected one of")
 
