@@ -10,13 +10,16 @@ import datasets
 import pytest
 import tiny_processors
 import torch
+from peft import PeftModel
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flora_lab.methods import CannotAdapt, adapt
+from flora_lab.run.saved import save
 from flora_lab.tasks.data.dialogues import Dialogues, spread
 from flora_lab.tasks.data.tokens import IGNORED
+from flora_lab.tasks.evaluation import lmms_eval
 from flora_lab.tasks.evaluation.answers import accuracy
 from flora_lab.tasks.models.image_text import ImageTextModel
 from flora_lab.tasks.visual_instruction import VisualInstruction
@@ -543,10 +546,32 @@ def test_lmms_eval_gets_the_merged_model_in_a_process_of_its_own(tmp_path, monke
     model = job.build()
     adapted = adapt("flora", model, [], 600, {}, target_modules=job.targets_of(model)).model
     numbers = {"pope pope_accuracy": 0.75, "mmbench_en_dev_static gpt_eval_score": 65.0, "average": 0.7}
-    assert job.judge(adapted, None, {}, tmp_path) == {"test": pytest.approx(numbers)}
+    assert job.judge(adapted, None, {}, tmp_path) == {"test": pytest.approx(numbers), "notes": []}
     job.lmms_eval = ["gqa"]
     with pytest.raises(ValueError, match="lmms-eval has no task 'gqa'"):
         job.check(job.splits(0))
+
+
+@pytest.mark.parametrize("method", ["lora", "flora"])
+def test_lmms_eval_measures_no_merge_that_is_quantized_anew(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(lmms_eval, "evaluate", lambda model, *rest: merged.append(model.merge_and_unload()) or {})
+    merged = []
+    job = task(llava(tmp_path), lmms_eval=["pope"], trained=["multi_modal_projector"])
+    job.model = ImageTextModel(name=saved(tmp_path / "model"), load_in_4bit=True)
+    torch.manual_seed(0)
+    model = job.build()
+    adapted = adapt(method, model, job.head(model), 3000, {}, target_modules=job.targets_of(model)).model
+    with torch.no_grad():
+        for parameter in (one for one in adapted.parameters() if one.requires_grad):
+            parameter.normal_(std=0.2)
+    save(adapted, tmp_path / "trained")
+    (note,) = job.judge(adapted, None, {}, tmp_path)["notes"]
+    assert note.endswith("merged into the base model in float32, not in 4 bits")
+    dense = ImageTextModel(name=job.model.name).build("AutoModelForImageTextToText")
+    with_adapter = PeftModel.from_pretrained(dense, tmp_path / "trained")
+    batch = job.collate([job.splits(0)["train"][0]])
+    logits = [one.eval()(**batch).logits for one in (with_adapter, *merged)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)  # nf4 is off by 9 % of a weight
 
 
 def test_a_processor_without_an_image_token_is_named(tmp_path, monkeypatch):

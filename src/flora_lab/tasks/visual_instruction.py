@@ -212,7 +212,17 @@ class VisualInstruction(Answering):
         return names
 
     def judge(self, model: nn.Module, base: Any, splits: Any, folder: Path) -> dict[str, Any]:
-        return {"test": lmms_eval.evaluate(model, self.processor, self.lmms_eval, self.lmms_model)}
+        """lmms-eval's numbers of the merged model: merged as `flora merge` does, never into 4 bits."""
+        from peft import PeftModel
+
+        notes = []
+        if self.lmms_eval and self.model.load_in_4bit and isinstance(model, PeftModel):
+            model.cpu()  # one model at a time fits where training did
+            dense = replace(self, model=replace(self.model, load_in_4bit=False)).build()
+            model = PeftModel.from_pretrained(dense, folder / "trained")
+            notes = [f"lmms-eval measured the adapter merged into the base model in {self.model.dtype}, not in 4 bits"]
+        numbers = lmms_eval.evaluate(model, self.processor, self.lmms_eval, self.lmms_model)
+        return {"test": numbers, "notes": notes}
 
 
 @dataclass
