@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
+from torch.utils.data import Subset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -29,6 +30,7 @@ from transformers.integrations import TensorBoardCallback
 
 from flora.files import replace_file, save_tensors
 from flora_lab.run.progress import Progress
+from flora_lab.run.seeded import Seeded
 from flora_lab.run.sharding import prepare_to_shard
 from flora_lab.settings import Training
 from flora_lab.tasks import Examples, Task
@@ -53,17 +55,19 @@ def fit(
     ``callbacks`` run before a checkpoint is marked as complete, ``last`` afterwards.
     """
     checkpoints, progress = Checkpoints(folder / "checkpoints"), Progress(name, task.metric, bar)
-    args = arguments(keys, steps(keys, data["train"]), seed, folder / "checkpoints")
+    train, total = Seeded(data["train"], seed), steps(keys, data["train"])
+    args = arguments(keys, total, seed, folder / "checkpoints")
     trainer = _Trainer(
         model,
         args,
-        train_dataset=data["train"],
+        # after its last step the Trainer would take one more, unless it ended an epoch
+        train_dataset=train if checkpoints.steps < total else Subset(train, [0]),
         eval_dataset=data["validation"],
         data_collator=task.collate,
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce,
         # the method's and the task's callbacks first: a checkpoint is complete when they have written their part
-        callbacks=[*callbacks, *task.callbacks(folder), checkpoints, *last],
+        callbacks=[train, *callbacks, *task.callbacks(folder), checkpoints, *last],
         optimizers=(optimizer(args) if optimizer else None, None),
     )
     progress.attach(trainer)
@@ -226,9 +230,10 @@ class Checkpoints(TrainerCallback):
     MARK, STATISTICS = "complete.json", "statistics.safetensors"
 
     def __init__(self, folder: Path):
-        marks = sorted(folder.glob(f"checkpoint-*/{self.MARK}"), key=lambda mark: int(mark.parent.name.split("-")[1]))
-        self.last = str(marks[-1].parent) if marks else None
-        before = json.loads(marks[-1].read_text())["seconds"] if marks else 0.0
+        marks = {int(mark.parent.name.split("-")[1]): mark for mark in folder.glob(f"checkpoint-*/{self.MARK}")}
+        self.steps = max(marks, default=0)
+        self.last = str(marks[self.steps].parent) if marks else None
+        before = json.loads(marks[self.steps].read_text())["seconds"] if marks else 0.0
         PartialState().wait_for_everyone()  # every process has looked before the main one deletes
         if PartialState().is_main_process:
             for checkpoint in folder.glob("checkpoint-*"):
