@@ -27,6 +27,7 @@ from measure import each, interleaved, names_in, parser, prepare
 from peft import LoraConfig, get_peft_model
 from rows import Results, Row, rows_of, table
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import VARIANTS, adapt_variant, disturb
 
@@ -62,6 +63,16 @@ PRECISIONS = {
     "bf16 autocast": (torch.float32, True),
     "bf16 base": (torch.bfloat16, False),
 }
+
+
+class Lists(TorchFunctionMode):
+    """Counts the tensors whose numbers are read as a list, which no dispatcher sees on a CPU."""
+
+    reads = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.reads += func is torch.Tensor.tolist
+        return func(*args, **(kwargs or {}))
 
 
 class Counter(TorchDispatchMode):
@@ -138,8 +149,9 @@ def operations_once(kind: Kind, method: str) -> dict[str, tuple[float, float]]:
     base = nn.Sequential(*(kind.layer() for _ in range(LAYERS)))
     groups = getattr(base[0], "groups", 1)
     config = {"lora": LoraConfig(r=max(RANK, groups), **TARGETS), "flora-auto": FloraConfig(r=RANK, **TARGETS)}
-    with Counter() as counter:
+    with Lists() as lists, Counter() as counter:
         model = get_peft_model(base, config[method])
+    counter.reads += lists.reads
     counts = {"wrap": counter}
     disturb(model)
     if method != "lora" or groups == 1:

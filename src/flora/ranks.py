@@ -5,6 +5,7 @@ A weight has a shape (I_1, …, I_N) and one role per mode: "out", "in", "kernel
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -101,26 +102,27 @@ def solve_budget(weights: Sequence[Weight], budget: int, kernel_rank: int | None
         ValueError: if the least possible ranks exceed the budget, with the least possible number of parameters.
     """
 
+    alike = Counter(weights)
+
     def at(weight: Weight, r: int) -> Ranks:
+        """The least possible ranks at 0."""
+        if r == 0:
+            return weight.fixed or uniform_ranks(weight, 1, 1 if kernel_rank is None else kernel_rank)
         return weight.fixed or usable_ranks(uniform_ranks(weight, r, kernel_rank))
 
-    def total(ranks: Sequence[Ranks]) -> int:
-        return sum(w.count(own) for w, own in zip(weights, ranks, strict=True))
+    def total(r: int) -> int:
+        return sum(count * weight.count(at(weight, r)) for weight, count in alike.items())
 
-    least = [w.fixed or uniform_ranks(w, 1, 1 if kernel_rank is None else kernel_rank) for w in weights]
-    if total(least) > budget:
-        raise ValueError(
-            f"a budget of {budget} parameters is too small for these weights: least possible {total(least)}"
-        )
+    if total(0) > budget:
+        raise ValueError(f"a budget of {budget} parameters is too small for these weights: least possible {total(0)}")
     r, too_large = 0, max(max(w.shape) for w in weights) + 1
     while too_large - r > 1:
         middle = (r + too_large) // 2
-        if total([at(w, middle) for w in weights]) <= budget:
+        if total(middle) <= budget:
             r = middle
         else:
             too_large = middle
-    ranks = [at(w, r) for w in weights] if r else least
-    spare = budget - total(ranks)
+    ranks, spare = [at(weight, r) for weight in weights], budget - total(r)
 
     def cost_of_next(i: int) -> int:
         return weights[i].count(at(weights[i], r + 1)) - weights[i].count(ranks[i])

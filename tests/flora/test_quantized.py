@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flora
 from flora import FloraConfig, plan
-from flora.layers.starts import unified_scale
+from flora.layers.starts import rms, sample, unified_scale
 from flora.layers.weights.storage import dense_of, kept_state
 from flora.tucker import project
 from reference import delta, layers
@@ -226,7 +226,8 @@ def test_the_plan_counts_weights_and_not_bytes(base):
 @every_base
 def test_the_scale_is_the_dense_weights(base):
     (layer,) = layers(get_peft_model(Net(base), config()))
-    expected = unified_scale(dense_of(layer.base_layer, "weight").float(), (4, 4), 0, "random")
+    size = rms([sample(dense_of(layer.base_layer, "weight").float())])
+    expected = unified_scale(*size, (OUT, IN), (4, 4), 0, "random")
     assert layer.space("default").scale.item() == pytest.approx(expected)
     assert all(p.dtype == torch.float32 for p in layer.tucker_space.parameters())
 

@@ -109,6 +109,11 @@ def test_gradients_are_sums_over_the_layers(model):
             torch.testing.assert_close(factor.grad, sum(s.factors[n].grad for s in others))
 
 
+def test_in_a_mixed_model_it_shares_too():
+    config = FloraConfig(r=2, init_weights=False, stack="layers", target_modules=EACH)
+    assert is_tied(get_peft_model(base(), config, mixed=True))
+
+
 def test_a_fresh_adapter_changes_nothing():
     torch.testing.assert_close(adapted(init_weights=True)(X), base()(X))
 

@@ -21,7 +21,7 @@ from flora.layers.weights.sharded import is_distributed, make_equal
 
 
 class CoreSpace(nn.Module):
-    """Core and factors of one weight.
+    """Core and factors of one weight. Their numbers are whatever is in memory until ``starts.start`` fills them.
 
     Args:
         shape: the weight's (I_1, …, I_N), in PyTorch's order.
@@ -33,6 +33,7 @@ class CoreSpace(nn.Module):
     """
 
     scale: Tensor
+    is_new = True  # until a start has filled it
     init = "factor"  # the config's, for a data start
     scaled_for: str | None = None  # the start that scale="auto" was solved for
     shape: tuple[int, ...]
@@ -59,9 +60,9 @@ class CoreSpace(nn.Module):
         self.shape = tuple(shape)
         self.ranks = tuple(ranks)
         self.parameter_shapes = (self.ranks, *zip(self.shape, self.ranks, strict=True))
-        self.core = nn.Parameter(torch.zeros(self.ranks, device=device, dtype=dtype))
+        self.core = nn.Parameter(torch.empty(self.ranks, device=device, dtype=dtype))
         for n, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
-            self.register_parameter(f"factor_{n}", nn.Parameter(torch.zeros(size, rank, device=device, dtype=dtype)))
+            self.register_parameter(f"factor_{n}", nn.Parameter(torch.empty(size, rank, device=device, dtype=dtype)))
         # float64, so that 0.4 loses no digits on a float64 model
         number = torch.full((), scale, dtype=_widest(self.core.device), device=self.core.device)  # no host waits
         self.register_buffer("scale", number)

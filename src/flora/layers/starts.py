@@ -44,14 +44,14 @@ at the same c. They have half of it: on text the whole is too much (docs/search)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flora import tucker
 from flora.layers.core_space import CoreSpace
 from flora.layers.weights.sharded import part_like
 
@@ -60,25 +60,48 @@ GROWTH_FROM_DATA = GROWTH / 2
 LEAST = 2.0  # the least rms(W) · √F; docs/search has other values of all three
 
 
-def unified_scale(weight: Tensor, ranks: Sequence[int], output_mode: int, init: str) -> float:
+def unified_scale(size: float, shape: Sequence[int], ranks: Sequence[int], output_mode: int, init: str) -> float:
     """``scale="auto"``: one rule for every start and backbone, in place of the paper's s in {0.04, 0.4, 4}.
 
     With it, the first step of a learning rate η moves the weight by c · η · √q of its size, where q is the smaller of
     r_o and the product of the other ranks, c is ``Start.growth``, and the size is rms(W), but ``LEAST`` / √F at least.
     For ``init="factor"`` that is s = c · max(rms(W) · √F, ``LEAST``) / √max(r_o, p), p the product of the other ranks.
 
-    A large weight is sampled at some 2¹⁶ evenly spread entries, which gives its root mean square to half a percent.
+    Args:
+        size: rms(W).
+        shape: of W.
     """
-    numbers = weight.detach().reshape(-1)
-    sample = numbers[:: numbers.numel() >> 16 | 1]  # an odd step, so as not to follow a column
-    size = max(_rms(sample), LEAST * math.sqrt(weight.shape[output_mode] / numbers.numel()))
+    size = max(size, LEAST * math.sqrt(shape[output_mode] / prod(shape)))
     chosen = STARTS[init]
-    return chosen.growth * size * math.sqrt(_width(ranks, output_mode)) / chosen.reach(weight.shape, ranks, output_mode)
+    return chosen.growth * size * math.sqrt(_width(ranks, output_mode)) / chosen.reach(shape, ranks, output_mode)
 
 
-def _rms(numbers: Tensor) -> float:
-    dtype = torch.promote_types(numbers.dtype, torch.float32)
-    return torch.linalg.vector_norm(numbers, dtype=dtype).item() / math.sqrt(numbers.numel())
+def sample(weight: Tensor) -> Tensor:
+    """A view of some 2¹⁶ evenly spread numbers, whose root mean square is the weight's to half a percent."""
+    numbers = weight.detach().reshape(-1)
+    return numbers[:: numbers.numel() >> 16 | 1]  # an odd step, so as not to follow a column
+
+
+def rms(tensors: Sequence[Tensor]) -> list[float]:
+    """The root mean square of each. The host waits once for each device and type."""
+    sizes = [0.0] * len(tensors)
+    for (_, dtype), own in _alike((tensor.device, _wide(tensor.dtype)) for tensor in tensors):
+        norms = torch.stack(torch._foreach_norm([tensors[n] for n in own], 2, dtype)).tolist()
+        for n, norm in zip(own, norms, strict=True):
+            sizes[n] = norm / math.sqrt(tensors[n].numel())
+    return sizes
+
+
+def _alike(keys: Iterable[Hashable]) -> list[tuple[Any, list[int]]]:
+    """Each key with the positions at which it stands."""
+    positions: dict[Hashable, list[int]] = {}
+    for n, key in enumerate(keys):
+        positions.setdefault(key, []).append(n)
+    return list(positions.items())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _width(ranks: Sequence[int], output_mode: int) -> int:
@@ -87,9 +110,11 @@ def _width(ranks: Sequence[int], output_mode: int) -> int:
 
 
 @torch.no_grad()
-def start(space: CoreSpace, init: str, output_mode: int) -> None:
-    """Fill core and factors; ``init`` is a key of ``STARTS``."""
-    STARTS[init].fill(space, output_mode)
+def start(spaces: Sequence[CoreSpace], init: str, output_modes: Sequence[int]) -> None:
+    """Fill core spaces, but none on the meta device; ``init`` is a key of ``STARTS``."""
+    STARTS[init].fill([own for own in zip(spaces, output_modes, strict=True) if not own[0].core.is_meta])
+    for space in spaces:
+        space.is_new = False
 
 
 @dataclass(frozen=True)
@@ -97,12 +122,12 @@ class Start:
     """One way to start.
 
     Args:
-        fill: fills a core space, given its output mode.
+        fill: fills core spaces, each given with its output mode.
         reach: (shape, ranks, output mode) -> rms(delta) at s = 1 when the entries of the zero part are ±1.
         from_data: whether ``flora.initialize`` fills it anew.
     """
 
-    fill: Callable[[CoreSpace, int], None]
+    fill: Callable[[Sequence[tuple[CoreSpace, int]]], None]
     reach: Callable[[Sequence[int], Sequence[int], int], float]
     from_data: bool = False
 
@@ -112,16 +137,35 @@ class Start:
         return GROWTH_FROM_DATA if self.from_data else GROWTH
 
 
-def orthonormal_(matrix: Tensor) -> None:
-    """Fill with random orthonormal columns; orthonormal rows if it is wider than tall."""
-    rows, columns = matrix.shape
-    numbers = torch.empty(rows, columns, dtype=torch.promote_types(matrix.dtype, torch.float32), device=matrix.device)
-    if rows < 4 * columns:
-        nn.init.orthogonal_(numbers)
-    else:  # tall Gaussian columns are well conditioned, so Cholesky's two products do for QR's many small steps
-        triangle = torch.linalg.cholesky_ex(numbers.normal_().mT @ numbers).L
-        numbers = torch.linalg.solve_triangular(triangle.mT, numbers, upper=True, left=False)
-    matrix.copy_(numbers)
+def orthonormal(shapes: Sequence[Sequence[int]], like: Sequence[Tensor]) -> list[Tensor]:
+    """Random matrices with orthonormal columns, or rows if wider than tall. Those of one shape are made together.
+
+    Args:
+        like: tensors with whose device and type, float32 at least, they are made.
+    """
+    matrices: list[Tensor] = list(like)
+    groups = _alike((*shape, tensor.device, _wide(tensor.dtype)) for shape, tensor in zip(shapes, like, strict=True))
+    stacks = [torch.empty(len(own), *shape, device=at, dtype=dtype) for (*shape, at, dtype), own in groups]
+    for (_, own), stack in zip(groups, stacks, strict=True):
+        for n, matrix in zip(own, stack.unbind(), strict=True):
+            matrices[n] = matrix
+    for matrix in matrices:  # each by itself, and in order: a seed gives a layer the same numbers whatever comes after
+        matrix.normal_()
+    for (_, own), stack in zip(groups, stacks, strict=True):
+        for n, matrix in zip(own, _orthonormalized(stack).unbind(), strict=True):
+            matrices[n] = matrix
+    return matrices
+
+
+def _orthonormalized(stack: Tensor) -> Tensor:
+    """Gaussian matrices (L, rows, columns) -> orthonormal ones, of uniform distribution."""
+    rows, columns = stack.shape[1:]
+    if rows >= 4 * columns:  # well conditioned, so Cholesky's two products do for QR's many small steps
+        triangles = torch.linalg.cholesky_ex(stack.mT @ stack).L
+        return torch.linalg.solve_triangular(triangles.mT, stack, upper=True, left=False)
+    orthonormal, triangles = torch.linalg.qr(stack if rows >= columns else stack.mT)
+    orthonormal *= triangles.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+    return orthonormal if rows >= columns else orthonormal.mT
 
 
 def fill_core(space: CoreSpace, rows: Tensor, output_mode: int) -> None:
@@ -134,40 +178,65 @@ def fill_core(space: CoreSpace, rows: Tensor, output_mode: int) -> None:
     space.core.copy_(part_like(core, space.core))
 
 
+def _factor(spaces: Sequence[tuple[CoreSpace, int]]) -> None:
+    """LoRA's: only the output factor is zero. Everything else is orthonormal, so that every column of the output factor
+    sees another part of the input."""
+    outputs, targets = list[Tensor](), list[Tensor]()
+    cores: list[int] = []  # their positions among the targets
+    for space, output_mode in spaces:
+        inner = list(space.factors)
+        outputs.append(inner.pop(output_mode))
+        targets += inner
+        cores.append(len(targets))
+        targets.append(space.core.movedim(output_mode, 0))
+    shapes = [(len(target), target.numel() // len(target)) for target in targets]
+    matrices = orthonormal(shapes, targets)
+    if cores:
+        torch._foreach_zero_(outputs)
+        # entries of order one, as in `fill_core`
+        torch._foreach_mul_([matrices[n] for n in cores], [math.sqrt(max(shapes[n])) for n in cores])
+        torch._foreach_copy_(targets, [m.reshape(target.shape) for m, target in zip(matrices, targets, strict=True)])
+
+
+def _each(fill: Callable[[CoreSpace, int], None]) -> Callable[[Sequence[tuple[CoreSpace, int]]], None]:
+    """A start that fills one space after the other."""
+
+    def fill_all(spaces: Sequence[tuple[CoreSpace, int]]) -> None:
+        for space, output_mode in spaces:
+            fill(space, output_mode)
+
+    return fill_all
+
+
+@_each
 def _core(space: CoreSpace, output_mode: int) -> None:
     """The paper's: core zero, factors random Gaussian (section 4, after LoRA's section 3.1), here with columns of about
     length one."""
+    space.core.zero_()
     for factor in space.factors:
         factor.normal_(std=factor.shape[0] ** -0.5)
 
 
-def _factor(space: CoreSpace, output_mode: int) -> None:
-    """LoRA's: only the output factor is zero. Everything else is orthonormal, so that every column of the output factor
-    sees another part of the input."""
-    for mode, factor in enumerate(space.factors):
-        if mode != output_mode:
-            orthonormal_(factor)
-    rows = torch.empty_like(tucker.unfold(space.core, output_mode))
-    orthonormal_(rows)
-    fill_core(space, rows, output_mode)
-
-
+@_each
 def _official(space: CoreSpace, output_mode: int) -> None:
     """The authors' first code: core zero, factors by Kaiming's uniform rule with a = √5."""
+    space.core.zero_()
     for factor in space.factors:
         nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
 
+@_each
 def _official_normal(space: CoreSpace, output_mode: int) -> None:
     """The authors' later code: core zero, factors N(0, 0.02²). It takes s = alpha / r."""
+    space.core.zero_()
     for factor in space.factors:
         factor.normal_(std=0.02)
 
 
+@_each
 def _random(space: CoreSpace, output_mode: int) -> None:
     """Nothing zero, for ``init_weights=False``. Under "auto" delta has 0.3 · ``GROWTH`` of the weight's size."""
-    for factor in space.factors:
-        orthonormal_(factor)
+    torch._foreach_copy_(space.factors, orthonormal([factor.shape for factor in space.factors], space.factors))
     space.core.normal_(std=0.3 * math.sqrt(space.shape[output_mode] / _width(space.ranks, output_mode)))
 
 

@@ -15,10 +15,9 @@ from flora.layers.execution.cost import can_fuse
 from flora.layers.execution.lazy import LazyWeight
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
-from flora.layers.starts import start, unified_scale
 from flora.layers.weights.offload import loaded
 from flora.layers.weights.parameters import is_bare, leaf, owner
-from flora.layers.weights.sharded import gathered, is_distributed, of_first_process, part_like, whole
+from flora.layers.weights.sharded import is_distributed, part_like
 from flora.layers.weights.storage import dtype_of, storage_of, tensor_of
 from flora.tuner import quantized
 from flora.tuner.peft_compat import BaseTunerLayer
@@ -147,53 +146,28 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         self,
         adapter_name: str,
         ranks: Sequence[int],
-        scale: float | str = "auto",
-        init: str = "factor",
+        scale: float = 1.0,
         dropout: float = 0.0,
         execution: str = "auto",
         inference_mode: bool = False,
-        scales: dict[str, float] | None = None,
     ) -> None:
-        """Add an adapter, or replace the one with that name.
+        """Add an adapter, or replace the one with that name. ``start_adapter`` gives it its numbers.
 
         Args:
             ranks: (r_1, …, r_N).
-            scale: the s of equation 5, or "auto" (``unified_scale``).
-            init: a key of ``starts.STARTS``.
+            scale: the s of equation 5.
             execution: as ``kinds.possible`` gives it for this layer.
-            scales: where the scale is written down, under the layer's name.
         """
         layer, weight_dtype = self.get_base_layer(), dtype_of(self.get_base_layer(), self.parameter_name)
         if not self.tucker_space:
             self._active_adapter = [adapter_name]
-        output_mode = kinds.output_mode(self.roles)
-        with loaded(layer), gathered([self.base_parameter]):
+        with loaded(layer):
             device = self.base_parameter.device
-            number = self._unified_scale(ranks, init) if scale == "auto" else float(scale)
-        space = CoreSpace(self.weight_shape, ranks, number, device=device, dtype=weight_dtype)
-        space.scaled_for = init if scale == "auto" else None
-        if scales is not None:
-            space.written_down = scales, self.name
-            space.write_down(number)
-        start(space, init, output_mode)
-        self.kind.after_start(layer, space)
-        self.tucker_space[adapter_name] = space
+        self.tucker_space[adapter_name] = CoreSpace(self.weight_shape, ranks, scale, device, weight_dtype)
         self.tucker_scaling[adapter_name] = 1.0
         self.tucker_dropout[adapter_name] = dropout
         self.tucker_execution[adapter_name] = execution
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def _unified_scale(self, ranks: Sequence[int], init: str) -> float:
-        if self.base_parameter.is_meta:
-            raise ValueError('scale="auto" needs the numbers of a weight, and this one is on the meta device')
-        return of_first_process(unified_scale(whole(self.frozen_weight), ranks, kinds.output_mode(self.roles), init))
-
-    def suit_scale(self, adapter: str, init: str) -> None:
-        """Under ``scale="auto"`` set the scale for the start ``init``, which the adapter has now."""
-        space = self.space(adapter)
-        if space.scaled_for not in (None, init):
-            space.set_scale(self._unified_scale(space.ranks, init))
-            space.scaled_for = init
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self.tucker_space and not self.space(adapter_name).core.is_meta:

@@ -122,6 +122,11 @@ class FloraConfig(FloraFields, PeftConfig):
 
         return config_like(other, model, changes)
 
+    @property
+    def start(self) -> str:
+        """A key of ``starts.STARTS``."""
+        return self.init if self.init_weights else "random"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON. After a model has been adapted, it has the adapted weights, their scales and a budget's ranks."""
         fields = super().to_dict()

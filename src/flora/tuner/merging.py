@@ -94,7 +94,7 @@ class MergeableWeight(AdaptedWeight):
         present = self._present(adapter_names or self.active_adapters)
         return [adapter for adapter in present if adapter not in self.merged_adapters]
 
-    def _is_whole(self, adapters: Sequence[str]) -> bool:
+    def is_whole(self, adapters: Sequence[str]) -> bool:
         """Whether the weight and the core spaces are ordinary tensors, whole and in memory."""
         if self.is_quantized:
             return False
@@ -205,7 +205,7 @@ class MergeableWeight(AdaptedWeight):
 def surely_mergeable(layers: Sequence[MergeableWeight], adapter_names: list[str] | None, safe_merge: bool) -> bool:
     """Whether one look at all the layers shows that each can be merged: one number is read from the device."""
     own = [(layer, layer._to_merge(adapter_names)) for layer in layers]
-    if not all(layer._is_whole(names) for layer, names in own):
+    if not all(layer.is_whole(names) for layer, names in own):
         return False
     pairs = [(layer, name) for layer, names in own for name in names]
     spaces = [layer.space(name) for layer, name in pairs]

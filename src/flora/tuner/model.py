@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from flora.layers.core_space import CoreSpace, Stack
 from flora.layers.starts import STARTS
 from flora.tuner.combine import check_combination, combined_config, fill, summed
 from flora.tuner.config import FloraConfig
@@ -34,6 +32,7 @@ from flora.tuner.peft_compat import (
 from flora.tuner.planning.plan import make_plan, plan
 from flora.tuner.planning.saved import check_saved
 from flora.tuner.planning.targets import SHORTHANDS, canonical_module, default_targets
+from flora.tuner.starting import start_adapter
 from flora.tuner.undo import unchanged_on_error
 from flora.tuner.wrapping import with_scales_in_use, wrap_module
 
@@ -53,8 +52,8 @@ class FloraModel(MergeableModel):
         config names these afterwards."""
         with unchanged_on_error(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._start(adapter_name)
         self.start_checked = tuple(name for name in self.start_checked if name != adapter_name)
-        self._stack(adapter_name)
         if not self._load_state_dict_post_hooks:
             self.register_load_state_dict_post_hook(_forget_aliases)
         config = self.peft_config[adapter_name]
@@ -66,17 +65,8 @@ class FloraModel(MergeableModel):
                 config.target_modules = "|".join(map(re.escape, keys))
                 config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
-    def _stack(self, adapter_name: str) -> None:
-        """Let the adapter's core spaces share factors as planned."""
-        layers = (layer for layer in self._layers() if adapter_name in layer.tucker_space)
-        spaces = {layer.name: layer.space(adapter_name) for layer in layers}
-        stacks: dict[str, list[CoreSpace]] = defaultdict(list)
-        for row in self.peft_config[adapter_name].plan.rows:
-            if row.name in spaces:  # a state_dict may name fewer layers than the config
-                stacks[row.factors_of or row.name].append(spaces[row.name])
-        for own in stacks.values():
-            if len(own) > 1:
-                Stack(own)
+    def _start(self, adapter_name: str) -> None:
+        start_adapter(self.model, adapter_name, self.peft_config[adapter_name])
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict) -> FloraConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:

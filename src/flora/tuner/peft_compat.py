@@ -187,7 +187,8 @@ def _join_mixed_model(config_cls: type, model_cls: type, layer_cls: type) -> Non
             self.__class__ = MixedFloraModel
         # PeftMixedModel.add_adapter passes itself, which would put "base_model.model." before every layer's name
         with unchanged_on_error(self.model):
-            return inject(self, self.model, adapter_name, *args, **kwargs)
+            inject(self, self.model, adapter_name, *args, **kwargs)
+            model_cls._start(self, adapter_name)  # type: ignore[attr-defined]
 
     theirs.inject_adapter = inject_adapter
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
+
+CONTAINERS = (dict, list, OrderedDict)
 
 
 @contextmanager
@@ -15,7 +16,8 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Give every module its children, attributes and trained parameters back if the block raises."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    inside = [(held, _copy(held)) for _, state in before for held in state.values() if _copy(held) is not None]
+    # the plain containers in which modules keep their children, parameters, hooks and adapters
+    inside = [(held, held.copy()) for _, state in before for held in state.values() if type(held) in CONTAINERS]
     try:
         yield
     except BaseException:
@@ -28,8 +30,3 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
-
-
-def _copy(held: Any) -> Any:
-    """A copy of a plain container, as modules keep their children, parameters, hooks and adapters in; else None."""
-    return held.copy() if type(held) in (dict, list, OrderedDict) else None

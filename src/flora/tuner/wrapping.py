@@ -67,21 +67,25 @@ def wrap_module(model: nn.Module, weights: Sequence[PlannedWeight], adapter_name
                 _pass_no_nested_tensors(model, weight.module, layer)
         if adapter_name not in wrapped[weight.parameter].tucker_space:
             try:
-                wrapped[weight.parameter].update_layer(
-                    adapter_name,
-                    weight.ranks,
-                    scale=weight.scale,
-                    init=config.init if config.init_weights else "random",
-                    dropout=config.dropout,
-                    execution=weight.execution,
-                    inference_mode=config.inference_mode,
-                    scales=config.plan.scales,
-                )
+                _add(wrapped[weight.parameter], weight, adapter_name, config)
             except ValueError as error:
                 raise ValueError(f"layer {weight.name!r} ({weight.layer_type}): {error}") from error
-            wrapped[weight.parameter].space(adapter_name).init = config.init
     for alias in weights[0].aliases:
         other, _, leaf = get_submodules(model, alias)
         setattr(unwrapped(other), leaf, layer)
     setattr(unwrapped(parent), name, layer)
     attach(model)
+
+
+def _add(layer: AdaptedWeight, weight: PlannedWeight, adapter_name: str, config: FloraConfig) -> None:
+    """Give a layer a core space, as planned but for its start."""
+    auto = weight.scale == "auto"
+    number = 1.0 if auto else float(weight.scale)
+    layer.update_layer(
+        adapter_name, weight.ranks, number, config.dropout, weight.execution, inference_mode=config.inference_mode
+    )
+    space = layer.space(adapter_name)
+    space.init, space.scaled_for = config.init, config.start if auto else None
+    space.written_down = config.plan.scales, weight.name
+    if not auto:
+        space.write_down(number)

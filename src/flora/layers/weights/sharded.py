@@ -53,13 +53,11 @@ def first_alone_loads() -> bool:
     return has_engine() and all(os.environ.get(flag, "").lower() in ("true", "1") for flag in flags)
 
 
-def of_first_process(number: float) -> float:
-    """The first process's number, if it alone has loaded the model."""
-    if not first_alone_loads():
-        return number
-    numbers = [number]
-    torch.distributed.broadcast_object_list(numbers)
-    return numbers[0]
+def of_first_process(numbers: list[float]) -> list[float]:
+    """The first process's numbers, if it alone has loaded the model."""
+    if first_alone_loads():
+        torch.distributed.broadcast_object_list(numbers)
+    return numbers
 
 
 def has_master_copy(parameter: Tensor) -> bool:

@@ -63,6 +63,10 @@ class Storage:
 def storage_of(layer: nn.Module, weight: str) -> Storage | None:
     """The row of a layer's weight; None for a plain tensor."""
     holder, parameter = owner(layer, weight), parameter_of(layer, weight)
+    # asked several times for each layer of a model: most are seen to be in no row at once
+    wide = parameter is None or (type(parameter) is nn.Parameter and parameter.dtype.itemsize > 1)
+    if wide and type(holder).__module__.startswith("torch.nn."):
+        return None
     return next((storage for storage in STORAGES if storage.holds(holder, parameter)), None)
 
 

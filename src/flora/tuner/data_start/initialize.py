@@ -18,6 +18,7 @@ from flora.tuner.data_start.guard import at_its_start, undisturbed
 from flora.tuner.data_start.loss import loss_of_model, run
 from flora.tuner.data_start.reduction import distributed, fill, together
 from flora.tuner.layer import FloraLayer
+from flora.tuner.starting import suit_scales
 
 
 def initialize(
@@ -83,8 +84,8 @@ def initialize(
             starts = from_gradient(model, layers, adapter, batches, loss or loss_of_model, seed, *warmup)
     for layer, (rows, factors) in zip(layers, starts, strict=True):
         fill(layer, adapter, rows, factors)
-        layer.suit_scale(adapter, kind)
         layer.space(adapter).started = True
+    suit_scales(layers, adapter, kind)
 
 
 def _check_options(loss: Any, warmup_steps: Any, warmup_rate: Any) -> None:
