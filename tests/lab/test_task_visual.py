@@ -574,6 +574,17 @@ def test_lmms_eval_measures_no_merge_that_is_quantized_anew(method, tmp_path, mo
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)  # nf4 is off by 9 % of a weight
 
 
+@pytest.mark.parametrize(("method", "asked"), [("houlsby", 0), ("full", 1)])
+def test_lmms_eval_is_not_asked_about_a_model_that_it_could_not_load(method, asked, tmp_path, monkeypatch):
+    models = []
+    monkeypatch.setattr(lmms_eval, "evaluate", lambda model, *rest: models.append(model) or {})
+    job = task(llava(tmp_path), lmms_eval=["pope"])
+    model = adapt(method, job.build(), [], 3000, {}).model
+    notes = job.judge(model, None, {}, tmp_path)["notes"]
+    assert len(models) == asked
+    assert asked or "lmms-eval was not run: it would load the model without its 24 parameters such as" in notes[0]
+
+
 def test_a_processor_without_an_image_token_is_named(tmp_path, monkeypatch):
     job = task_of("qwen2_vl", tmp_path, "")
     made = SimpleNamespace(image_processor=None, tokenizer=job.tokenizer)

@@ -216,6 +216,9 @@ class VisualInstruction(Answering):
         from peft import PeftModel
 
         notes = []
+        if self.lmms_eval and (lost := lmms_eval.lost(model)):
+            without = f"its {len(lost)} parameters such as {lost[0]}"
+            return {"notes": [f"lmms-eval was not run: it would load the model without {without}"]}
         if self.lmms_eval and self.model.load_in_4bit and isinstance(model, PeftModel):
             model.cpu()  # one model at a time fits where training did
             dense = replace(self, model=replace(self.model, load_in_4bit=False)).build()

@@ -43,6 +43,18 @@ def check(tasks: list[str]) -> None:
         raise ValueError(f"task.lmms_eval: lmms-eval has no task {min(unknown)!r}")
 
 
+def lost(model: nn.Module) -> list[str]:
+    """The parameters, bottleneck adapters say, that neither merge nor fit the class of the model: lmms-eval, which
+    loads that class, would measure the model without them."""
+    import torch
+
+    if hasattr(model, "merge_and_unload"):
+        return []
+    with torch.device("meta"):
+        plain = dict(type(model)(model.config).named_parameters())
+    return [name for name, _ in model.named_parameters() if name not in plain]
+
+
 def evaluate(model: nn.Module, processor: Any, tasks: list[str], kind: str) -> dict[str, float]:
     """{"pope pope_accuracy": 0.86, …}: what lmms-eval reports of the merged model; merges the adapter for good. Of
     several tasks in HEADLINES also their "average", a share.
