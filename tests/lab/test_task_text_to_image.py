@@ -112,6 +112,15 @@ def test_captions_come_from_files_beside_pictures_from_metadata_or_from_one_prom
     assert captions_in(Captions(path=str(folder))) == ["number 0", "number 1", "number 2"]
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_folder_s_metadata_may_be_a_table(tmp_path, ending):
+    folder = pictures(tmp_path / "data", 3, captions=None)
+    rows = datasets.Dataset.from_dict({"file_name": [f"{n}.png" for n in range(3)], "text": ["a, b", "c", "d"]})
+    getattr(rows, f"to_{ending}")(folder / f"metadata.{ending}")
+    (folder / "README.txt").write_text("no caption: no picture here has one of its own")
+    assert captions_in(Captions(path=str(folder))) == ["a, b", "c", "d"]
+
+
 def test_folders_of_splits_and_of_classes(tmp_path):
     for split, count in (("train", 2), ("val", 1)):
         pictures(tmp_path / "data" / split / "deeper", count)
@@ -137,6 +146,14 @@ def empty(folder):
     (folder / "2.txt").write_text(" \n")
 
 
+def orphan(folder):
+    (folder / "2b.txt").write_text("a cat")
+
+
+def table(folder):
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a cat\n1.png,\n")
+
+
 def without(folder):
     (folder / "2.txt").unlink()
 
@@ -144,6 +161,7 @@ def without(folder):
 def all_but_one(folder):
     for number in (1, 2, 3):
         (folder / f"{number}.png").unlink()
+        (folder / f"{number}.txt").unlink()
 
 
 def metadata(*rows):
@@ -157,8 +175,10 @@ def metadata(*rows):
 GOOD = {"file_name": "0.png", "text": "a cat"}
 BAD_DATA = [
     (break_picture, {}, r"2\.png.* is not a readable image: not a picture"),
-    (empty, {}, r"2\.png: 'text' is '', expected a caption"),
-    (without, {}, r"2\.png has no caption: no metadata.jsonl names it, there is no 2.txt beside it"),
+    (empty, {}, r"2\.txt: the file is empty, expected a caption"),
+    (orphan, {}, r"2b\.txt: there is no picture of this name beside it"),
+    (table, {}, r"metadata.csv, line 3 \(1.png\): 'text' is '', expected a caption"),
+    (without, {}, r"2\.png has no caption: no metadata.jsonl \(or .csv, .parquet\) names it, there is no 2.txt beside"),
     (metadata(GOOD, {"file_name": "x.png", "text": "a"}), {}, r"metadata.jsonl, line 2: there is no .*x\.png"),
     (metadata(GOOD, "{"), {}, r"metadata.jsonl, line 2: not JSON \(Expecting"),
     (metadata(GOOD, {"file_name": "1.png"}), {}, r"line 2: expected an object with 'file_name' and 'text', got"),

@@ -67,7 +67,7 @@ def _files(place: Path) -> dict[str, Records]:
     for file in files:
         names = (re.split(r"[-_.]", file.stem)[0], file.absolute().parent.name) if len(files) > 1 else ()
         split = next((split for split in map(split_name, names) if split in SPLITS), "train")
-        for where, row in _parquet(file) if file.suffix == ".parquet" else _text_rows(file):
+        for where, row in rows_of(file):
             rows.setdefault(split, []).append(row)
             places.setdefault(split, []).append(where)
     if not rows:
@@ -75,8 +75,10 @@ def _files(place: Path) -> dict[str, Records]:
     return {split: Records(rows[split], places[split].__getitem__) for split in rows}
 
 
-def _text_rows(file: Path) -> list[tuple[str, Any]]:
-    """Every row of JSON lines, a JSON list or a table, with its place."""
+def rows_of(file: Path) -> list[tuple[str, Any]]:
+    """Every row of a file with one of `ENDINGS`, with its place. Raises ValueError naming the file, and its line."""
+    if file.suffix == ".parquet":
+        return _parquet(file)
     text = read_text(file)
     if file.suffix in SEPARATORS:
         return read_table(file, text)

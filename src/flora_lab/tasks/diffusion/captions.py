@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flora.files import local_path
 from flora_lab.tasks.data.pictures import DIGITS, open_image, picture_files, read
 from flora_lab.tasks.data.records import SPLITS, Portions, Records, check_each, need_columns, split_name, three
-from flora_lab.tasks.data.texts import parse_json, read_lines, read_text
+from flora_lab.tasks.data.rows import rows_of
+from flora_lab.tasks.data.texts import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as datasets' ImageFolder reads them
 IMAGE, CAPTION = "image", "caption"  # the columns of all records that `read_captions` returns
 LABEL = "label"  # the column of the folders' names, which are the captions then
 
@@ -30,8 +31,8 @@ class Captions(Portions):
     path: str = field(
         default="data",
         metadata={
-            "help": f"a folder of pictures with {METADATA} or a .txt beside each, a parquet file, a name on the hub, "
-            f"or {DIGITS} (scikit-learn's, with caption={LABEL})",
+            "help": f"a folder of pictures with {METADATA[0]} (or .csv) or a .txt beside each, a parquet file, a name "
+            f"on the hub, or {DIGITS} (scikit-learn's, with caption={LABEL})",
             "path": True,
         },
     )
@@ -78,7 +79,8 @@ def read_captions(keys: Captions, needed: bool = True) -> tuple[dict[str, Record
     Raises ValueError naming the file, and its row if it has rows.
     """
     place = None if keys.path == DIGITS else local_path(keys.path)
-    if place and place.is_dir() and keys.caption != LABEL and not any(place.rglob("*.parquet")):
+    is_folder = place and place.is_dir() and keys.caption != LABEL
+    if is_folder and all(file.name in METADATA for file in place.rglob("*.parquet")):
         splits, names = _folder(place, keys, needed), None
     else:
         splits, names = _table(keys, needed)
@@ -115,11 +117,13 @@ def _column(records: Records, keys: Captions, needed: bool) -> list[str]:
     return captions
 
 
-def _checked(caption: Any, name: str, column: str, needed: bool) -> str:
+def _checked(caption: Any, name: str, column: str | None, needed: bool) -> str:
+    """The caption. ``name`` of its row, and its ``column`` there; or of the file that is the caption."""
     if isinstance(caption, str) and caption.strip():
         return caption
     if needed:
-        raise ValueError(f"{name}: {column!r} is {caption!r}, expected a caption")
+        found = "the file is empty" if column is None else f"{column!r} is {caption!r}"
+        raise ValueError(f"{name}: {found}, expected a caption")
     return ""
 
 
@@ -132,21 +136,29 @@ def _folder(folder: Path, keys: Captions, needed: bool) -> dict[str, Records]:
     listed = {} if keys.prompt else dict(_listed(folder, set(pictures), keys.caption))
     splits = [part.name for part in folder.iterdir() if part.is_dir() and split_name(part.name) in SPLITS]
     rows: dict[str, list[tuple[str, str, str]]] = {}
+    beside_used = False
     for file in pictures:
         parts = file.relative_to(folder).parts
         split = split_name(parts[0]) if parts[0] in splits and len(parts) > 1 else "train"
-        name, caption = str(file), keys.prompt
-        if caption is None and file in listed:
-            name, caption = f"{listed[file][0]} ({file.name})", listed[file][1]
-        elif caption is None:
-            beside = file.with_suffix(".txt")
-            caption = read_text(beside).strip() if beside.is_file() else None
-            if caption is None and needed:
-                raise ValueError(
-                    f"{file} has no caption: no {METADATA} names it, there is no {beside.name} beside it, and "
-                    "task.data.prompt is not set"
-                )
-        rows.setdefault(split, []).append((str(file), _checked(caption, name, keys.caption, needed), name))
+        name, beside = str(file), file.with_suffix(".txt")
+        if keys.prompt is not None:
+            caption = keys.prompt
+        elif file in listed:
+            name = f"{listed[file][0]} ({file.name})"
+            caption = _checked(listed[file][1], name, keys.caption, needed)
+        elif beside.is_file():
+            caption = _checked(read_text(beside).strip(), str(beside), None, needed)
+            beside_used = True
+        elif needed:
+            raise ValueError(
+                f"{file} has no caption: no {METADATA[0]} (or .csv, .parquet) names it, there is no {beside.name} "
+                "beside it, and task.data.prompt is not set"
+            )
+        else:
+            caption = ""
+        rows.setdefault(split, []).append((str(file), caption, name))
+    if beside_used and needed:
+        _need_pictures(folder, {file.with_suffix(".txt") for file in pictures})
     if not rows:
         raise ValueError(f"{folder}: no pictures and no parquet files in it")
     features = datasets.Features({IMAGE: datasets.Image(decode=False), CAPTION: datasets.Value("string")})
@@ -159,14 +171,20 @@ def _folder(folder: Path, keys: Captions, needed: bool) -> dict[str, Records]:
     return made
 
 
+def _need_pictures(folder: Path, known: set[Path]) -> None:
+    """Raise ValueError for a file of a caption that is beside no picture."""
+    for file in sorted(folder.rglob("*.txt")):
+        if file not in known and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            raise ValueError(f"{file}: there is no picture of this name beside it; move it away if it is no caption")
+
+
 def _listed(folder: Path, pictures: set[Path], column: str) -> Iterator[tuple[Path, tuple[str, Any]]]:
     """What the folder's metadata files say: a picture, with the row that names it and its caption."""
     seen: dict[Path, str] = {}
-    for metadata in sorted(folder.rglob(METADATA)):
-        for place, line in read_lines(metadata):
-            row = parse_json(line, place)
+    for metadata in sorted(file for file in folder.rglob("metadata.*") if file.name in METADATA):
+        for place, row in rows_of(metadata):
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or column not in row:
-                raise ValueError(f"{place}: expected an object with 'file_name' and {column!r}, got {line:.80}")
+                raise ValueError(f"{place}: expected an object with 'file_name' and {column!r}, got {row!r:.80}")
             file = metadata.parent / row["file_name"]
             if not file.is_file():
                 raise ValueError(f"{place}: there is no {file}")
