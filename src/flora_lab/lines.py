@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator, Iterable
-from typing import TextIO, TypeVar
+from contextlib import closing
+from typing import ClassVar, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -37,9 +38,16 @@ class Lines:
 
 
 class Line:
-    """A tqdm bar on stderr. The time left follows from the mean speed since the start, evaluations included."""
+    """A tqdm bar on stderr. The time left follows from the mean speed since the start, evaluations included.
 
-    def __init__(self, name: str, total: int, initial: int, shown: bool):
+    Attributes:
+        hidden: whether no line is shown: in a process that works for another, which has a line itself.
+    """
+
+    hidden: ClassVar[bool] = False
+
+    def __init__(self, name: str, total: int, initial: int, shown: bool, stays: bool = True):
+        """``stays``: whether it is left on the terminal when it ends, even below another line."""
         self.terminal = sys.stderr.isatty()
         self.interval = ON_TERMINAL if self.terminal else IN_FILE
         self.drawn = time.monotonic()
@@ -52,7 +60,8 @@ class Line:
             file=sys.stderr if self.terminal else Lines(sys.stderr),
             miniters=1,  # tqdm's own thread then draws nothing
             smoothing=0,
-            disable=not shown,
+            leave=True if stays else None,
+            disable=self.hidden or not shown,
         )
 
     def fitted(self, name: str) -> str:
@@ -79,20 +88,34 @@ class Line:
         self.bar.close()
 
 
+class LateLine:
+    """A line that is shown only by the first process, and only if what it counts takes long."""
+
+    def __init__(self, name: str, total: int, shown: bool = True):
+        self.name, self.total, self.shown = name, total, shown
+        self.start, self.done = time.monotonic(), 0
+        self.line: Line | None = None
+
+    def advance(self) -> None:
+        """Say that one more is done."""
+        self.done += 1
+        if self.line is None and time.monotonic() - self.start >= PATIENCE:
+            self.line = Line(self.name, self.total, self.done, self.shown and _is_first_process(), stays=False)
+        if self.line is not None and self.line.due():
+            self.line.draw(self.done, "")
+
+    def close(self) -> None:
+        if self.line is not None:
+            self.line.draw(self.done, "")
+            self.line.close()
+
+
 def counted(items: Iterable[Item], total: int, name: str) -> Generator[Item, None, None]:
     """The items. If they take long, a line of the first process shows how many of ``total`` have passed."""
-    start, line, done = time.monotonic(), None, 0
-    try:
-        for done, item in enumerate(items, 1):
+    with closing(LateLine(name, total)) as line:
+        for item in items:
             yield item
-            if line is None and time.monotonic() - start >= PATIENCE:
-                line = Line(name, total, done, _is_first_process())
-            if line is not None and line.due():
-                line.draw(done, "")
-    finally:
-        if line is not None:
-            line.draw(done, "")
-            line.close()
+            line.advance()
 
 
 def _is_first_process() -> bool:

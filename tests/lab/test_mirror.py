@@ -122,7 +122,7 @@ def test_a_trial_elsewhere_gets_the_base_model_through_the_mirror(tmp_path):
     file = job.base_file()
     file.unlink()
     trial = Trial("head", None, 0, 0.1)
-    assert run(config, trial, file, job.folder / "trials" / trial.name, bar=False)["steps"] == 2
+    assert run(config, trial, file, job.folder / "trials" / trial.name)["steps"] == 2
     file.unlink()
     with pytest.raises(ConfigError, match="is not on this machine: set `mirror`"):
         base_model(config.task, file, 0)

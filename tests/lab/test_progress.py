@@ -68,6 +68,18 @@ def test_any_trainer_shows_all_numbers_in_one_line(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out == ""  # Trainer prints no logs beside it
 
 
+def test_an_evaluation_that_takes_long_has_a_line_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "PATIENCE", 0.0)
+    with terminal(monkeypatch) as states:
+        trainer = trained(tmp_path, per_device_eval_batch_size=1)
+        Progress("flora").attach(trainer)
+        trainer.train()
+        trainer.evaluate()
+    own = [number for number, state in enumerate(states) if re.search(r"evaluating \S+ 4/4 00:00 left", state)]
+    (trained_at,) = [number for number, state in enumerate(states) if "6/6 00:00 left, loss" in state][-1:]
+    assert own[0] < trained_at < own[-1]
+
+
 def test_a_long_line_still_fits_into_80_columns(monkeypatch):
     with terminal(monkeypatch) as states:
         line = Line("flora-activations", 40000, 0, shown=True)
@@ -139,6 +151,9 @@ def test_a_short_check_and_that_of_another_process_say_nothing(monkeypatch, caps
     monkeypatch.setattr(lines, "PATIENCE", 0.0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    check_each(of_numbers(4), lambda records, index: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(Line, "hidden", True)
     check_each(of_numbers(4), lambda records, index: None)
     assert capsys.readouterr().err == ""
 

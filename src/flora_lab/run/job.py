@@ -152,9 +152,10 @@ class Job(Folder):
 def _work(keys: dict, trial: Trial, file: Path | None, folder: Path, workers: int) -> Row:
     """A trial in a process of its own."""
     quiet()
+    Line.hidden = True
     config = build_config(keys)
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // workers))
-    return run(config, trial, file, folder, bar=False)
+    return run(config, trial, file, folder)
 
 
 def _drop_half_line(file: Path) -> None:

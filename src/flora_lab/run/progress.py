@@ -6,7 +6,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from flora_lab.lines import Line
+from flora_lab.lines import LateLine, Line
 from flora_lab.run.machine import peak_memory
 
 
@@ -27,7 +27,8 @@ class Progress(TrainerCallback):
     """The line of a training, for any Trainer of transformers: ``Progress().attach(trainer)``.
 
     It shows the optimizer steps, the time left, the loss, the learning rate of the first group of parameters, the peak
-    of memory (the accelerator's, or else the process's), and the last ``metric`` of the validation split.
+    of memory (the accelerator's, or else the process's), and the last ``metric`` of the validation split. A line below
+    it counts the batches of an evaluation that takes long.
 
     The loss is the mean since the line was last drawn if the Trainer calls `add`, and otherwise what it logged last.
     """
@@ -35,6 +36,7 @@ class Progress(TrainerCallback):
     def __init__(self, name: str = "training", metric: str = "loss", shown: bool = True):
         self.name, self.metric, self.shown = name, metric, shown
         self.line: Line | None = None
+        self.evaluated: LateLine | None = None
         self.loss: float | None = None
         self.rate: float | None = None
         self.validation: float | None = None
@@ -62,6 +64,18 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.loss = (logs or {}).get("loss", self.loss)
 
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.evaluated is None:
+            self.evaluated = LateLine("evaluating", len(eval_dataloader), self.shown)
+        self.evaluated.advance()
+        if self.evaluated.done == self.evaluated.total:
+            self._end_evaluation()
+
+    def _end_evaluation(self) -> None:
+        if self.evaluated is not None:
+            self.evaluated.close()
+        self.evaluated = None
+
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         # the test split has its own prefix
         self.validation = metrics.get(f"eval_{self.metric}", self.validation)
@@ -78,7 +92,8 @@ class Progress(TrainerCallback):
             self.line.draw(step, numbers(self.loss, self.rate, peak_memory(), self.validation))
 
     def close(self) -> None:
-        """End the line, also after an error."""
+        """End the lines, also after an error."""
+        self._end_evaluation()
         if self.line is not None:
             self.line.close()
 

@@ -38,7 +38,7 @@ START_BATCHES = 32
 KEYS = "keys.json"  # in a trial's folder
 
 
-def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool = True) -> Row:
+def run(config: Config, trial: Trial, file: Path | None, folder: Path) -> Row:
     """The row of a trial. ``file``: the base model's weights, if it has some; ``folder``: for what the trial saves."""
     task, mirror = config.task, Mirror(config)
     _take(folder, keys_of(config, trial))
@@ -73,8 +73,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path, bar: bool
         logs,
         callbacks,
         adapted.optimizer,
-        bar,
-        last,
+        last=last,
     )
     memory = {"memory": peak_memory(), **reserved.numbers()}
     row = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flora_lab.lines import counted
 from flora_lab.tasks.data.rows import read_rows
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def loss(model: nn.Module, texts: list[list[int]]) -> float:
     total, count = 0.0, 0
     model.eval()
     with torch.no_grad():
-        for text in texts:
+        for text in counted(texts, len(texts), "forgetting"):
             ids = torch.tensor(text, device=device)
             logits = model(input_ids=ids[None]).logits[0, :-1]
             total += torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum").item()
