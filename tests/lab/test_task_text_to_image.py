@@ -210,6 +210,8 @@ def test_bad_data_are_named_before_training(tmp_path, spoil, keys, message):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"size": 9}, "task.data.size=9: expected a multiple of 2, as UNet2DModel needs it"),
+        ({"samples": Samples(prompts=["cat"], steps=2000)}, "task.samples.steps=2000: .* 2000 cannot be larger"),
         ({"samples": Samples(prompts=["a whale"])}, "task.samples: 'a whale' is no class of .*, cat, dog, eel"),
         ({"config": {**SMALL, "num_class_embeds": 2}}, "num_class_embeds=2: the data have 3 captions"),
         ({"config": {**SMALL, "layer_per_block": 1}}, "UNet2DModel has no 'layer_per_block'; did you mean 'layers_per"),
@@ -238,6 +240,17 @@ def test_a_pipeline_names_its_parts(tmp_path):
         Pipeline(name=str(folder), adapt=["vae"]).parts()
     with pytest.raises(ValueError, match="absent: no such file or folder"):
         Pipeline(name=str(tmp_path / "absent")).parts()
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [("sd", 20, "`height` and `width` have to be divisible by 8"), ("flux", 18, "expected a multiple of 4, as FluxT")],
+)
+def test_a_size_that_a_pipeline_does_not_make_is_refused(tmp_path, kind, size, message, capsys):
+    job = task(pictures(tmp_path / "data", 2), size, name=pipelines.save(kind, tmp_path / "pipe"), data={"reuse": True})
+    with pytest.raises(ValueError, match=f"task.data.size={size}: {message}"):
+        job.build()
+    assert "pipeline components" not in capsys.readouterr().err  # of diffusers' own bar
 
 
 def test_what_is_shown_and_what_sdxl_is_told_of_it(tmp_path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flora_lab.tasks.base import Task
 from flora_lab.tasks.diffusion.captions import Captioned, Captions, read_captions, split_captions
 from flora_lab.tasks.diffusion.noise import Noise
-from flora_lab.tasks.diffusion.pipeline import Pipeline
+from flora_lab.tasks.diffusion.pipeline import Pipeline, check_steps
 from flora_lab.tasks.diffusion.quality import Quality
 from flora_lab.tasks.diffusion.samples import Samples
 
@@ -59,13 +59,16 @@ class TextToImage(Task):
         }
 
     def check(self, splits: dict[str, Captioned]) -> None:
-        """Also that a model of classes knows the prompts of the samples."""
+        """Also that a model of classes knows the prompts of the samples, and that these can be made and judged."""
         for examples in splits.values():
             examples.check()
-        self.quality.check()
         prompts = (*self.samples.prompts, *self.samples.drift_prompts)
         if self._of_classes and (unknown := [prompt for prompt in prompts if prompt not in self.classes]):
             raise ValueError(f"task.samples: {unknown[0]!r} is no class of {self.data.path}, {', '.join(self.classes)}")
+
+        if prompts or self.quality.fid or self.quality.classifier:
+            check_steps(self._frozen, self.samples.steps)
+        self.quality.check(splits["test"], self.samples.prompts)
 
     @cached_property
     def _source(self) -> tuple[dict[str, Records], list[str]]:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flora_lab.lines import counted
+
 if TYPE_CHECKING:
     from flora_lab.tasks.diffusion.noise import FlowMatching, Noise, VariancePreserving
 
@@ -105,18 +107,23 @@ class Denoiser(nn.Module):
             errors = errors * weights
         return {"loss": errors.mean(), "prediction": prediction, "target": target}
 
-    @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], keys: Sampling) -> Tensor:
-        """(number of prompts, channels, size, size) from 0 to 1, on the CPU: one picture per prompt and its seed.
+        """All `pictures`, (number of prompts, channels, size, size)."""
+        return torch.stack(list(self.pictures(prompts, seeds, keys)))
+
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int], keys: Sampling) -> Iterator[Tensor]:
+        """One picture per prompt and its seed, each (channels, size, size) from 0 to 1, on the CPU.
 
         A seed gives the same starting noise for every method. No random number of the training is used up.
         """
-        with _evaluation(self), torch.random.fork_rng(_devices(self.device)):
-            pictures = [
-                self._sample(prompts[start : start + keys.batch], seeds[start : start + keys.batch], keys)
-                for start in range(0, len(prompts), keys.batch)
-            ]
-        return torch.cat(pictures).float().cpu().clamp(0, 1)  # NaN stays
+        return counted(self._pictures(prompts, seeds, keys), len(prompts), "sampling")
+
+    def _pictures(self, prompts: Sequence[str], seeds: Sequence[int], keys: Sampling) -> Iterator[Tensor]:
+        for start in range(0, len(prompts), keys.batch):
+            some = slice(start, start + keys.batch)
+            with torch.no_grad(), _evaluation(self), torch.random.fork_rng(_devices(self.device)):
+                made = self._sample(prompts[some], seeds[some], keys)
+            yield from made.float().cpu().clamp(0, 1)  # NaN stays
 
     def _sample(self, prompts: Sequence[str], seeds: Sequence[int], keys: Sampling) -> Tensor:
         if pipeline := self._whole():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path
@@ -90,7 +91,9 @@ class Pipeline:
             return Frozen(None, process_of(self._scheduler({"_class_name": "DDPMScheduler"})), classes)
         import torch
         from diffusers import DiffusionPipeline
+        from diffusers.utils import logging
 
+        logging.disable_progress_bar()
         present = self.classes()
         absent = dict.fromkeys([*self.parts(), *(name for name in UNUSED if name in present)])
         try:
@@ -111,6 +114,7 @@ class Pipeline:
         from flora_lab.tasks.diffusion.denoiser import Denoiser
 
         model = Denoiser({name: self._part(name) for name in self.parts()}, frozen, noise, size)
+        _check_size(model)
         if self.gradient_checkpointing:
             for part in model.children():
                 next(getattr(part, name) for name in CHECKPOINTING if hasattr(part, name))()
@@ -154,17 +158,45 @@ class Pipeline:
         return cls.from_config({name: value for name, value in fields.items() if not name.startswith("_")})
 
 
+def check_steps(frozen: Frozen, steps: int) -> None:
+    """Raise ValueError if no picture can be made in so many steps."""
+    pipeline = frozen.pipeline
+    sampler = pipeline.scheduler if pipeline else frozen.process.sampler()
+    if pipeline and getattr(sampler.config, "use_dynamic_shifting", False):
+        return  # the pipeline sets the times itself
+    try:
+        sampler.set_timesteps(steps)
+    except Exception as error:  # of each scheduler's own
+        raise ValueError(f"task.samples.steps={steps}: {brief(error)}") from error
+
+
+def _check_size(model: Denoiser) -> None:
+    """Raise ValueError if the model can't make pictures of its size."""
+    pipeline, config, kind = model.frozen.pipeline, model.denoiser.config, type(model.denoiser).__name__
+    if pipeline is None:
+        unit = 2 ** (len(config.down_block_types) - 1)
+    else:  # FLUX's pipeline, not its transformer, makes one token of two by two latents
+        patch = 2 if kind == "FluxTransformer2DModel" else getattr(config, "patch_size", 1)
+        unit = pipeline.vae_scale_factor * patch
+    if model.size % unit:
+        raise ValueError(f"task.data.size={model.size}: expected a multiple of {unit}, as {kind} needs it")
+    if pipeline is not None:  # some ask for more
+        needed = [name for name, key in signature(pipeline.check_inputs).parameters.items() if key.default is key.empty]
+        try:
+            pipeline.check_inputs(**dict.fromkeys(needed) | {"prompt": "", "height": model.size, "width": model.size})
+        except ValueError as error:
+            raise ValueError(f"task.data.size={model.size}: {brief(error)}") from error
+
+
 # of diffusers, of transformers, and of transformers before version 5.23
 CHECKPOINTING = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 def _check_fields(cls: Any, fields: dict[str, Any], key: str) -> None:
     """Raise ValueError, naming ``key``, for a field that the class does not have."""
-    import inspect
-
     from flora.text import did_you_mean
 
-    known = list(inspect.signature(cls.__init__).parameters)[1:]
+    known = list(signature(cls.__init__).parameters)[1:]
     for name in fields:
         if name not in known:
             raise ValueError(f"{key}: {cls.__name__} has no {name!r}{did_you_mean(name, known)}")

@@ -5,14 +5,15 @@ Each is measured where its model is named; torchmetrics computes the Fréchet di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import chain
+from itertools import islice, repeat
+from operator import eq
 from typing import TYPE_CHECKING, Any
 
-from flora_lab.tasks.base import HEADS
+from flora_lab.lines import counted
 from flora_lab.tasks.models.pretrained import Pretrained, brief
 
 if TYPE_CHECKING:
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
     from flora_lab.tasks.diffusion.captions import Captioned
     from flora_lab.tasks.diffusion.denoiser import Denoiser
+    from flora_lab.tasks.diffusion.judges import Classifier
     from flora_lab.tasks.diffusion.samples import Samples
 
-BATCH = 32
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of the classifier's inputs
+BATCH = 32  # pictures that are held and judged at a time, but for those of the prompts
 
 
 @dataclass
@@ -49,9 +50,22 @@ class Quality:
             if (self.fid or self.classifier) and find_spec(name) is None:
                 raise ValueError(f"task.quality: {name} is not installed: pip install 'flora-peft[diffusion]'")
 
-    def check(self) -> None:
-        """Load the models, before any training. Raises ValueError naming one that can't be loaded."""
-        _ = self._judges, self.classifier and self._classifier, self.fid and self._inception
+    def check(self, examples: Captioned, prompts: Sequence[str]) -> None:
+        """Let each model judge a picture, twice, before any training. Raises ValueError naming its key."""
+        two, longest = [*pixels(examples, 1)] * 2, max(prompts, key=len, default="a picture")
+        judges = {
+            "clip": lambda: self._clip(two, [longest] * 2),
+            "dino": lambda: self._dino(two),
+            "fid": lambda: self._inception.update(*_batches(two), real=True),
+            "classifier": lambda: self._distance.update(*_batches(two), real=True),
+        }
+        for name, judge in judges.items():
+            if given := getattr(self, name):
+                try:
+                    judge()
+                except Exception as error:  # a model's own code may raise anything
+                    source = f"={given}" if isinstance(given, str) else ""
+                    raise ValueError(f"task.quality.{name}{source}: {brief(error)}") from error
 
     # ------------------------------------------------------------------------------------ similarities of pictures
 
@@ -61,13 +75,14 @@ class Quality:
         numbers: dict[str, float] = {}
         if not (self.clip or self.dino) or not made.isfinite().all():
             return dict.fromkeys(self._names(), float("nan"))
-        real = pixels(examples, min(len(made), len(examples)))
+        count = min(len(made), len(examples))
         if self.clip:
             pictures, texts = self._clip(made, prompts)
             numbers["CLIP-T"] = (pictures * texts).sum(-1).mean().item()
-            numbers["CLIP-I"] = (pictures @ self._clip(real, [""] * len(real))[0].mT).mean().item()
+            real, _ = self._clip(pixels(examples, count), repeat(""))
+            numbers["CLIP-I"] = (pictures @ real.mT).mean().item()
         if self.dino:
-            numbers["DINO"] = (self._dino(made) @ self._dino(real).mT).mean().item()
+            numbers["DINO"] = (self._dino(made) @ self._dino(pixels(examples, count)).mT).mean().item()
         return numbers
 
     def drift(self, made: Tensor, before: Tensor) -> dict[str, float]:
@@ -81,37 +96,36 @@ class Quality:
     def _names(self) -> list[str]:
         return [*(["CLIP-T", "CLIP-I"] if self.clip else []), *(["DINO"] if self.dino else [])]
 
-    def _clip(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _clip(self, pictures: Iterable[Tensor], prompts: Iterable[str]) -> tuple[Tensor, ...]:
         """(n, width) each: unit vectors of pictures and of prompts."""
-        model, processor = self._judges["clip"]
+        (model, processor), texts = self._clip_model, iter(prompts)
         keys = {"return_tensors": "pt", "padding": True, "truncation": True, "do_rescale": False}
-
-        def embed(some: Tensor, texts: Sequence[str]) -> Any:
-            return model(**processor(images=list(some), text=list(texts), **keys))
-
-        made = [embed(some, prompts[start : start + BATCH]) for start, some in _batches(images)]
+        made = [
+            model(**processor(images=list(some), text=list(islice(texts, len(some))), **keys))
+            for some in _batches(pictures)
+        ]
         return tuple(_units([one[name] for one in made]) for name in ("image_embeds", "text_embeds"))
 
-    def _dino(self, images: Tensor) -> Tensor:
+    def _dino(self, pictures: Iterable[Tensor]) -> Tensor:
         """(n, width): unit vectors, of the class token."""
-        model, processor = self._judges["dino"]
+        model, processor = self._dino_model
         keys = {"return_tensors": "pt", "do_rescale": False}
-        return _units([model(**processor(list(some), **keys)).last_hidden_state[:, 0] for _, some in _batches(images)])
+        made = [model(**processor(list(some), **keys)).last_hidden_state for some in _batches(pictures)]
+        if made[0].ndim != 3:
+            raise ValueError(f"{type(model).__name__} has no class token")
+        return _units([tokens[:, 0] for tokens in made])
 
     @cached_property
-    def _judges(self) -> dict[str, tuple[nn.Module, Any]]:
-        """Model and processor by name, loaded once. Raises ValueError naming the model."""
-        from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+    def _clip_model(self) -> tuple[nn.Module, Any]:
+        from transformers import AutoProcessor
 
-        made = {}
-        for name, kind in (("clip", AutoProcessor), ("dino", AutoImageProcessor)):
-            if source := getattr(self, name):
-                try:
-                    model = AutoModel.from_pretrained(source).eval().requires_grad_(False)
-                    made[name] = model, kind.from_pretrained(source)
-                except Exception as error:  # a model's own code may raise anything
-                    raise ValueError(f"task.quality.{name}={source}: {brief(error)}") from error
-        return made
+        return _loaded(self.clip), AutoProcessor.from_pretrained(self.clip)
+
+    @cached_property
+    def _dino_model(self) -> tuple[nn.Module, Any]:
+        from transformers import AutoImageProcessor
+
+        return _loaded(self.dino), AutoImageProcessor.from_pretrained(self.dino)
 
     # --------------------------------------------------------------------------------------- many pictures at once
 
@@ -121,92 +135,71 @@ class Quality:
         if not (self.fid or self.classifier):
             return {}
         captions = [examples.caption(index % len(examples)) for index in range(self.images)]
-        made = _coloured(model.sample(captions, range(self.images), keys))
-        names = ["FID"] * self.fid + ["FD", "recognised"] * (self.classifier is not None)
-        if not made.isfinite().all():
-            return dict.fromkeys(names, float("nan"))
-        real, numbers = _coloured(pixels(examples, len(examples))), {}
-        if self.fid:
-            numbers["FID"] = _frechet(self._inception, real, made)
-        if self.classifier:
-            features = _features(self._classifier)
-            numbers["FD"] = _frechet(_distance(features), real, made)
-            if model.frozen.classes:
-                seen = [self._classifier(_normal(some)).logits.argmax(-1).tolist() for _, some in _batches(made)]
-                wanted = [model.frozen.classes.index(caption) for caption in captions]
-                numbers["recognised"] = sum(map(int.__eq__, chain(*seen), wanted)) / len(wanted)
+        known = model.frozen.classes if self.classifier else []
+        metrics = {"FID": self._inception} if self.fid else {}
+        metrics |= {"FD": self._distance} if self.classifier else {}
+        seen: list[int] = []
+        for metric in metrics.values():
+            metric.reset()
+        for some in _batches(model.pictures(captions, range(self.images), keys)):
+            if not some.isfinite().all():
+                return dict.fromkeys([*metrics, *(["recognised"] if known else [])], float("nan"))
+            for metric in metrics.values():
+                metric.update(some, real=False)
+            seen += self._seen.classes(some) if known else []
+        for some in _batches(pixels(examples, len(examples))):
+            for metric in metrics.values():
+                metric.update(some, real=True)
+        numbers = {name: metric.compute().item() for name, metric in metrics.items()}
+        if known:
+            numbers["recognised"] = sum(map(eq, seen, map(known.index, captions))) / len(seen)
         return numbers
 
     @cached_property
     def _inception(self) -> Any:
         """torchmetrics' FID, whose weights torch-fidelity downloads."""
         try:
-            return _distance(2048)
+            return _frechet(2048)
         except Exception as error:  # of the network's, the disk's and torch's many classes
-            raise ValueError(f"task.quality.fid: Inception can't be loaded: {brief(error)}") from error
+            raise ValueError(f"Inception can't be loaded: {brief(error)}") from error
 
     @cached_property
-    def _classifier(self) -> nn.Module:
-        return self.classifier.load("AutoModelForImageClassification", ()).eval().requires_grad_(False)
+    def _distance(self) -> Any:
+        """The same in the classifier's features."""
+        return _frechet(self._seen)
+
+    @cached_property
+    def _seen(self) -> Classifier:
+        from flora_lab.tasks.diffusion.judges import Classifier
+
+        return Classifier(self.classifier)
 
 
-def _distance(features: int | nn.Module) -> Any:
+def _frechet(features: int | nn.Module) -> Any:
     """torchmetrics' Fréchet distance in the features of Inception (their number), or of a module."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     return FrechetInceptionDistance(features, normalize=True)
 
 
-def _frechet(metric: Any, real: Tensor, made: Tensor) -> float:
-    metric.reset()
-    for some, is_real in ((real, True), (made, False)):
-        for _, batch in _batches(some):
-            metric.update(batch, real=is_real)
-    return metric.compute().item()
+def _loaded(name: str) -> nn.Module:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(name).eval().requires_grad_(False)
 
 
-def _features(model: nn.Module) -> nn.Module:
-    """What a classifier's output layer gets, as a module for torchmetrics: from pictures, 0 to 1, to (n, width)."""
+def pixels(examples: Captioned, count: int) -> Iterator[Tensor]:
+    """The first ``count`` pictures of the data, one by one, each (channels, size, size) from 0 to 1."""
+    return counted((examples[index]["pixel_values"] / 2 + 0.5 for index in range(count)), count, "judging")
+
+
+def _batches(pictures: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Some at a time, (n, 3, height, width)."""
     import torch
 
-    head = next(getattr(model, name) for name in HEADS if hasattr(model, name))
-
-    class Features(torch.nn.Module):
-        num_features = head.in_features
-
-        def forward(self, pictures: Tensor) -> Tensor:
-            seen: list[Tensor] = []
-            handle = head.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-            try:
-                model(_normal(pictures))
-            finally:
-                handle.remove()
-            return seen[0]
-
-    return Features()
-
-
-def pixels(examples: Captioned, count: int) -> Tensor:
-    """The first ``count`` pictures of the data, (count, channels, size, size) from 0 to 1."""
-    import torch
-
-    return torch.stack([examples[index]["pixel_values"] for index in range(count)]) / 2 + 0.5
-
-
-def _coloured(images: Tensor) -> Tensor:
-    return images.expand(-1, 3, -1, -1)
-
-
-def _normal(images: Tensor) -> Tensor:
-    import torch
-
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (images - mean) / std
-
-
-def _batches(images: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Some pictures at a time, with the number of the first."""
-    return ((start, images[start : start + BATCH]) for start in range(0, len(images), BATCH))
+    pictures = iter(pictures)
+    while some := list(islice(pictures, BATCH)):
+        yield torch.stack(some).expand(-1, 3, -1, -1)
 
 
 def _units(parts: Sequence[Tensor]) -> Tensor:
