@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from kernel_counts import kernels
 from measure import each, interleaved, names_in, parser, prepare
 from peft import LoraConfig, get_peft_model
 from rows import Results, Row, rows_of, table
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import VARIANTS, adapt_variant, disturb
@@ -83,16 +85,17 @@ class Counter(TorchDispatchMode):
         self.count = self.reads = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        self.count += not (is_view(func) or name in EMPTY or name in WITHOUT_TENSORS)
-        self.reads += name in READS
+        self.count += computes(func)
+        self.reads += func._schema.name.removeprefix("aten::") in READS
         return func(*args, **(kwargs or {}))
 
 
-def is_view(operation: Any) -> bool:
-    """Whether an operation's results share its argument's memory, and nothing is written."""
+def computes(operation: Any) -> bool:
+    """Whether an operation computes or copies. A view does not: its results share its argument's memory, and nothing is
+    written."""
     returns = [r.alias_info for r in operation._schema.returns]
-    return bool(returns) and all(info is not None and not info.is_write for info in returns)
+    is_view = bool(returns) and all(info is not None and not info.is_write for info in returns)
+    return not is_view and operation._schema.name.removeprefix("aten::") not in EMPTY + WITHOUT_TENSORS
 
 
 def models(kind: Kind, dtype: torch.dtype, names: list[str], args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -140,6 +143,21 @@ def operations(step: Callable[[], None]) -> float:
     with Counter() as counter:
         step()
     return counter.count / LAYERS
+
+
+def operations_in_graph(model: nn.Module, kind: Kind, precision: str) -> float:
+    """Operations of a compiled step, per layer, as a compiler's backend gets them: not fused yet."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Callable:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    partition = min_cut_rematerialization_partition
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
+    step_of(torch.compile(model, backend=backend, fullgraph=True), kind, precision, "cpu")()
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    return sum(isinstance(target, torch._ops.OpOverload) and computes(target) for target in targets) / LAYERS
 
 
 def operations_once(kind: Kind, method: str) -> dict[str, tuple[float, float]]:

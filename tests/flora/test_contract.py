@@ -356,16 +356,21 @@ def test_threads_share_a_model(case, execution):
 
 
 @every_case
-@every_execution
-def test_compiles_without_a_graph_break(case, execution):
+@pytest.mark.parametrize(("execution", "grad"), [("factored", False), ("merged", False), ("auto", True)])
+def test_compiles_without_a_graph_break(case, execution, grad):
     torch.compiler.reset()
-    model, _, args = build(case, torch.float32, execution=execution)
-    with warnings.catch_warnings():
+    model, base, args = build(case, execution=execution)
+    with warnings.catch_warnings(), torch.set_grad_enabled(grad):
         warnings.simplefilter("ignore")  # dynamo's own, about torch internals
-        with torch.no_grad():
-            compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
-            result = first(compiled(*args))
-    torch.testing.assert_close(result, first(model(*args)))
+        result = first(torch.compile(model.base_model.model, backend="eager", fullgraph=True)(*args))
+    expected = forward(model, base, args, {"default": 1.0})
+    torch.testing.assert_close(result, expected, **CLOSE)
+    if grad:
+        parameters = [p for layer in layers(model) for p in layer.tucker_space["default"].parameters()]
+        head = torch.randn_like(expected)
+        pairs = (torch.autograd.grad((output * head).sum(), parameters) for output in (result, expected))
+        for mine, dense in zip(*pairs, strict=True):
+            torch.testing.assert_close(mine, dense, **CLOSE)
 
 
 ONNX = {

@@ -83,6 +83,30 @@ def test_a_layer_takes_few_operations(kind, monkeypatch):
         assert ours <= most and ours <= 0.8 * lora
 
 
+# operations of one layer in a compiler's graph, forward and backward: LoRA's and ours
+IN_GRAPH = {
+    ("Linear", "fp32"): (12, 11),
+    ("Linear", "bf16 base"): (17, 19),
+    ("Conv2d 3×3", "fp32"): (10, 16),
+    ("Conv2d 3×3", "bf16 base"): (15, 22),
+    ("Conv2d depthwise 3×3", "fp32"): (10, 16),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo's own, about torch internals
+@pytest.mark.parametrize(("kind", "precision"), IN_GRAPH, ids=" ".join)
+def test_a_compiled_layer_takes_few_operations(kind, precision, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import launches
+
+    monkeypatch.setattr(launches, "LAYERS", 1)
+    torch.compiler.reset()
+    own, args = launches.KINDS[kind], Namespace(seed=0, device="cpu")
+    adapted = launches.models(own, launches.PRECISIONS[precision][0], ["lora", "flora-auto"], args)
+    counts = [launches.operations_in_graph(model, own, precision) for model in adapted.values()]
+    assert all(count <= most for count, most in zip(counts, IN_GRAPH[kind, precision], strict=True))
+
+
 # operations of one layer, of which one twelfth is the model's
 ONCE = {
     "Linear": {"wrap": 4.2, "merge_adapter": 6.6, "merge_and_unload": 4.5, "safe_merge": 5},

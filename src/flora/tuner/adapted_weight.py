@@ -242,7 +242,8 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's whole update of the weight, in the weight's shape: (I_1, …, I_N)."""
-        return self.space(adapter).delta() * self.tucker_scaling[adapter]
+        delta, scaling = self.space(adapter).delta(), self.tucker_scaling[adapter]
+        return delta if scaling == 1 else delta * scaling
 
     def with_zeros(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Zeros in the place of a quantized weight (I_1, …, I_N), and the output of the layer without its bias: the

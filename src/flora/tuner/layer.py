@@ -12,22 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flora.layers.batches import batch_mode
-from flora.layers.core_space import CoreSpace
-from flora.layers.execution.cost import LOW_PRECISION, Weight, can_fuse, of_one_type, pooled
-from flora.layers.execution.pool import Entry
+from flora.layers.execution.cost import LOW_PRECISION, can_fuse, in_graph, of_one_type
 from flora.layers.execution.stand_in import Refused, StandIn
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
 from flora.layers.weights.offload import loaded
 from flora.layers.weights.parameters import is_bare, is_plain, run_with_weights
 from flora.layers.weights.sharded import in_parts, is_distributed, swapped
-from flora.tuner.live import Ready, live
-from flora.tuner.merging import MergeableWeight
+from flora.tuner.live import live
 from flora.tuner.names import names_for
 from flora.tuner.peft_compat import BaseTunerLayer
+from flora.tuner.pooled_weight import PooledWeight
 
 
-class FloraLayer(MergeableWeight):
+class FloraLayer(PooledWeight):
     """A layer that runs with the updates of its active adapters (paper section 4, equations 5 to 7).
 
     Where the kind of layer allows it, the first update runs together with the base layer (*fused*), and others beside
@@ -69,7 +67,7 @@ class FloraLayer(MergeableWeight):
         if self.poolable and not torch.compiler.is_compiling() and (pool := live()) is not None:
             ready = pool.of(self, x.device.type)
             if ready is not None and ready.adapter == active[0]:
-                result = self._from_pool(x, ready)
+                result = self.from_pool(x, ready)
                 if result is not None:
                     return result
         has_it = active[0] in cast(nn.Module, self._modules["tucker_space"])._modules
@@ -80,67 +78,6 @@ class FloraLayer(MergeableWeight):
             return super()._seen_from_outside(name)
         why = f"layer {self.name!r}: its weight is read, not called: `adapter_names` can't give each sample its own"
         return Refused.of(self.base_parameter, why)
-
-    # ---------------------------------------------------------------------------------------- all layers at once
-
-    def entry(self, autocast: torch.dtype | None, keeps: bool) -> Entry | None:
-        """What this layer gives to a model's pool now; None if it should run on its own.
-
-        Args:
-            autocast: the type under autocast, or None.
-            keeps: whether the pool keeps what it forms, and so wants thin tensors only.
-        """
-        active = self._active_adapter
-        if self._disable_adapters or self.merged_adapters or len(active) != 1:
-            return None
-        # not by attributes of modules, which are slow
-        adapter, modules = active[0], cast(dict[str, nn.Module], self._modules)
-        base, space = modules["base_layer"], cast(CoreSpace | None, modules["tucker_space"]._modules.get(adapter))
-        if space is None or self._dropout(adapter) > 0 or not is_bare(base) or not is_bare(space):
-            return None
-        weight = base._parameters.get("weight")
-        # a type, a shape or a place of their own: sharded, swapped in by a function, or offloaded just now
-        if type(weight) is not nn.Parameter or not is_plain(weight) or weight.shape != space.shape:
-            return None
-        device = weight.device
-        low = weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
-        kind = "matrix" if self.kind.is_matrix else "convolution"
-        if keeps:
-            form = "factored" if kind == "matrix" else None
-        else:
-            own = Weight(device.type, kind, space.shape, weight.dtype, low, torch.is_grad_enabled())
-            form = pooled(own, self.tucker_execution[adapter])
-        if form is None:
-            return None
-        parameters = cast(tuple[Tensor, ...], tuple(space._parameters.values()))
-        for parameter, shape in zip(parameters, space.parameter_shapes, strict=True):
-            if type(parameter) is not nn.Parameter or parameter.shape != shape or parameter.device != device:
-                return None
-        if parameters[0].is_inference():
-            return None
-        if form == "factored" and self.kind.input_first:
-            core, first, second = parameters
-            parameters = (core.mT, second, first)
-        scaling = self.tucker_scaling[adapter]
-        return Entry(form, weight, parameters, space.scale if scaling == 1 else space.scale * scaling, low)
-
-    def _from_pool(self, x: Tensor, ready: Ready) -> Tensor | None:
-        """The output, by what the model's pool has formed for this layer; None if the input does not fit."""
-        base = cast(nn.Module, self._modules["base_layer"])
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        if (ready.autocast is None and x.dtype != cast(Tensor, weight).dtype) or self._dropout(ready.adapter) > 0:
-            return None
-        plain = cast(Callable[..., Tensor], self.kind.plain)
-        if ready.form == "merged":
-            return plain(base, x, ready.tensors, bias)
-        if ready.autocast is not None:
-            x = x.to(ready.autocast)
-        if ready.form == "delta":
-            return plain(base, x, weight, bias).add_(plain(base, x, ready.tensors, None))
-        down, up = ready.tensors
-        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        output = plain(base, rows, weight, bias).addmm_(rows.mm(down), up)
-        return output if x.ndim == 2 else output.view(*x.shape[:-1], output.shape[-1])
 
     # ---------------------------------------------------------------------------------------- one layer by itself
 
@@ -155,7 +92,7 @@ class FloraLayer(MergeableWeight):
             (x, *_), _ = self._input_first(args, kwargs)
             result, beside = self._fused(adapters[0], x), adapters[1:]
         if result is None:
-            inside = [a for a in adapters if self._runs_merged(a)]
+            inside = [a for a in adapters if self._form(a) == "merged"]
             beside = [a for a in adapters if a not in inside]
             if inside and in_parts(self.base_parameter, self.weight_shape):
                 result = self._in_parts(inside, args, {**kwargs, **inner})
@@ -200,17 +137,25 @@ class FloraLayer(MergeableWeight):
         x, frozen, bias, core, factors = tensors
         return self.kind.fused(base, frozen, bias, core, factors, x, self.tucker_execution[adapter])
 
-    def _runs_merged(self, adapter: str) -> bool:
+    def _form(self, adapter: str) -> str:
+        """How an update runs that is not fused: "merged", in the weight; "delta", as the weight of a second call;
+        "factored"."""
         # each process of tensor parallelism has its part of the input, or of the output: the update acts as a weight
-        if not self.factorable or is_distributed(self.base_parameter):
-            return True
+        weight, execution = self.base_parameter, self.tucker_execution[adapter]
+        if not self.factorable or is_distributed(weight):
+            return "merged"
         # only the factored form has an input of its own to drop out; others drop ranks
-        if self._dropout(adapter) > 0 or self.is_quantized or self.base_parameter.is_meta:
-            return False
-        if self.tucker_execution[adapter] != "auto":
-            return self.tucker_execution[adapter] == "merged"
+        if self._dropout(adapter) > 0 or self.is_quantized or weight.is_meta:
+            return "factored"
+        if execution != "auto":
+            return execution
+        if torch.compiler.is_compiling() and self.poolable:
+            form = in_graph(self.described(weight))
+            if form is not None:
+                return form
         # thin layers are not thin in a grouped convolution: groups × rank channels
-        return getattr(self.get_base_layer(), "groups", 1) > 1 and self.base_parameter.dtype not in LOW_PRECISION
+        grouped = getattr(self.get_base_layer(), "groups", 1) > 1
+        return "factored" if not grouped else "delta" if weight.dtype in LOW_PRECISION else "merged"
 
     def _weight_or_stand_in(self, adapters: Sequence[str]) -> Tensor:
         """The weight with the updates in it; for a stack of matrices a stand-in that forms only what it must."""
@@ -222,15 +167,20 @@ class FloraLayer(MergeableWeight):
 
     def _add_beside(self, result: Tensor, adapter: str, args: tuple, kwargs: dict) -> Tensor:
         (x, *others), kwargs = self._input_first(args, kwargs)
+        layer = self.get_base_layer()
+        if x.is_floating_point() and self._form(adapter) == "delta":
+            plain = cast(Callable[..., Tensor], self.kind.plain)
+            return result + plain(layer, x, self.get_delta_weight(adapter).to(x.dtype), None)
         if x.is_floating_point():
             core, factors = self._scaled(adapter)
-            # not by PEFT's method, which no compiler before torch 2.12 can follow from a module with a __getattr__
-            x = x.to(core.dtype) if getattr(self, "cast_input_dtype_enabled", True) else x
-            x = F.dropout(x, self._dropout(adapter))
+            # beside a half-precision input the factors are cast, which are thin. Not by PEFT's method, which no
+            # compiler before torch 2.12 can follow from a module with a __getattr__
+            stays = x.dtype in LOW_PRECISION or not getattr(self, "cast_input_dtype_enabled", True)
+            x = F.dropout(x if stays else x.to(core.dtype), self._dropout(adapter))
         else:
             core, factors = self._dropped(adapter, self.base_parameter)
         factored = cast(Callable[..., Tensor], self.kind.factored)  # `factorable` says so
-        update = factored(self.get_base_layer(), core, factors, x, *others, **kwargs)
+        update = factored(layer, core, factors, x, *others, **kwargs)
         return (result + update).to(result.dtype)
 
     def input_of(self, args: tuple, kwargs: dict) -> Tensor:

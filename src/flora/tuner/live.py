@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flora.layers.execution.cost import CHUNK, can_fuse
+from flora.layers.execution.cost import CHUNK, autocast_dtype, can_fuse
 from flora.layers.execution.pool import Formed, form
 from flora.layers.weights.sharded import has_engine, has_fsdp
 
@@ -62,7 +62,7 @@ class Live:
         same = torch.is_grad_enabled() == self.grad and not torch._C._are_functorch_transforms_active()
         if not same or _saved_tensors_hooks(True) is not None:
             return None
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = autocast_dtype(device)
         if layer not in self.ready:
             self._form(self._chunk(layer), autocast)
         ready = self.ready[layer]
@@ -82,7 +82,7 @@ class Live:
 
     def _form(self, chunk: list[FloraLayer], autocast: torch.dtype | None) -> None:
         self.ready |= dict.fromkeys(chunk)
-        entries = {layer: entry for layer in chunk if (entry := layer.entry(autocast, self.keeps)) is not None}
+        entries = {layer: entry for layer in chunk if (entry := layer.entry(self.keeps)) is not None}
         if entries:
             formed = form(list(entries.values()), pads=not self.keeps)
             for (layer, entry), tensors in zip(entries.items(), formed, strict=True):

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flora.layers.execution.convolution import Geometry, convolution
-from flora.layers.execution.matrix import matrix
+from flora.layers.execution.matrix import matrix, thin_linear
 
 Factors = Sequence[Tensor]
 Bias = Tensor | None
@@ -27,14 +28,13 @@ _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: 
 
 def linear(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
     """Equation 7: input (…, i) -> (…, o)."""
-    output_factor, input_factor = factors
-    return F.linear(F.linear(F.linear(input, input_factor.transpose(-2, -1)), core), output_factor)
+    return thin_linear(input, core, *factors)
 
 
 def linear_transposed(layer: Any, core: Tensor, factors: Factors, x: Tensor) -> Tensor:
     """The same for transformers' Conv1D, whose weight is (in, out)."""
     input_factor, output_factor = factors
-    return F.linear(F.linear(F.linear(x, input_factor.transpose(-2, -1)), core.transpose(-2, -1)), output_factor)
+    return thin_linear(x, core.transpose(-2, -1), output_factor, input_factor)
 
 
 def linear_fused(
@@ -76,25 +76,32 @@ def conv_transposed_plain(layer: Any, input: Tensor, weight: Tensor, bias: Bias)
 
 def _pointwise(input: Tensor, weight: Tensor, spatial: int, groups: int) -> Tensor:
     """1×…×1 convolution by ``weight`` (out, in/groups)."""
+    weight = weight.to(input.dtype)
     return _CONV[spatial](input, weight.reshape(*weight.shape, *[1] * spatial), groups=groups)
 
 
 def _kernel(core: Tensor, kernel_factors: Sequence[Tensor]) -> Tensor:
     """G ×_3 C ×_4 D (equation 6): (r, r', r_3, …) -> (r, r', k, …)."""
-    basis = kernel_factors[0]
-    for factor in kernel_factors[1:]:
-        basis = (basis[:, None, :, None] * factor[None, :, None, :]).flatten(2).flatten(0, 1)  # Kronecker's product
-    sizes = [factor.shape[0] for factor in kernel_factors]
-    return (core.flatten(2) @ basis.transpose(-2, -1)).unflatten(2, sizes)
+    *inner, last = kernel_factors
+    kernel, size = core @ last.transpose(-2, -1), last.shape[0]
+    for factor in reversed(inner):
+        slices = kernel.reshape(-1, factor.shape[1], size)
+        kernel, size = torch.bmm(factor.expand(len(slices), -1, -1), slices), size * factor.shape[0]
+    return kernel.reshape(*core.shape[:2], *[factor.shape[0] for factor in kernel_factors])
+
+
+def _by_groups(weight: Tensor, groups: int) -> Tensor:
+    """All groups' copies of (out, …), one after the other."""
+    return weight if groups == 1 else weight.repeat(groups, *[1] * (weight.ndim - 1))
 
 
 def conv(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:
     """Equation 6: a pointwise convolution down, the core's with the layer's own options, a pointwise one up."""
     output_factor, input_factor, *kernel_factors = factors
     spatial, groups = len(kernel_factors), layer.groups
-    thin = _pointwise(input, input_factor.transpose(-2, -1).repeat(groups, 1), spatial, groups)
-    kernel = _kernel(core, kernel_factors)
-    thin = layer._conv_forward(thin, kernel.repeat(groups, *[1] * (spatial + 1)), None)
+    thin = _pointwise(input, _by_groups(input_factor.transpose(-2, -1), groups), spatial, groups)
+    kernel = _by_groups(_kernel(core, kernel_factors), groups).to(input.dtype)
+    thin = layer._conv_forward(thin, kernel, None)
     return _pointwise(thin, output_factor, spatial, groups)
 
 
@@ -137,11 +144,11 @@ def conv_transposed(
     spatial, groups = len(kernel_factors), layer.groups
     down = input_factor.reshape(groups, -1, input_factor.shape[1]).transpose(-2, -1).flatten(0, 1)  # (g·r, i/g)
     thin = _pointwise(input, down, spatial, groups)
-    kernel = _kernel(core, kernel_factors).repeat(groups, *[1] * (spatial + 1))
+    kernel = _by_groups(_kernel(core, kernel_factors), groups).to(input.dtype)
     options = (layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation)
     padding = layer._output_padding(thin, output_size, *options)
     thin = _TRANSPOSED[spatial](thin, kernel, None, layer.stride, layer.padding, padding, groups, layer.dilation)
-    return _pointwise(thin, output_factor.repeat(groups, 1), spatial, groups)
+    return _pointwise(thin, _by_groups(output_factor, groups), spatial, groups)
 
 
 def embedding(layer: Any, core: Tensor, factors: Factors, input: Tensor) -> Tensor:

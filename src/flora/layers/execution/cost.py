@@ -128,6 +128,29 @@ def pooled(weight: Weight, execution: str) -> str | None:
     return "delta" if weight.dtype in LOW_PRECISION else "merged"
 
 
+def in_graph(weight: Weight) -> str | None:
+    """The form that a compiler sees of a layer by itself: "merged", "delta" or "factored"; None if nothing is known.
+
+    A graph has no Python, and a kernel less is what counts: the table of ``cheapest``, with two exceptions. A small
+    matrix in half precision is factored, since beside W the thin products are fewer than those of ΔW. Under autocast
+    nothing is known, since compilers run the backward pass of every product under autocast, and cast what is formed in
+    float32 again and again.
+    """
+    form = cheapest(weight) if weight.low == weight.dtype else None
+    return "factored" if form == "delta" and weight.kind == "matrix" else form
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The type under autocast on this type of device; None without autocast."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def computing_dtype(weight: Tensor) -> torch.dtype:
+    """The type in which a layer with this weight computes."""
+    autocast = autocast_dtype(weight.device.type)
+    return weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
+
+
 def padded(rank: int, dtype: torch.dtype, device: str) -> int:
     """The rank of thin products that a device likes: in half precision on a GPU the next multiple of ``MULTIPLE``."""
     return rank + -rank % MULTIPLE if device == "cuda" and dtype in LOW_PRECISION else rank
@@ -145,9 +168,8 @@ def of_one_type(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[Tensor]] | None:
     """The same tensors, cast under autocast, and core and factors to the type of a half-precision layer; None if types
     differ otherwise."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:
         bias = bias if bias is None else bias.to(dtype)
         return x.to(dtype), weight.to(dtype), bias, core.to(dtype), [factor.to(dtype) for factor in factors]
     if x.dtype in LOW_PRECISION and core.dtype == torch.float32:  # thin, and their products' sums are float32 anyway

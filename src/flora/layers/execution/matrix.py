@@ -48,6 +48,15 @@ def _without_gradients(
     return F.linear(rows, weight, bias).addmm_(rows.mm(down), up.mT)
 
 
+def thin_linear(x: Tensor, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``x (left · core · rightᵀ)ᵀ`` by plain operations: (…, i) -> (…, o). With gradients the core is folded into a
+    factor, on weights alone: one thin tensor less is kept."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace is one for both
+        return F.linear(F.linear(F.linear(x, right.to(x.dtype).mT), core.to(x.dtype)), left.to(x.dtype))
+    up, down = _fold(core, left, right)
+    return F.linear(F.linear(x, down.to(x.dtype).mT), up.to(x.dtype))
+
+
 def _parts(rows: Tensor) -> Tensor:
     """(p, i) -> (b, i, p / b), a view: on CPU, threads share a batch of products better than one thin product."""
     parts = 4 if rows.device.type == "cpu" and rows.shape[0] % 4 == 0 else 1

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flora.layers.core_space import add_updates
 from flora.layers.execution.batched import product
-from flora.layers.execution.cost import Weight, of_one_type, pooled
+from flora.layers.execution.cost import Weight, computing_dtype, of_one_type, pooled
 from flora.layers.execution.lazy import PLACE_AND_SHAPE, getters
 from flora.layers.execution.matrix import matrix
 
@@ -102,15 +102,8 @@ def _slice(w: StandIn, number: int) -> Tensor:
 
 def _form_of_stack(w: StandIn) -> str | None:
     place = w.weight.device.type
-    stack = Weight(place, "stack", w.weight.shape, w.weight.dtype, _low(w.weight), torch.is_grad_enabled())
+    stack = Weight(place, "stack", w.weight.shape, w.weight.dtype, computing_dtype(w.weight), torch.is_grad_enabled())
     return pooled(stack, w.execution)
-
-
-def _low(weight: Tensor) -> torch.dtype:
-    """The type in which a layer with this weight computes."""
-    device = weight.device.type
-    autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else weight.dtype
 
 
 def _slices(w: StandIn, dim: int = 0) -> tuple[Tensor, ...] | None:
@@ -160,7 +153,7 @@ def merged_stack(weight: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Ten
     """``weight + core ×_1 factors[0] …`` of stacked matrices (E, o, i), in the type that the layer computes in."""
     experts, left, right = factors
     device = weight.device.type
-    low = _low(weight)
+    low = computing_dtype(weight)
     with torch.autocast(device, enabled=False):
         cores = (experts @ core.flatten(1)).view(-1, *core.shape[1:])  # (E, r, s)
         left, right = left.expand(len(cores), -1, -1), right.expand(len(cores), -1, -1)

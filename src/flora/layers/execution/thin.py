@@ -36,5 +36,5 @@ def correlate(thin: Tensor, tensor: Tensor, factor: Tensor) -> Tensor:
     gradient = torch.bmm(thin, tensor.mT)
     groups = factor.shape[0] // tensor.shape[1]
     if groups == 1:
-        return gradient.sum(0).mT
+        return (gradient[0] if len(gradient) == 1 else gradient.sum(0)).mT
     return gradient.unflatten(0, (-1, groups)).sum(0).mT.flatten(0, 1)

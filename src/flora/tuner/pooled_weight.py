@@ -1,0 +1,82 @@
+"""What a layer gives to its model's pool, and how it runs with what the pool has formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from flora.layers.core_space import CoreSpace
+from flora.layers.execution.cost import Weight, computing_dtype, pooled
+from flora.layers.execution.pool import Entry
+from flora.layers.weights.parameters import is_bare, is_plain
+from flora.tuner.live import Ready
+from flora.tuner.merging import MergeableWeight
+
+
+class PooledWeight(MergeableWeight):
+    """An adapted weight that can run together with others (``live``)."""
+
+    def entry(self, keeps: bool) -> Entry | None:
+        """What this layer gives to a model's pool now; None if it should run on its own.
+
+        Args:
+            keeps: whether the pool keeps what it forms, and so wants thin tensors only.
+        """
+        active = self._active_adapter
+        if self._disable_adapters or self.merged_adapters or len(active) != 1:
+            return None
+        # not by attributes of modules, which are slow
+        adapter, modules = active[0], cast(dict[str, nn.Module], self._modules)
+        base, space = modules["base_layer"], cast(CoreSpace | None, modules["tucker_space"]._modules.get(adapter))
+        if space is None or self._dropout(adapter) > 0 or not is_bare(base) or not is_bare(space):
+            return None
+        weight = base._parameters.get("weight")
+        # a type, a shape or a place of their own: sharded, swapped in by a function, or offloaded just now
+        if type(weight) is not nn.Parameter or not is_plain(weight) or weight.shape != space.shape:
+            return None
+        device = weight.device
+        own = self.described(weight)
+        if keeps:
+            form = "factored" if own.kind == "matrix" else None
+        else:
+            form = pooled(own, self.tucker_execution[adapter])
+        if form is None:
+            return None
+        parameters = cast(tuple[Tensor, ...], tuple(space._parameters.values()))
+        for parameter, shape in zip(parameters, space.parameter_shapes, strict=True):
+            if type(parameter) is not nn.Parameter or parameter.shape != shape or parameter.device != device:
+                return None
+        if parameters[0].is_inference():
+            return None
+        if form == "factored" and self.kind.input_first:
+            core, first, second = parameters
+            parameters = (core.mT, second, first)
+        scaling = self.tucker_scaling[adapter]
+        return Entry(form, weight, parameters, space.scale if scaling == 1 else space.scale * scaling, own.low)
+
+    def described(self, weight: Tensor) -> Weight:
+        """What decides how the layer runs with ``weight`` now."""
+        kind = "matrix" if self.kind.is_matrix else "convolution"
+        low = computing_dtype(weight)
+        return Weight(weight.device.type, kind, self.weight_shape, weight.dtype, low, torch.is_grad_enabled())
+
+    def from_pool(self, x: Tensor, ready: Ready) -> Tensor | None:
+        """The output, by what the model's pool has formed for this layer; None if the input does not fit."""
+        base = cast(nn.Module, self._modules["base_layer"])
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if (ready.autocast is None and x.dtype != cast(Tensor, weight).dtype) or self._dropout(ready.adapter) > 0:
+            return None
+        plain = cast(Callable[..., Tensor], self.kind.plain)
+        if ready.form == "merged":
+            return plain(base, x, ready.tensors, bias)
+        if ready.autocast is not None:
+            x = x.to(ready.autocast)
+        if ready.form == "delta":
+            return plain(base, x, weight, bias).add_(plain(base, x, ready.tensors, None))
+        down, up = ready.tensors
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        output = plain(base, rows, weight, bias).addmm_(rows.mm(down), up)
+        return output if x.ndim == 2 else output.view(*x.shape[:-1], output.shape[-1])
