@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -11,12 +12,12 @@ import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from click.testing import CliRunner
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from flora.cli import main
 from flora.layers.weights.storage import dense_of
 from flora_lab.methods import METHODS, CannotAdapt, adapt
-from flora_lab.run.fit import fit
+from flora_lab.run.fit import first_steps, fit
 from flora_lab.run.saved import in_standard_order
 from flora_lab.settings import Training
 from flora_lab.tasks.data.arithmetic import problems
@@ -429,25 +430,72 @@ def test_a_base_in_four_bits_gets_the_ranks_of_the_dense_one(tmp_path):
             notes[method, four] = adapt(method, model, [], 600, {}, target_modules="all-linear").notes
     assert notes["lora", True] == notes["lora", False] == ["rank 2 on 7 layers"]
     assert notes["flora", True] == notes["flora", False]
-    for method in ("full", "bitfit"):
-        with pytest.raises(CannotAdapt, match="quantized"):
+    for method in ("full", "bitfit", "lora_ga", "corda"):
+        with pytest.raises(CannotAdapt, match="it changes the model's weights, which are quantized"):
             adapt(method, model, [], 600, {})
     with pytest.raises(ValueError, match="load_in_4bit"):
         LanguageModel(config=CONFIG, load_in_4bit=True)
 
 
 ADAPTERS = [method for method in METHODS if method not in ("full", "head", "bitfit")]
-FEW_BITS = [(name, False) for name in ADAPTERS] + [(name, True) for name in ("lora", "flora", "houlsby", "pfeiffer")]
+BASES = {  # and which adapters third parties can't set up or train on them
+    "bfloat16": (),
+    "4 bits": ("pissa", "orthogonal", "lora_ga", "corda", "loha", "lokr"),
+    "8 bits": ("pissa", "orthogonal", "lora_ga", "corda", "dora", "adalora"),  # AdaLoRA with mixed precision only
+}
+FEW_BITS = [(method, base) for base, unable in BASES.items() for method in ADAPTERS if method not in unable]
 
 
-@pytest.mark.parametrize(("method", "four"), FEW_BITS)
-def test_frozen_weights_may_have_few_bits_and_adapters_have_32(method, four, tmp_path):
-    name = str(tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=64))
-    model = LanguageModel(name=name, dtype="bfloat16", load_in_4bit=four).build("AutoModelForCausalLM")
-    adapted = adapt(method, model, [], 3000, {}, target_modules="all-linear").model
-    assert {parameter.dtype for parameter in adapted.parameters() if parameter.requires_grad} == {torch.float32}
-    ids = torch.tensor([[65, 66, 67]])
-    adapted(input_ids=ids, labels=ids)["loss"].backward()
+def few_bits(folder, base):
+    name = tiny_model(folder / "model", hidden_size=64, intermediate_size=64)
+    if base == "8 bits":
+        eight = BitsAndBytesConfig(load_in_8bit=True)
+        LlamaForCausalLM.from_pretrained(name, quantization_config=eight, dtype=torch.bfloat16).save_pretrained(name)
+    return LanguageModel(name=str(name), dtype="bfloat16", load_in_4bit=base == "4 bits")
+
+
+@pytest.mark.parametrize(("method", "base"), FEW_BITS)
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+def test_frozen_weights_may_have_few_bits_and_adapters_have_32(method, base, tmp_path):
+    job = task(lines(tmp_path / "rows.jsonl", [{"prompt": "say a:", "completion": "aaaa"}] * 12))
+    job.model = few_bits(tmp_path, base)
+    adapted = adapt(method, job.build(), [], 3000, {}, target_modules="all-linear")
+    trained = {name: p for name, p in adapted.model.named_parameters() if p.requires_grad}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    first_steps(adapted.model, job, job.splits(0)["train"], Training(batch_size=4), adapted.optimizer)
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in trained.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [({"init_lora_weights": "pissa"}, CannotAdapt), ({"init_lora_weights": "none"}, ValueError)]
+)
+def test_what_quantized_weights_forbid_is_told_from_a_wrong_option(options, error, tmp_path):
+    model = few_bits(tmp_path, "4 bits").build("AutoModelForCausalLM")
+    with pytest.raises(ValueError) as raised:
+        adapt("lora", model, [], 3000, options, target_modules="all-linear")
+    assert type(raised.value) is error
+
+
+class Stop(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.epoch >= 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["houlsby", "locon"])
+def test_adapters_that_transformers_does_not_know_resume_on_four_bits(method, tmp_path):
+    job = task(lines(tmp_path / "rows.jsonl", [{"prompt": "say a:", "completion": "aaaa"}] * 12))
+    job.model, ends = few_bits(tmp_path, "4 bits"), {}
+    for name, stops in (("whole", [()]), ("resumed", [(Stop(),), ()])):
+        for callbacks in stops:
+            torch.manual_seed(0)
+            model = adapt(method, job.build(), [], 3000, {}, target_modules="all-linear").model
+            keys, place = Training(epochs=2, batch_size=4), tmp_path / name
+            with pytest.raises(KeyboardInterrupt) if callbacks else nullcontext():
+                fit(method, model, job, job.splits(0), keys, 0, place, place / "logs", callbacks, bar=False)
+        ends[name] = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    assert all(map(torch.equal, ends["whole"], ends["resumed"]))
 
 
 @pytest.mark.parametrize("four", [False, True], ids=["dense", "4bit"])
@@ -574,15 +622,21 @@ def test_a_job_on_a_base_in_four_bits(tmp_path):
     file = lines(tmp_path / "rows.jsonl", [{"prompt": "say a:", "completion": "aaaa"}] * 12)
     keys = f"name: {model}, load_in_4bit: true"
     config = f"task: {{name: language, model: {{{keys}}}, data: {{path: {file}}}}}\nbudget: 2000\n"
-    (tmp_path / "job.yaml").write_text(config + "methods: {full: {}, lora: {}, flora: {}}\n")
+    (tmp_path / "job.yaml").write_text(
+        config + "methods: {full: {}, lora: {}, loha: {}, adalora: {}, houlsby: {}, flora: {}}\n"
+    )
     short = ["training.epochs=1", "training.batch_size=4", f"output={tmp_path / 'run'}"]
     result = CliRunner().invoke(main, ["train", str(tmp_path / "job.yaml"), *short])
     assert result.exit_code == 0, result.output
-    assert "full is left out: the model's weights are quantized" in result.stderr
-    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
-    assert [row["way"] for row in rows] == ["lora", "flora"]
-    assert all(row["loaded_difference"] < 0.2 for row in rows)  # logits of 5; bitsandbytes has a kernel for evaluation
-    assert all(row["merged_difference"] < 1 for row in rows)  # merging quantizes anew
+    assert "full is left out: it changes the model's weights, which are quantized" in result.stderr
+    assert "loha is left out at 2000 parameters: its first steps fail on quantized weights: " in result.stderr
+    file = tmp_path / "run" / "results.jsonl"
+    rows = {row["way"]: row for row in map(json.loads, file.read_text().splitlines())}
+    assert list(rows) == ["lora", "adalora", "houlsby", "flora"]
+    adapters = [rows[name] for name in ("adalora", "flora", "lora")]
+    assert all(row["loaded_difference"] < 0.2 for row in adapters)  # of 5; bitsandbytes has a kernel for evaluation
+    assert all(rows[name]["merged_difference"] < 1 for name in ("flora", "lora"))  # merging quantizes anew
+    assert "merged_difference" not in rows["adalora"] and "not merged: it can't" in result.output
 
 
 def test_lora_merges_into_four_bits_what_it_has_evaluated(tmp_path):

@@ -32,9 +32,11 @@ from transformers import TrainerState, TrainingArguments
 
 from flora.cli import main
 from flora_lab.methods import METHODS, Method
-from flora_lab.run.fit import Checkpoints, _Trainer, arguments
+from flora_lab.run import preflight as checks
+from flora_lab.run.fit import Checkpoints, arguments
 from flora_lab.run.preflight import preflight
 from flora_lab.run.saved import save
+from flora_lab.run.trainer import TaskTrainer
 from flora_lab.settings import Training, load_config
 from flora_lab.tasks.image_classification import ImageClassification
 from processes import FORKED, START
@@ -284,6 +286,22 @@ def test_what_does_not_pass_through_the_model_is_said_before_any_training(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+class Recorder(torch.nn.Linear):
+    def forward(self, x):
+        self.seen.append((self.weight.device.type, x.device.type))
+
+
+@pytest.mark.parametrize(("fsdp", "where"), [("false", "meta"), ("true", "cpu")])
+def test_the_first_batch_passes_where_the_model_will_be_trained(fsdp, where, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+    monkeypatch.setattr(checks, "PartialState", lambda cpu: SimpleNamespace(device=torch.device("meta")))
+    model = Recorder(2, 2)
+    model.seen = []
+    task = SimpleNamespace(build=lambda: model, collate=lambda few: {"x": torch.zeros(len(few), 2)})
+    checks._forward(task, [{}], Training(), 1)
+    assert model.seen == [(where, where)]
+
+
 def test_checkpointing_is_refused_for_a_model_without_it(tmp_path):
     result = flora_train(*with_methods(tmp_path, "head"), "training.gradient_checkpointing=true")
     assert result.exit_code == 2 and "=true: ConvNextV2ForImageClassification does not support it" in result.stderr
@@ -292,7 +310,7 @@ def test_checkpointing_is_refused_for_a_model_without_it(tmp_path):
 
 def test_a_process_takes_one_gpu_and_no_frozen_weight_decays(tmp_path, monkeypatch):
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"], use_dora=True))
-    trainer = _Trainer(model, arguments(Training(), 1, 0, tmp_path), eval_dataset=[])
+    trainer = TaskTrainer(model, arguments(Training(), 1, 0, tmp_path), eval_dataset=[])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     decayed = trained & set(trainer.get_decay_parameter_names(model))
     assert [name.split(".")[-3] for name in sorted(decayed)] == ["lora_A", "lora_B"] and len(trained) == 3
@@ -394,14 +412,15 @@ def test_a_method_may_have_an_optimizer_of_its_own(tmp_path, monkeypatch):
 
         def optimizer(args):
             made.append(torch.optim.SGD(adapted.model.parameters(), args.learning_rate))
-            return made[0]
+            return made[-1]
 
         return replace(adapted, optimizer=optimizer)
 
     monkeypatch.setitem(METHODS, "sgd", Method(with_sgd, "LoRA with SGD", "r"))
     job = [*with_methods(tmp_path, "lora"), *SHORT, "methods.lora.method=sgd", "methods.lora.learning_rate=0.5"]
-    assert flora_train(*job).exit_code == 0
-    assert made[0].param_groups[0]["initial_lr"] == 0.5 and rows_of(tmp_path)[0]["way"] == "sgd"
+    result = flora_train(*job)
+    assert result.exit_code == 0, result.output
+    assert made[-1].param_groups[0]["initial_lr"] == 0.5 and rows_of(tmp_path)[0]["way"] == "sgd"
 
 
 def test_a_failed_variant_costs_no_other_and_is_retried(tmp_path):

@@ -78,9 +78,11 @@ def summary(rows: Sequence[Row]) -> str:
         name = style[row["job"], row["variant"]].label
         lines += [f"{name}: {note}" for note in row["notes"]]
         if "loaded_difference" in row:
+            merged = row.get("merged_difference")
             lines.append(
                 f"{name}: largest difference of an output, loaded from disk against trained "
-                f"{row['loaded_difference']:.1e}, merged against loaded {row['merged_difference']:.1e}"
+                f"{row['loaded_difference']:.1e}, "
+                + ("not merged: it can't" if merged is None else f"merged against loaded {merged:.1e}")
             )
     return "\n".join(lines).rstrip()
 

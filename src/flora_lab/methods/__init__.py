@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -115,11 +116,12 @@ def adapt(
         steps: optimizer steps of the training, for schedules such as AdaLoRA's.
 
     Raises:
-        CannotAdapt: the method does not support this model, or the budget is too small for it.
+        CannotAdapt: the method does not support this model, such as one of quantized weights, or the budget is too
+            small for it.
         ValueError, TypeError: an unknown method, head or option, or a value that is not accepted.
     """
     from flora.tuner.checks import check_rank
-    from flora_lab.methods.common import Request, head_parameters, trainable
+    from flora_lab.methods.common import Request, built, head_parameters, trainable
 
     if isinstance(method, str):
         if method not in METHODS:
@@ -137,7 +139,7 @@ def adapt(
         target_modules = "all-weights"
     request = Request(model, list(head), budget, steps, target_modules, target_parameters)
     head_size = head_parameters(model, head)  # before PEFT renames the head's modules
-    adapted = method.build(request, **{**method.options, **options})
+    adapted = built(partial(method.build, **{**method.options, **options}), request)
     if adapted.parameters is None:
         adapted = replace(adapted, parameters=trainable(adapted.model) - head_size)
     return adapted

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from flora.layers.weights.storage import logical_shape
+from flora.layers.weights.storage import logical_shape, storage_of
 from flora.tuner.config import FloraConfig
 from flora.tuner.planning.targets import find_targets
+from flora_lab.tasks.models.pretrained import brief
 
 SHOWN = 4  # names in a note
 
@@ -112,8 +114,13 @@ class Request:
     target_parameters: Sequence[str] | None = None
 
     def on_meta(self) -> Request:
-        """The same for a copy of the model on the meta device, for counting."""
-        return replace(self, model=share_weights(self.model, on_meta))
+        """The same for a copy of the model on the meta device, for counting; where a layer packs its weight, the copy
+        has a plain layer of the same widths."""
+        copied = share_weights(self.model, on_meta)
+        for name, module in self.model.named_modules():
+            if _is_quantized(module) and (plain := _plain(module)):
+                copied.set_submodule(name, plain)
+        return replace(self, model=copied)
 
     def train_head_only(self) -> None:
         self.model.requires_grad_(False)
@@ -162,10 +169,51 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return tuple(logical_shape(layer, name))
 
 
+def built(build: Callable[[Request], AdaptedModel], request: Request) -> AdaptedModel:
+    """What ``build`` makes of the request.
+
+    Raises CannotAdapt for an error that ``build`` raises on quantized weights and would not on plain ones: methods have
+    many, and none is a mistake in their options.
+    """
+    if not is_quantized(request.model):
+        return build(request)
+    plain = request.on_meta()  # before the model is changed
+    try:
+        return build(request)
+    except CannotAdapt:
+        raise
+    except Exception as error:  # of third parties' code
+        try:
+            with torch.device("meta"):
+                build(plain)
+        except Exception:
+            raise error from None
+        raise CannotAdapt(f"it fails on quantized weights: {brief(error)}") from error
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some layers keep their weights in another form than plain numbers."""
+    return any(_is_quantized(module) for module in model.modules())
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return storage_of(layer, "weight") is not None
+
+
 def refuse_quantized(model: nn.Module) -> None:
-    """Raise CannotAdapt for a method that trains weights of the model itself."""
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
-        raise CannotAdapt("the model's weights are quantized, and can't be trained themselves")
+    """Raise CannotAdapt for a method that changes weights of the model itself."""
+    if is_quantized(model):
+        raise CannotAdapt("it changes the model's weights, which are quantized")
+
+
+def _plain(layer: Any) -> nn.Module | None:
+    """A layer of torch with the widths of a quantized one, on the meta device; None for a kind that isn't packed."""
+    with torch.device("meta"):
+        if hasattr(layer, "num_embeddings"):
+            return nn.Embedding(layer.num_embeddings, layer.embedding_dim)
+        if hasattr(layer, "in_features"):
+            return nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    return None
 
 
 def shortened(names: Sequence[str]) -> str:

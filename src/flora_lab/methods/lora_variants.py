@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
 from flora.tuner.data_start.guard import undisturbed
-from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request
+from flora_lab.methods.common import AdaptedModel, CannotAdapt, Request, refuse_quantized
 from flora_lab.methods.with_peft import LINEAR, at_rank, lora, lora_fields, narrowest
 
 ADAPTER = "default"
@@ -102,6 +102,7 @@ class Moments:
 
 def lora_ga(request: Request, **options: Any) -> AdaptedModel:
     """LoRA-GA: A and B start with singular vectors of the gradient, which the base weight loses (Wang et al. 2024)."""
+    refuse_quantized(request.model)
     adapted = lora(request, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig(), **options)
     for name, layer in _layers(adapted.model).items():
         if 2 * layer.r[ADAPTER] > min(layer.weight.shape):
@@ -142,6 +143,7 @@ def corda(request: Request, corda_method: str = "ipm", **options: Any) -> Adapte
     2024): the leading ones ("ipm", which learns most) or the last ones ("kpm", which forgets least)."""
     if corda_method not in ("ipm", "kpm"):
         raise ValueError(f"corda_method={corda_method!r}: expected 'ipm' or 'kpm'")
+    refuse_quantized(request.model)
     # PEFT's own start reads the data before there is an adapter, so this one begins as a plain LoRA
     adapted = at_rank(request, peft.LoraConfig, LINEAR, lora_fields, options, most=narrowest)
     for name, layer in _layers(adapted.model).items():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flora_lab.methods.budget import nearest_size, size_note
-from flora_lab.methods.common import AdaptedModel, CannotAdapt, Limits, Request, trainable
+from flora_lab.methods.common import AdaptedModel, CannotAdapt, Limits, Request, is_quantized, trainable
 
 LIMITS = Limits((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), ("padding_mode",))
 
@@ -26,9 +26,15 @@ def locon(request: Request, target_modules: Any = None, lora_dim: int | None = N
             raise TypeError(f"LoConModule got an unexpected keyword argument {name!r}")
     selection = request.select(LIMITS, target_modules)
 
+    # beside a quantized layer, since LyCORIS would add to its packed numbers
+    beside = {name: is_quantized(layer) for name, layer in selection.layers.items()}
+
     def build(rank: int) -> dict[str, nn.Module]:
-        fields = {"lora_dim": rank, "alpha": rank, "use_tucker": True, "bypass_mode": False, **options}
-        return {name: LoConModule(name.replace(".", "_"), layer, **fields) for name, layer in selection.layers.items()}
+        fields = {"lora_dim": rank, "alpha": rank, "use_tucker": True}
+        return {
+            name: LoConModule(name.replace(".", "_"), layer, **{**fields, "bypass_mode": beside[name], **options})
+            for name, layer in selection.layers.items()
+        }
 
     def count(rank: int) -> int:
         with torch.device("meta"):

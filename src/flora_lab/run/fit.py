@@ -5,14 +5,14 @@ for several processes. Added here: an interrupted fit resumes, logs go to a fold
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.data import Subset
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
@@ -32,6 +31,7 @@ from flora.files import replace_file, save_tensors
 from flora_lab.run.progress import Progress
 from flora_lab.run.seeded import Seeded
 from flora_lab.run.sharding import prepare_to_shard
+from flora_lab.run.trainer import TaskTrainer
 from flora_lab.settings import Training
 from flora_lab.tasks import Examples, Task
 
@@ -57,7 +57,7 @@ def fit(
     checkpoints, progress = Checkpoints(folder / "checkpoints"), Progress(name, task.metric, bar)
     train, total = Seeded(data["train"], seed), steps(keys, data["train"])
     args = arguments(keys, total, seed, folder / "checkpoints")
-    trainer = _Trainer(
+    trainer = TaskTrainer(
         model,
         args,
         # after its last step the Trainer would take one more, unless it ended an epoch
@@ -83,6 +83,29 @@ def fit(
     trainer.say_if_diverged()
     trainer.remove_callback(TensorBoardCallback)  # later evaluations would start a second log
     return Fit(trainer, checkpoints.seconds(), median(checkpoints.epochs) if checkpoints.epochs else None)
+
+
+def first_steps(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    keys: Training,
+    optimizer: Callable[[TrainingArguments], Optimizer] | None = None,
+) -> None:
+    """Train on the examples for two steps, as `fit` would, and leave nothing behind.
+
+    Two, since what the first one leaves may fail the next: PEFT's DoRA on 8-bit weights does on a CPU.
+    """
+    with TemporaryDirectory() as folder:
+        args = arguments(replace(keys, loaders=0), 2, 0, Path(folder))
+        args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
+        made = (optimizer(args) if optimizer else None, None)
+        trainer = TaskTrainer(model, args, train_dataset=examples, data_collator=task.collate, optimizers=made)
+        trainer.diverged = True  # so that nothing is said
+        Progress(shown=False).attach(trainer)
+        with warnings.catch_warnings():  # the training itself will give them
+            warnings.simplefilter("ignore")
+            trainer.train()
 
 
 @dataclass(frozen=True)
@@ -116,55 +139,6 @@ class Fit:
         if missing:
             raise RuntimeError(f"the gathered weights have no {missing[0]}")
         return model
-
-
-class _Trainer(Trainer):
-    """transformers' Trainer, which says when a run diverges."""
-
-    title, task, progress, diverged = "", Task(), Progress(), False
-    LOOK = 10  # steps between two looks at an accelerator, since each waits for it
-
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.progress.add(loss)
-        if not self.diverged:
-            step = self.state.global_step + 1
-            first = self.__dict__.setdefault("_first", torch.zeros((), dtype=torch.long, device=loss.device))
-            first.copy_(torch.where((first == 0) & ~loss.detach().isfinite(), step, first))
-            if loss.device.type == "cpu" or step % self.LOOK == 0:
-                self.say_if_diverged()
-        return loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(loss, predictions, labels) of a batch; without a loss if the task makes the predictions."""
-        inputs = self._prepare_inputs(inputs)
-        given = {key: value for key, value in inputs.items() if key != "labels"}
-        with torch.no_grad(), self.compute_loss_context_manager():
-            predicted = self.task.predict(self.accelerator.unwrap_model(model), given)
-        if predicted is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        return None, predicted, inputs["labels"]
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        self.say_if_diverged()
-        if any(math.isnan(value) for value in metrics.values()):  # outputs may overflow where the loss does not
-            self._say(self.state.global_step, "outputs are")
-        return metrics
-
-    def say_if_diverged(self) -> None:
-        if step := int(self.__dict__.get("_first", 0)):
-            self._say(step, "loss is")
-
-    def _say(self, step: int, what: str) -> None:
-        """Once."""
-        if not self.diverged and self.is_world_process_zero():
-            tqdm.write(f"{self.title} diverged at step {step}: its {what} not finite", file=sys.stderr)
-        self.diverged = True
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but DoRA's magnitudes: their decay would shrink the frozen weight, not only its update."""
-        return [name for name in super().get_decay_parameter_names(model) if "magnitude_vector" not in name]
 
 
 def steps(keys: Training, examples: Examples) -> int:

@@ -13,7 +13,10 @@ from typing import Any
 
 import peft
 import torch
+from accelerate import PartialState
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
 
 from flora import FloraConfig
 from flora.keys import Refused, pattern_limit
@@ -21,7 +24,8 @@ from flora.text import did_you_mean
 from flora.tuner.config import OTHER_NAMES
 from flora_lab.errors import ConfigError
 from flora_lab.methods import CannotAdapt
-from flora_lab.run.fit import arguments, steps
+from flora_lab.methods.common import is_quantized
+from flora_lab.run.fit import arguments, first_steps, no_accelerator, steps
 from flora_lab.run.folder import Pair, pairs
 from flora_lab.run.trial import set_up
 from flora_lab.settings import Config, Training, one_line
@@ -31,7 +35,7 @@ Reasons = dict[Pair, str | None]  # why a variant can't run at a budget, None if
 
 
 def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reasons:
-    """Check data, model and training arguments, and set up every variant at every budget once.
+    """Check data, model and training arguments, set up every variant at every budget once, and try its first steps.
 
     A method without a size to choose has the budget None. Raises ConfigError naming the variant and its option, or the
     file and row of the data. If every variant is left out, raises ConfigError with the first one's reason.
@@ -41,17 +45,21 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
         for task in filter(None, [config.task.source_task(), config.task]):
             splits = task.splits(config.seed)
             task.check(splits)
-            _forward(task, splits["train"], config.training if task is config.task else config.pretraining)
+            keys = config.training if task is config.task else config.pretraining
+            few = _few(splits["train"], keys.batch_size)
+            _forward(task, few, keys, len(splits["train"]))
+            _release()
         _match_patterns(config, variants)
         total = steps(config.training, splits["train"])
-        reasons: Reasons = {}
-        for name, budget in pairs(config, variants, budgets):
-            reasons[name, budget] = _reason(config, name, budget, total)
         for key in ("pretraining", "training"):
             try:
                 arguments(getattr(config, key), total, config.seed, Path(config.output))
             except ValueError as error:
                 raise ConfigError(f"{key}: {one_line(error)}") from error
+        reasons: Reasons = {}
+        for name, budget in pairs(config, variants, budgets):
+            reasons[name, budget] = _reason(config, name, budget, total, few)
+            _release()
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(one_line(error)) from error
     if all(reasons.values()):
@@ -64,8 +72,12 @@ def _check_engine(config: Config) -> None:
     """Refuse what the main process can't do alone while the launcher's engine holds the weights in shards."""
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         raise ConfigError("DeepSpeed's ZeRO-3 leaves no process a whole model to save and test: take FSDP2")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.comparison.norms:
+    if _is_sharded() and config.comparison.norms:
         raise ConfigError(f"comparison.norms={config.comparison.norms}: no process has a whole weight under FSDP")
+
+
+def _is_sharded() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def say_left_out(reasons: Reasons, main: bool) -> None:
@@ -97,14 +109,27 @@ def _patterns(options: Mapping[str, Any]) -> Iterator[str]:
             yield from map(str, value)
 
 
-def _reason(config: Config, variant: str, budget: int | None, total: int) -> str | None:
-    """Why the variant can't run, or None. ``total``: optimizer steps of the training."""
+def _reason(config: Config, variant: str, budget: int | None, total: int, few: list[dict[str, Any]]) -> str | None:
+    """Why the variant can't run, or None.
+
+    Args:
+        total: optimizer steps of the training.
+        few: examples to try the first steps on: much in third parties' code fails there, and not before.
+    """
+    base = config.task.build()
+    numbers = " on quantized weights" if is_quantized(base) else ""
     try:
-        set_up(config, variant, budget, config.task.build(), total)
+        adapted = set_up(config, variant, budget, base, total)
     except CannotAdapt as error:
         return str(error)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError is torch's
         raise ConfigError(f"methods.{variant}: {one_line(error)}{_hint(error)}") from error
+    if _is_sharded():  # a process that fails alone would leave the others waiting for its shards
+        return None
+    try:
+        first_steps(adapted.model, config.task, few, config.training, adapted.optimizer)
+    except Exception as error:
+        return f"its first steps fail{numbers}: {one_line(error)}"
     return None
 
 
@@ -118,16 +143,42 @@ def _hint(error: Exception) -> str:
     return did_you_mean(match[2], [field.name for field in fields(config)], names)
 
 
-def _forward(task: Task, examples: Examples, keys: Training) -> None:
-    """Pass a batch through the model, as small as the smallest of an epoch (but for two examples, if it has more)."""
+def _few(examples: Examples, batch_size: int) -> list[dict[str, Any]]:
+    """As few as the smallest batch of an epoch has, but for two, if it has more."""
+    return [examples[index] for index in range(min(_last(len(examples), batch_size), 2))]
+
+
+def _last(count: int, batch_size: int) -> int:
+    """How many examples the last batch of an epoch has."""
+    return count % batch_size or batch_size
+
+
+def _forward(task: Task, few: list[dict[str, Any]], keys: Training, count: int) -> None:
+    """Pass a batch of ``few`` of the ``count`` examples through the model, where it will be trained."""
     model = task.build().train()
     if keys.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(f"training.gradient_checkpointing=true: {type(model).__name__} does not support it")
-    last = len(examples) % keys.batch_size or keys.batch_size
-    batch = [examples[index] for index in range(min(last, 2))]
     try:
         with torch.no_grad():
-            model(**send_to_device(task.collate(batch), next(model.parameters()).device))
+            device = _place(model)
+            model(**send_to_device(task.collate(few), device))
     except Exception as error:  # a model's own code may raise anything
-        failure = f"a batch of {len(batch)} does not pass through the model: {one_line(error)}"
-        raise ConfigError(f"{failure} (the last batch of {len(examples)} examples has {last})") from error
+        failure = f"a batch of {len(few)} does not pass through the model: {one_line(error)}"
+        last = _last(count, keys.batch_size)
+        raise ConfigError(f"{failure} (the last batch of {count} examples has {last})") from error
+
+
+def _place(model: nn.Module) -> torch.device:
+    """Move the model to the device that Trainer will take, unless it is for shards and may not fit there whole."""
+    here = next(model.parameters()).device
+    device = PartialState(cpu=no_accelerator()).device
+    if _is_sharded() or here.type == device.type:
+        return here
+    model.to(device)
+    return device
+
+
+def _release() -> None:
+    """Give back what models held of the accelerator's memory: trials may run in other processes."""
+    if not no_accelerator():
+        clear_device_cache(garbage_collection=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from flora.files import save_tensors
 from flora.layers.weights.storage import dense_of, pack
+from flora_lab.methods.common import is_quantized
 from flora_lab.run.fit import load_statistics, statistics
 from flora_lab.tasks import Examples, Task
 
@@ -63,7 +64,10 @@ def in_standard_order(model: nn.Module) -> None:
 def round_trip(
     task: Task, trained: peft.PeftModel, base: nn.Module, folder: Path, examples: Examples
 ) -> dict[str, float]:
-    """The largest differences of an output: loaded onto ``base`` against trained, and merged against loaded."""
+    """The largest differences of an output: loaded onto ``base`` against trained, and merged against loaded.
+
+    The latter is missing where the method can't merge into quantized weights: some of PEFT's only train beside them.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)  # AdaLoRA's own names
         warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)  # rounded as in training
@@ -78,12 +82,15 @@ def round_trip(
     def largest(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
         return max((one - other).abs().max().item() for one, other in zip(some, others, strict=True))
 
-    from_disk = outputs(loaded)
+    from_disk, quantized = outputs(loaded), is_quantized(base)
+    differences = {"loaded_difference": largest(outputs(trained), from_disk)}
     with warnings.catch_warnings():  # that a quantized weight is rounded anew; the difference says by how much
         warnings.filterwarnings("ignore", "Merge .* module to|merging has quantized", UserWarning)
         in_standard_order(loaded)
-        merged = loaded.merge_and_unload()
-    return {
-        "loaded_difference": largest(outputs(trained), from_disk),
-        "merged_difference": largest(outputs(merged), from_disk),
-    }
+        try:
+            merged = loaded.merge_and_unload()
+        except Exception:  # of PEFT's
+            if not quantized:
+                raise
+            return differences
+    return {**differences, "merged_difference": largest(outputs(merged), from_disk)}
