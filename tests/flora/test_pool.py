@@ -36,7 +36,7 @@ def choose(monkeypatch, form, merged_instead="merged"):
     def pooled(weight, execution):
         return form if weight.kind == "matrix" or form != "factored" else merged_instead
 
-    monkeypatch.setattr("flora.tuner.layer.pooled", pooled)
+    monkeypatch.setattr("flora.tuner.pooled_weight.pooled", pooled)
 
 
 def chain(*base: nn.Module, r=2, **options):
