@@ -272,7 +272,9 @@ def test_a_base_weight_that_trains_too_gets_its_gradient():
 def test_half_precision_loses_no_small_update(layer, way, monkeypatch):
     autocast = way == "autocast"
     if "CUDA" in way:  # the same arithmetic in the forms that it takes there
-        monkeypatch.setattr("flora.tuner.pooled_weight.pooled", lambda own, chosen: pooled(own._replace(device="cuda"), chosen))
+        monkeypatch.setattr(
+            "flora.tuner.pooled_weight.pooled", lambda own, chosen: pooled(own._replace(device="cuda"), chosen)
+        )
     base = copy.deepcopy(layer).requires_grad_(False)
     base.bias.zero_()
     base.weight.fill_(1.0)  # the next bfloat16 is 2⁻⁷ away
