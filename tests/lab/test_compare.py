@@ -244,7 +244,7 @@ def test_a_failed_trial_costs_no_other_and_is_retried(workers, tmp_path):
     obstacle.write_text("a file where the trial's folder should be")
     failed = flora_compare(*job)
     assert failed.exit_code == 1, failed.output
-    assert "Error: 1 trial failed; start again to retry:\n  head-s0-lr0.3: NotADirectoryError: " in failed.stderr
+    assert "Error: 1 trial failed; start again to retry:\n  head-s0-lr0.3: FileExistsError: " in failed.stderr
     assert "Traceback" in failed.stderr and "full fine-tuning" in failed.stdout
     ended = [(row["method"], row["seed"]) for row in map(json.loads, lines(tmp_path))]
     # its learning rate is not known yet, so the other seeds wait

@@ -142,7 +142,7 @@ def test_a_fresh_start_deletes_the_job_s_own_files_there_and_no_others(tmp_path,
 def test_a_trial_does_not_go_on_from_one_with_other_keys(tmp_path, monkeypatch):
     """A machine of a cluster may have one, which `fresh=true` can't reach."""
 
-    def fit(*args):
+    def fit(*args, **options):
         nonlocal found
         found = content(folder).keys() & {"checkpoints/checkpoint-1/complete.json"}
         write(folder, **{"checkpoints/checkpoint-1/complete.json": "{}"})

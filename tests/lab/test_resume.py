@@ -60,7 +60,7 @@ def outcome(path, keys, folder):
     """A trial's row without its times, and the tensors of its files."""
     config = load_config(path, [*keys, f"output={folder}"])
     trial = Trial("flora", config.budget, 0, 0.001)
-    row = json.loads(json.dumps(run(config, trial, None, folder / "trial", bar=False)))
+    row = json.loads(json.dumps(run(config, trial, None, folder / "trial")))
     own = ("job", "seconds", "train_seconds", "epoch_seconds", "memory")
     files = sorted((folder / "trial" / "trained").glob("*.safetensors"))
     tensors = {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}

@@ -82,12 +82,18 @@ def _pointwise(input: Tensor, weight: Tensor, spatial: int, groups: int) -> Tens
 
 def _kernel(core: Tensor, kernel_factors: Sequence[Tensor]) -> Tensor:
     """G ×_3 C ×_4 D (equation 6): (r, r', r_3, …) -> (r, r', k, …)."""
+    sizes = [factor.shape[0] for factor in kernel_factors]
+    if not torch.compiler.is_compiling():  # keeps less for the backward pass; a compiler decides itself what to keep
+        basis = kernel_factors[0]
+        for factor in kernel_factors[1:]:
+            basis = (basis[:, None, :, None] * factor[None, :, None, :]).flatten(2).flatten(0, 1)  # Kronecker's product
+        return (core.flatten(2) @ basis.transpose(-2, -1)).unflatten(2, sizes)
     *inner, last = kernel_factors
-    kernel, size = core @ last.transpose(-2, -1), last.shape[0]
+    kernel, size = core @ last.transpose(-2, -1), sizes[-1]
     for factor in reversed(inner):
         slices = kernel.reshape(-1, factor.shape[1], size)
         kernel, size = torch.bmm(factor.expand(len(slices), -1, -1), slices), size * factor.shape[0]
-    return kernel.reshape(*core.shape[:2], *[factor.shape[0] for factor in kernel_factors])
+    return kernel.reshape(*core.shape[:2], *sizes)
 
 
 def _by_groups(weight: Tensor, groups: int) -> Tensor:

@@ -52,9 +52,9 @@ def thin_linear(x: Tensor, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``x (left · core · rightᵀ)ᵀ`` by plain operations: (…, i) -> (…, o). With gradients the core is folded into a
     factor, on weights alone: one thin tensor less is kept."""
     if not torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace is one for both
-        return F.linear(F.linear(F.linear(x, right.to(x.dtype).mT), core.to(x.dtype)), left.to(x.dtype))
+        return F.linear(F.linear(F.linear(x, right.to(x.dtype).transpose(-2, -1)), core.to(x.dtype)), left.to(x.dtype))
     up, down = _fold(core, left, right)
-    return F.linear(F.linear(x, down.to(x.dtype).mT), up.to(x.dtype))
+    return F.linear(F.linear(x, down.to(x.dtype).transpose(-2, -1)), up.to(x.dtype))
 
 
 def _parts(rows: Tensor) -> Tensor:
