@@ -1,9 +1,9 @@
 """A job's folder on shared storage, and a machine of a cluster that dies."""
 
 import json
-import subprocess
-import threading
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +11,13 @@ import fsspec
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from test_compare import GRID, SHORT, flora_compare, lines, with_methods
+from test_compare import GRID, SHORT, flora_compare, lines, plain, with_methods
 
 from flora_lab.errors import ConfigError
 from flora_lab.run.base import base_model
-from flora_lab.run.engines import ENGINES
+from flora_lab.run.fit import Checkpoints
 from flora_lab.run.folder import Trial
-from flora_lab.run.job import Job
+from flora_lab.run.job import Job, _work
 from flora_lab.run.mirror import Mirror
 from flora_lab.run.trial import run
 from flora_lab.settings import Config, load_config
@@ -160,37 +160,65 @@ def test_a_trial_does_not_go_on_from_one_with_other_keys(tmp_path, monkeypatch):
         assert bool(found) == goes_on, more
 
 
-def test_a_machine_that_dies_costs_no_result_and_repeats_none(tmp_path, monkeypatch):
+def test_a_machine_that_dies_costs_no_run_and_repeats_none(tmp_path, monkeypatch):
+    """Two nodes with a GPU each, or so they say. Relative paths are folders of each: they share the mirror alone."""
+
+    def add(node):
+        (tmp_path / node).mkdir()
+        monkeypatch.chdir(tmp_path / node)
+        return cluster.add_node(num_cpus=4, num_gpus=1, include_dashboard=False)
+
+    def held(*call):
+        """A trial that says where each epoch begins, and waits after its first checkpoint."""
+        begin = Checkpoints.on_epoch_begin
+
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            begin(self, args, state, control, **kwargs)
+            gpu, process = os.environ["CUDA_VISIBLE_DEVICES"], os.getpid()
+            (said / f"{Path.cwd().name} {gpu} {process} {call[1].name} {state.global_step}").touch()
+            while state.global_step and not (said / "go").exists():
+                time.sleep(0.05)
+
+        Checkpoints.on_epoch_begin = on_epoch_begin
+        return _work(*call)
+
+    def epochs(node):
+        """(GPU, process, trial, step) of each epoch that has begun there."""
+        return sorted(tuple(path.name.split()[1:]) for path in said.glob(f"{node} *"))
+
+    (said := tmp_path / "said").mkdir()
+    job, *keys = with_methods(tmp_path, "head")
+    keys += [*SHORT, "training.max_steps=null", "training.epochs=2", "comparison.rates=[1,3]", "--seeds=0"]
+    whole = flora_compare(job, *keys)
+    assert whole.exit_code == 0, whole.output
+
     ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = cluster.add_node(num_cpus=1)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-
-    work = "cd {}; touch {}-$$; while [ ! -e go ]; do sleep 0.05; done; echo {}"
-    calls = [(["sh", "-c", work.format(tmp_path, number, number)],) for number in range(4)]
-    ended: list[tuple] = []
-
-    def run() -> None:
-        results = ENGINES["ray"](subprocess.check_output, calls, 2)
-        ended.extend((call, int(result())) for call, result in results)
-
-    def wait_for(started: int) -> None:
-        while len(list(tmp_path.iterdir())) < started:
-            assert thread.is_alive()
-            time.sleep(0.05)
-
+    cluster, bucket = Cluster(), tmp_path / "bucket"
+    keys += ["output=run", "cache=cache", f"mirror=file://{bucket}", "--engine=ray", "--workers=2"]
     try:
-        ray.init(log_to_driver=False, logging_level="error")
-        thread = threading.Thread(target=run)
-        thread.start()
-        wait_for(2)  # one on each machine
-        cluster.remove_node(second, allow_graceful=False)
-        cluster.add_node(num_cpus=1)
-        wait_for(3)  # the one that died starts again
-        (tmp_path / "go").touch()
-        thread.join()
+        second = (add("one"), add("two"))[1]
+        monkeypatch.chdir(tmp_path / "one")
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        monkeypatch.setattr("flora_lab.run.job._work", held)
+        with ThreadPoolExecutor(1) as thread:
+            compared = thread.submit(flora_compare, job, *keys)
+            while not (len(epochs("one")) == len(epochs("two")) == 2):
+                assert not compared.done(), compared.result().output
+                time.sleep(0.05)
+            (first,), (killed,) = ({trial for _, _, trial, _ in epochs(node)} for node in ("one", "two"))
+            assert list(bucket.glob(f"trials/{killed}/checkpoints/*/complete.json"))
+            cluster.remove_node(second, allow_graceful=False)
+            (said / "go").touch()
+            assert compared.result().exit_code == 0, compared.result().output
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert sorted(ended) == list(zip(calls, range(4), strict=True))
-    assert len(list(tmp_path.glob("*-*"))) == 5
+    # it goes on where it was, once the other GPU is free, in a process of its own
+    assert {(gpu, trial, step) for gpu, _, trial, step in epochs("one")} == {
+        ("0", first, "0"), ("0", first, "2"), ("0", killed, "2")
+    }  # fmt: skip
+    assert len(epochs("one")) == 3 and len({process for _, process, _, _ in epochs("one")}) == 2
+    assert plain(tmp_path / "one") == plain(tmp_path)
+    assert (bucket / "results.jsonl").read_text().splitlines() == lines(tmp_path / "one")
+    assert {path.parts[-3] for path in bucket.glob("trials/*/trained/*.safetensors")} == {first, killed}
+    assert not list(bucket.glob("trials/*/checkpoints/*/*"))

@@ -105,7 +105,8 @@ def on_ray(work: Callable[..., Any], calls: list[tuple], workers: int) -> Ended:
     address = os.environ.get("RAY_ADDRESS", "local")
     ray.init(None if ray.is_initialized() else address, ignore_reinit_error=True, log_to_driver=False)
     needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
-    remote = ray.remote(work).options(**needs, max_retries=RETRIES)
+    # decorated, not `options`: Ray then ends a process after one call on a GPU, or the next call would stay on that GPU
+    remote = ray.remote(**needs, max_retries=RETRIES)(work)
     waiting, running = list(calls), {}
     while waiting or running:
         while waiting and len(running) < workers:
