@@ -90,8 +90,6 @@ JOBS += [(f"init-{task}", yaml.safe_load(starter(task))) for task in TASKS]
 def test_a_first_job_passes_all_checks(job, tmp_path):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
     load_config(tmp_path / "job.yaml")  # before its own model and data are replaced
-    if job["task"]["name"] == "oriented_detection" and test_task_oriented.needs_package.args[0]:
-        pytest.skip(test_task_oriented.WITHOUT)
     (tmp_path / "twin").mkdir()
     twin = TWINS[job["task"]["name"]](tmp_path / "twin", job["task"])
     config = load_config(tmp_path / "job.yaml", [*twin, f"output={tmp_path / 'run'}"])

@@ -13,7 +13,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_first_jobs import TWINS
-from test_task_oriented import needs_package
 from transformers import TrainerCallback, TrainerState
 
 from flora_lab.run.folder import Trial
@@ -34,7 +33,6 @@ TASKS = {
     "visual_instruction": [*FLOAT32, "task.model.load_in_4bit=false"],
     "oriented_detection": AUGMENT,
 }
-NEEDS = {"oriented_detection": needs_package}
 EVERY = [
     *(f"training.{key}" for key in ("epochs=2", "eval_steps=2", "warmup_steps=0", "mixed_precision='no'")),
     "methods.flora.options.dropout=0.2",
@@ -67,7 +65,7 @@ def outcome(path, keys, folder):
     return {key: value for key, value in row.items() if key not in own}, tensors
 
 
-@pytest.mark.parametrize("task", [pytest.param(task, marks=NEEDS.get(task, ())) for task in TASKS])
+@pytest.mark.parametrize("task", TASKS)
 def test_a_killed_training_ends_with_the_same_numbers(task, tmp_path, monkeypatch):
     (path := tmp_path / "job.yaml").write_text(starter(task))
     keys = [*TWINS[task](tmp_path, yaml.safe_load(starter(task))["task"]), *EVERY, *TASKS[task]]

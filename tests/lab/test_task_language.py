@@ -12,7 +12,8 @@ import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from click.testing import CliRunner
-from transformers import BitsAndBytesConfig, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import BitsAndBytesConfig, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from trl import SFTTrainer
 
 from flora.cli import main
 from flora.layers.weights.storage import dense_of
@@ -20,6 +21,7 @@ from flora_lab.methods import METHODS, CannotAdapt, adapt
 from flora_lab.run.fit import first_steps, fit
 from flora_lab.run.saved import in_standard_order
 from flora_lab.settings import Training
+from flora_lab.tasks import Task
 from flora_lab.tasks.data.arithmetic import problems
 from flora_lab.tasks.data.tokens import IGNORED
 from flora_lab.tasks.evaluation.answers import ANSWERS, accuracy
@@ -465,6 +467,7 @@ def test_frozen_weights_may_have_few_bits_and_adapters_have_32(method, base, tmp
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     first_steps(adapted.model, job, job.splits(0)["train"], Training(batch_size=4), adapted.optimizer)
     assert any(not torch.equal(parameter, before[name]) for name, parameter in trained.items())
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -515,6 +518,42 @@ def test_it_trains_and_checkpointing_changes_nothing(four, tmp_path):
         losses = [log["loss"] for log in history if "loss" in log]
         assert losses[-1] < losses[0] - 0.3
     assert accuracies[0] == accuracies[1]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_steps_are_those_of_trl_and_have_the_loss_of_the_model(packing, tmp_path, monkeypatch):
+    data = {"packing": packing, "max_length": 24, "answers_only": False}
+    job, ends = task(lines(tmp_path / "rows.jsonl", [{"prompt": "say a:", "completion": "aaaa"}] * 12), **data), []
+    for trainer in (SFTTrainer, Trainer):
+        torch.manual_seed(0)
+        model = adapt("flora", job.build(), ["lm_head"], 1200, {}, target_modules=["q_proj"]).model
+        keys, place = Training(epochs=2, batch_size=4, learning_rate=1e-2), tmp_path / trainer.__name__
+        outcome = fit("flora", model, job, job.splits(0), keys, 0, place, place / "logs", bar=False)
+        assert isinstance(outcome.trainer, SFTTrainer) == (trainer is SFTTrainer)
+        ends.append([weight for weight in outcome.model.parameters() if weight.requires_grad])
+        assert "forward" not in vars(outcome.model.get_base_model())
+        monkeypatch.setattr(Language, "trainer", Task.trainer)
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)  # Adam enlarges what gradients of nothing are rounded to
+
+
+HEADS = {
+    "as it was": (lambda model: model, True),
+    "trained": (lambda model: adapt("lora", model, ["lm_head"], 600, {}, target_modules=["q_proj"]).model, True),
+    "with an adapter": (lambda model: adapt("flora", model, [], 1200, {}, target_modules=["lm_head"]).model, False),
+    "with one of LyCORIS": (lambda model: adapt("locon", model, [], 1200, {}, target_modules=["lm_head"]).model, False),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_an_adapted_output_layer_is_trained_by_transformers_own_trainer(head, tmp_path):
+    adapted, fits_trl = HEADS[head]
+    job = task(lines(tmp_path / "rows.jsonl", [{"prompt": "say a:", "completion": "aaaa"}] * 12))
+    model = adapted(job.build())
+    before = [weight.detach().clone() for weight in model.parameters() if weight.requires_grad]
+    assert issubclass(job.trainer(model), SFTTrainer) == fits_trl
+    first_steps(model, job, job.splits(0)["train"], Training(batch_size=4, learning_rate=0.1))
+    after = [weight for weight in model.parameters() if weight.requires_grad]
+    assert not all(map(torch.equal, before, after))
 
 
 def test_a_token_that_the_model_does_not_know_is_named(tmp_path):

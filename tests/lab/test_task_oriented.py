@@ -1,7 +1,6 @@
 """Oriented detection: DOTA's files read and refused, tiles and rectangles, Task-1 precision, and training."""
 
 import warnings
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +13,6 @@ from flora_lab.tasks.data import dota
 from flora_lab.tasks.models.pretrained import Pretrained
 from flora_lab.tasks.oriented_detection import AerialImages, OrientedDetection, RotatedDetector
 
-WITHOUT = "the extra 'oriented' is not among the test dependencies: it brings OpenCV and an older setuptools"
-needs_package = pytest.mark.skipif(not (find_spec("oriented_det") and find_spec("shapely")), reason=WITHOUT)
 needs_rotated_iou = pytest.mark.skipif(
     not hasattr(__import__("torchvision").ops.boxes, "_box_cxcywhr_to_xywhr"), reason="torchvision before 0.27"
 )
@@ -129,9 +126,8 @@ def test_classes_and_files_that_do_not_fit_are_named(data):
         dota.read(data, ["ship", "car"], [], False)
     write(data / "val", line(SHIP, "car"), name="P7")
     job = task(data)
-    if find_spec("oriented_det"):
-        with pytest.raises(ValueError, match=r"P7\.txt, line 3: class 'car' is not in the train split"):
-            job.splits(0)
+    with pytest.raises(ValueError, match=r"P7\.txt, line 3: class 'car' is not in the train split"):
+        job.splits(0)
     (data / "val" / "labelTxt" / "P7.txt").rename(data / "val" / "labelTxt" / "P8.txt")
     with pytest.raises(ValueError, match=r"P7\.png: there is no text file of that name"):
         dota.read(data, [], [], False)
@@ -145,7 +141,6 @@ def test_classes_and_files_that_do_not_fit_are_named(data):
         dota.read(data / "train" / "images", [], [], False)
 
 
-@needs_package
 def test_an_image_that_does_not_open_is_named(data):
     file = data / "val" / "images" / "P0.png"
     content = file.read_bytes()
@@ -158,7 +153,6 @@ def test_an_image_that_does_not_open_is_named(data):
         task(data).splits(0)
 
 
-@needs_package
 def test_splits_without_objects_are_named(tmp_path):
     write(tmp_path / "train", line(SHIP), name="P0")
     write(tmp_path / "train", line(SHIP), name="P1")
@@ -235,7 +229,6 @@ def test_the_smallest_rectangle_holds_a_quadrilateral():
     assert (found[:, 2] >= found[:, 3]).all() and (abs(found[:, 4]) <= np.pi / 2).all()
 
 
-@needs_package
 @needs_rotated_iou
 def test_overlaps_are_torchvisions():
     from torchvision.ops import box_iou
@@ -270,7 +263,6 @@ def pictures(seed, kinds=2):
     return truth, found
 
 
-@needs_package
 @pytest.mark.parametrize("seed", range(3))
 def test_precisions_are_those_of_the_package(seed):
     """oriented-det's own evaluation: one threshold, 11 points. It knows no quadrilaterals, but these are rectangles."""
@@ -295,7 +287,6 @@ def test_precisions_are_those_of_the_package(seed):
     assert ours["AP75"] < ours["AP50"] < 1 and 0 < ours["mAP"] < ours["AP50"]
 
 
-@needs_package
 def test_precision_of_the_truth_and_of_nothing():
     from flora_lab.tasks.evaluation.dota_precision import Boxes, precisions
 
@@ -306,7 +297,6 @@ def test_precision_of_the_truth_and_of_nothing():
     assert precisions(truth, nothing) == {"mAP": 0.0, "AP50": 0.0, "AP75": 0.0}
 
 
-@needs_package
 def test_an_object_that_two_tiles_see_is_found_once(data):
     job = task(data)
     image = job.source.images[0]
@@ -327,7 +317,6 @@ def test_an_object_that_two_tiles_see_is_found_once(data):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-@needs_package
 def test_a_tile_shows_its_part_of_the_picture(data):
     job = task(data)
     train = job.splits(0)["train"]
@@ -341,7 +330,6 @@ def test_a_tile_shows_its_part_of_the_picture(data):
     assert example["pixel_values"].shape == (3, 48, 48) and example["boxes"].shape[1] == 5
 
 
-@needs_package
 def test_mirrored_boxes_stay_on_their_objects(data):
     job = task(data, augment=True)
     train = job.splits(0)["train"]
@@ -357,7 +345,6 @@ def test_mirrored_boxes_stay_on_their_objects(data):
     assert len(seen) > 4
 
 
-@needs_package
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning", "ignore:`torch.jit.script`:FutureWarning")
 @pytest.mark.parametrize("bf16", [False, True])
 def test_it_trains_and_is_judged(data, tmp_path, bf16):
@@ -381,7 +368,6 @@ def test_it_trains_and_is_judged(data, tmp_path, bf16):
     assert job.outputs(model.eval(), [splits["test"][0]]).requires_grad
 
 
-@needs_package
 def test_the_head_is_all_but_the_backbone_and_timms_bodies_load(data, tmp_path):
     import timm
     from safetensors.torch import save_file
@@ -400,7 +386,6 @@ def test_the_head_is_all_but_the_backbone_and_timms_bodies_load(data, tmp_path):
     assert model(**job.collate([job.splits(0)["train"][0]]))["loss"].isfinite()
 
 
-@needs_package
 def test_boxes_are_drawn_for_the_report(data, tmp_path):
     from flora_lab.analysis.fields import _samples
     from flora_lab.tasks.evaluation.oriented_pictures import COLOURS, with_boxes
@@ -416,7 +401,6 @@ def test_boxes_are_drawn_for_the_report(data, tmp_path):
     assert task(data, show=0).judge(None, None, {}, tmp_path) == {}
 
 
-@needs_package
 def test_what_was_found_is_what_the_metrics_see(data):
     """Detections that are the truth give a precision of 1, through tiles and back."""
     job = task(data)

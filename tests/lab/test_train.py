@@ -136,10 +136,7 @@ LEFT_OUT = {
 }
 
 
-NEEDS = {"dota": test_task_oriented.needs_package, "dota-two": test_task_oriented.needs_package}
-
-
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=NEEDS.get(path.stem, ())) for path in CONFIGS])
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in CONFIGS])
 def test_every_config_is_set_up_and_runs_two_steps(path, tmp_path):
     overrides = [*tiny(path, tmp_path), *SHORT, *places(tmp_path), "comparison.seeds=[0]", "comparison.rates=[1]"]
     config = load_config(path, overrides)

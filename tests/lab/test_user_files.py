@@ -214,10 +214,10 @@ def of_boxes(folder, photo):
     return oriented.task(folder)
 
 
-TASKS = [of_classes, of_scenes, of_captions, of_conversations, of_objects]
+TASKS = [of_classes, of_scenes, of_captions, of_conversations, of_objects, of_boxes]
 
 
-@pytest.mark.parametrize("task", [*TASKS, pytest.param(of_boxes, marks=oriented.needs_package)])
+@pytest.mark.parametrize("task", TASKS)
 def test_every_task_shows_pictures_upright(task, tmp_path):
     examples = []
     for name, photo in {

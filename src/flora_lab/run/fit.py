@@ -24,14 +24,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.data import Subset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from flora.files import replace_file, save_tensors
 from flora_lab.run.progress import Progress
 from flora_lab.run.seeded import Seeded
 from flora_lab.run.sharding import prepare_to_shard
-from flora_lab.run.trainer import TaskTrainer
+from flora_lab.run.trainer import TaskTrainer, trainer_of
 from flora_lab.settings import Training
 from flora_lab.tasks import Examples, Task
 
@@ -57,7 +57,7 @@ def fit(
     checkpoints, progress = Checkpoints(folder / "checkpoints"), Progress(name, task.metric, bar)
     train, total = Seeded(data["train"], seed), steps(keys, data["train"])
     args = arguments(keys, total, seed, folder / "checkpoints")
-    trainer = TaskTrainer(
+    trainer = trainer_of(task, model)(
         model,
         args,
         # after its last step the Trainer would take one more, unless it ended an epoch
@@ -73,7 +73,7 @@ def fit(
     progress.attach(trainer)
     if trainer.is_world_process_zero():
         trainer.add_callback(TensorBoardCallback(SummaryWriter(logs)))
-    trainer.title, trainer.task, trainer.progress = name, task, progress
+    trainer.title, trainer.progress = name, progress
     if trainer.is_fsdp_enabled:
         prepare_to_shard(model)
     try:
@@ -100,12 +100,14 @@ def first_steps(
         args = arguments(replace(keys, loaders=0), 2, 0, Path(folder))
         args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
         made = (optimizer(args) if optimizer else None, None)
-        trainer = TaskTrainer(model, args, train_dataset=examples, data_collator=task.collate, optimizers=made)
+        kind = trainer_of(task, model)
+        trainer = kind(model, args, train_dataset=examples, data_collator=task.collate, optimizers=made)
         trainer.diverged = True  # so that nothing is said
         Progress(shown=False).attach(trainer)
         with warnings.catch_warnings():  # the training itself will give them
             warnings.simplefilter("ignore")
             trainer.train()
+        trainer.trained()
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,13 @@ class Fit:
     """``seconds``: of the whole fit, over all its starts. ``epoch_seconds``: of an epoch's steps alone, the median of
     the epochs that were trained in one go; None if there are none."""
 
-    trainer: Trainer
+    trainer: TaskTrainer
     seconds: float
     epoch_seconds: float | None
 
     @property
     def model(self) -> nn.Module:
-        """The trained model, without the wrappers of distributed or mixed-precision training."""
-        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)
+        return self.trainer.trained()
 
     def gathered(self, build: Callable[[], nn.Module]) -> nn.Module | None:
         """The trained model on the CPU, for the main process to work with alone; None in the other processes.

@@ -24,8 +24,22 @@ class TaskTrainer(Trainer):
     LOOK = 10  # steps between two looks at an accelerator, since each waits for it
 
     def __init__(self, model: nn.Module, *args, **kwargs):
+        base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        self._forward = base, vars(base).get("forward")
         with _adapters_known(model):
             super().__init__(model, *args, **kwargs)
+
+    def trained(self) -> nn.Module:
+        """The model, without the wrappers of distributed or mixed-precision training, and with the forward it had.
+
+        TRL puts another one on it, through which a copy would run this model.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        base, forward = self._forward
+        vars(base).pop("forward", None)
+        if forward:
+            base.forward = forward
+        return model
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -68,6 +82,11 @@ class TaskTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but DoRA's magnitudes: their decay would shrink the frozen weight, not only its update."""
         return [name for name in super().get_decay_parameter_names(model) if "magnitude_vector" not in name]
+
+
+def trainer_of(task: Task, model: nn.Module) -> type[TaskTrainer]:
+    """The task's own kind of Trainer, which evaluates as the task does."""
+    return type("TaskTrainer", (TaskTrainer, task.trainer(model)), {"task": task})
 
 
 @contextmanager

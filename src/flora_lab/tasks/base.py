@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 
 
 HEADS = ("classifier", "score", "linear", "fc", "head")  # usual names of output layers
@@ -87,6 +87,12 @@ class Task:
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Metrics of a transformers ``EvalPrediction``."""
         raise NotImplementedError
+
+    def trainer(self, model: nn.Module) -> type[Trainer]:
+        """Whose steps the training of this model takes."""
+        from transformers import Trainer
+
+        return Trainer
 
     def callbacks(self, folder: Path) -> list[TrainerCallback]:
         """What the task adds to a training. ``folder``: the trial's, for what they leave."""

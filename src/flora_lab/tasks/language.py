@@ -1,6 +1,6 @@
 """Causal language models, fine-tuned on conversations, prompts with answers, or texts (supervised fine-tuning).
 
-The loop is the laboratory's own. TRL prepares the data, as for its SFTTrainer: it packs examples and collates them.
+TRL's SFTTrainer takes the steps, unless the output layer is adapted. TRL also packs the examples and collates them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from flora_lab.tasks.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import Trainer
 
 LONGER = ("refuse", "leave_out", "cut")
 LM_EVAL_BATCH = 8
@@ -218,6 +219,11 @@ class Language(Answering):
 
     def build(self) -> nn.Module:
         return self.model.build("AutoModelForCausalLM")
+
+    def trainer(self, model: nn.Module) -> type[Trainer]:
+        from flora_lab.tasks.models.supervised import SupervisedTrainer, plain_head
+
+        return SupervisedTrainer if plain_head(model) else super().trainer(model)
 
     def judge(self, model: nn.Module, base: Any, splits: Any, folder: Path) -> dict[str, Any]:
         numbers = lm_eval.evaluate(model, self.tokenizer, self.lm_eval, self.lm_eval_batch or LM_EVAL_BATCH)
