@@ -16,6 +16,8 @@ from test_train import SHORT, places, with_methods
 
 from flora.cli import main
 from flora_lab.run.engines import ENGINES, Killed, take_device
+from flora_lab.run.preflight import preflight
+from flora_lab.settings import load_config
 
 GRID = ["comparison.seeds=[0,1]", "comparison.rates=[1,3]"]
 
@@ -147,6 +149,15 @@ def test_a_killed_comparison_takes_its_workers_with_it(tmp_path):
     assert len(workers) >= 2
     _, left = psutil.wait_procs(workers, timeout=900)  # an exit alone, which no load makes that slow
     assert not left, "a worker goes on without its parent"
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_processor_without_bfloat16_is_said(fast, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("flora_lab.run.preflight.fast_bfloat16", lambda: fast)
+    path, *keys = with_methods(tmp_path, "head")
+    config = load_config(path, [*map(str, keys), *SHORT, "training.mixed_precision=bf16"])
+    assert preflight(config, ["head"], [1]) == {("head", None): None}
+    assert ("training.mixed_precision: this processor has no instructions for bf16" in capsys.readouterr().err) != fast
 
 
 def test_what_cannot_run_is_said_and_left_out(tmp_path):
