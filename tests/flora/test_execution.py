@@ -19,6 +19,7 @@ from flora.layers.execution.convolution import Geometry, convolution
 from flora.layers.execution.cost import EXECUTIONS, merges, pooled, wants_dense
 from flora.layers.execution.matrix import matrix
 from flora.layers.execution.stand_in import StandIn
+from flora.tucker import reconstruct
 from reference import layers
 
 GEOMETRIES = {
@@ -60,33 +61,34 @@ def test_matrix(way, ranks, rows):
 def test_convolution(way, geometry, layout, monkeypatch):
     monkeypatch.setattr("flora.layers.execution.convolution._route", lambda *_: way)
     modes = len(geometry.stride)
-    channels, kernel_size = (4, 8), (3, 2, 2)[:modes]
+    channels, kernel_size, kernel_ranks = (4, 8), (3, 2, 2)[:modes], (2, 2, 1)
     shape = channels if geometry.transposed else channels[::-1]
     shape = (shape[0], shape[1] // geometry.groups, *kernel_size)
     ranks = (2, min(2, shape[1]))
     x, bias = numbers(2, 4, *(5, 4, 4)[:modes]), numbers(8)
-    weight, kernel = numbers(*shape, grad=False), numbers(*ranks, *kernel_size)
-    factors = [numbers(size, rank) for size, rank in zip(shape, ranks, strict=False)]
+    ranks = (*ranks, *kernel_ranks[:modes])
+    weight, core = numbers(*shape, grad=False), numbers(*ranks)
+    factors = [numbers(size, rank) for size, rank in zip(shape, ranks, strict=True)]
     if modes == 2:
         x = x.detach().contiguous(memory_format=layout).requires_grad_()
 
-    def adapted(x, bias, kernel, first, second):
-        return convolution(x, weight, bias, kernel, first, second, geometry, "auto")
+    def adapted(x, bias, core, *factors):
+        return convolution(x, weight, bias, core, factors, geometry, "auto")
 
-    dense = weight + torch.einsum("rs...,ar,bs->ab...", kernel, *factors)
-    check(adapted, (x, bias, kernel, *factors), torch.convolution(x, dense, bias, *geometry))
+    dense = weight + reconstruct(core, factors)
+    check(adapted, (x, bias, core, *factors), torch.convolution(x, dense, bias, *geometry))
 
 
 def test_convolution_with_a_large_depthwise_kernel():
-    x, weight, kernel = numbers(2, 4, 7, 7), numbers(4, 1, 5, 5, grad=False), numbers(2, 1, 5, 5)
-    factors = (numbers(4, 2), numbers(1, 1))
+    x, weight, core = numbers(2, 4, 7, 7), numbers(4, 1, 5, 5, grad=False), numbers(2, 1, 2, 3)
+    factors = numbers(4, 2), numbers(1, 1), numbers(5, 2), numbers(5, 3)
     geometry = Geometry((1, 1), (2, 2), (1, 1), False, (0, 0), 4)
 
-    def adapted(x, kernel, first, second):
-        return convolution(x, weight, None, kernel, first, second, geometry, "auto")
+    def adapted(x, core, *factors):
+        return convolution(x, weight, None, core, factors, geometry, "auto")
 
-    dense = weight + torch.einsum("rskl,ar,bs->abkl", kernel, *factors)
-    check(adapted, (x, kernel, *factors), torch.convolution(x, dense, None, *geometry))
+    dense = weight + reconstruct(core, factors)
+    check(adapted, (x, core, *factors), torch.convolution(x, dense, None, *geometry))
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 3)], ids=lambda layer: type(layer).__name__)

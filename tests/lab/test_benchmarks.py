@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from flora_lab.methods import CannotAdapt
 
@@ -81,6 +82,32 @@ def test_a_layer_takes_few_operations(kind, monkeypatch):
         adapted = models(KINDS[kind], PRECISIONS[precision][0], ["lora", "flora-auto"], args)
         lora, ours = (operations(step_of(model, KINDS[kind], precision, "cpu")) for model in adapted.values())
         assert ours <= most and ours <= 0.8 * lora
+
+
+# operations of one convolution that is too large for the pool
+ALONE_OPERATIONS = {
+    "conv2d": (lambda: nn.Conv2d(64, 64, 3, padding=1), {"fp32": 30, "bf16 autocast": 34, "bf16 base": 30}),
+    "conv1d": (lambda: nn.Conv1d(80, 80, 3, padding=1), {"fp32": 22, "bf16 autocast": 27, "bf16 base": 23}),
+    "depthwise": (
+        lambda: nn.Conv2d(512, 512, 7, padding=3, groups=512),
+        {"fp32": 25, "bf16 autocast": 35, "bf16 base": 31},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE_OPERATIONS)
+def test_a_convolution_outside_the_pool_takes_few_operations(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import launches
+
+    monkeypatch.setattr(launches, "LAYERS", 1)
+    layer, most = ALONE_OPERATIONS[kind]
+    width, modes = layer().weight.shape[0], layer().weight.ndim - 2
+    own = launches.Kind(layer, (2, width, *(8,) * modes))
+    for precision in most:
+        args = Namespace(seed=0, device="cpu")
+        (model,) = launches.models(own, launches.PRECISIONS[precision][0], ["flora-auto"], args).values()
+        assert launches.operations(launches.step_of(model, own, precision, "cpu")) <= most[precision]
 
 
 # operations of one layer in a compiler's graph, forward and backward: LoRA's and ours

@@ -131,10 +131,10 @@ class FloraLayer(PooledWeight):
         if not is_plain(weight) or not is_bare(base) or self._dropout(adapter) > 0 or not can_fuse():
             return None
         core, factors = self._scaled(adapter)
-        tensors = of_one_type(x, weight, cast(Any, base).bias, core, factors)
+        tensors = of_one_type(x, weight, cast(Any, base).bias, core)
         if tensors is None or self.kind.fused is None:
             return None
-        x, frozen, bias, core, factors = tensors
+        x, frozen, bias = tensors
         return self.kind.fused(base, frozen, bias, core, factors, x, self.tucker_execution[adapter])
 
     def _form(self, adapter: str) -> str:

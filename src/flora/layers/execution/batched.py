@@ -43,10 +43,13 @@ def stack_all(lists: Sequence[list[Tensor]], dtype: torch.dtype) -> list[Tensor]
 
 
 def cast_all(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The same tensors in ``dtype``: one multi-tensor copy, or none."""
+    """The same tensors in ``dtype``, contiguous if they are cast: one multi-tensor copy, or none. While a graph is made
+    tensor by tensor, since the copy has no derivative."""
     if tensors[0].dtype == dtype:
         return tensors
-    results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if torch.is_grad_enabled():
+        return [tensor.to(dtype) for tensor in tensors]
+    results = [torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format) for tensor in tensors]
     torch._foreach_copy_(results, tensors)
     return results
 
@@ -56,6 +59,39 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype != dtype == torch.float32 and a.is_cuda and SUMS_IN_FLOAT32:
         return torch.bmm(a, b, out_dtype=dtype)
     return torch.bmm(a, b).to(dtype)
+
+
+def kronecker(factors: Sequence[Tensor]) -> Tensor:
+    """The Kronecker product (L, k, c) of kernel factors (L, k_m, r_m)."""
+    basis = factors[0]
+    for factor in factors[1:]:
+        basis = (basis[:, :, None, :, None] * factor[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
+    return basis
+
+
+def _kronecker_backward(d_basis: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of ``kronecker`` -> those of its factors."""
+    if len(factors) == 1:
+        return [d_basis]
+    first, rest = factors[0], kronecker(factors[1:])
+    (count, k, r), (_, taps, ranks) = first.shape, rest.shape
+    pairs = d_basis.view(count, k, taps, r, ranks).transpose(2, 3).contiguous().view(count, k * r, taps * ranks)
+    d_first = torch.bmm(pairs, rest.reshape(count, -1, 1)).view(first.shape)
+    d_rest = torch.bmm(pairs.transpose(1, 2), first.reshape(count, -1, 1)).view(rest.shape)
+    return [d_first, *_kronecker_backward(d_rest, factors[1:])]
+
+
+def fold(core: Tensor, kernels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The core (L, r, s, …) times the kernel factors, K = G ×_3 C ×_4 D of equation 6: (L, r · s, k). And their
+    Kronecker product."""
+    basis = kronecker(kernels)
+    return torch.bmm(core.flatten(3).flatten(1, 2), basis.transpose(1, 2)), basis
+
+
+def fold_backward(d_kernel: Tensor, core: Tensor, kernels: Sequence[Tensor], basis: Tensor) -> list[Tensor]:
+    """The gradient of K -> those of core and kernels."""
+    d_basis = torch.bmm(d_kernel.transpose(1, 2), core.flatten(3).flatten(1, 2))
+    return [torch.bmm(d_kernel, basis).view(core.shape), *_kronecker_backward(d_basis, kernels)]
 
 
 def update_rows(core: Tensor, right: Tensor, kernels: Sequence[Tensor], channels_last: bool) -> list[Tensor]:
@@ -68,10 +104,8 @@ def update_rows(core: Tensor, right: Tensor, kernels: Sequence[Tensor], channels
     if not kernels:
         return [torch.bmm(core, right.mT)]
     count, r, s = core.shape[:3]
-    basis = kernels[0]  # the Kronecker product of the kernel factors: (L, k, c)
-    for factor in kernels[1:]:
-        basis = (basis[:, :, None, :, None] * factor[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-    thin = torch.bmm(core.transpose(1, 2).reshape(count, s * r, -1), basis.mT).view(count, s, -1)  # (L, s, r · k)
+    kernel, basis = fold(core, kernels)
+    thin = kernel.view(count, r, s, -1).transpose(1, 2).reshape(count, s, -1)  # (L, s, r · k)
     taps = torch.bmm(right, thin).view(count, right.shape[1], r, -1)  # (L, i, r, k)
     rows = taps.permute(0, 2, 3, 1) if channels_last else taps.transpose(1, 2)
     return [rows.reshape(count, r, -1), basis, thin]
@@ -96,21 +130,6 @@ def rows_backward(
         d_taps = d_rows.view(count, r, i, -1).transpose(1, 2)
     d_taps = d_taps.reshape(count, i, -1)
     d_right = torch.bmm(d_taps, thin.mT)
-    d_thin = torch.bmm(right.mT, d_taps).view(count, s * r, -1)
-    d_core = torch.bmm(d_thin, basis).view(count, s, r, *core.shape[3:]).transpose(1, 2).contiguous()
-    d_basis = torch.bmm(d_thin.mT, core.transpose(1, 2).reshape(count, s * r, -1))
-    return [d_core, d_right, *_kernel_gradients(d_basis, kernels)]
-
-
-def _kernel_gradients(d_basis: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of the Kronecker product (L, k, c) -> those of its factors (L, k_m, r_m)."""
-    if len(kernels) == 1:
-        return [d_basis]
-    taps, ranks = "abcd"[: len(kernels)], "wxyz"[: len(kernels)]
-    d_basis = d_basis.view(-1, *(f.shape[1] for f in kernels), *(f.shape[2] for f in kernels))
-    terms = [f"L{tap}{rank}" for tap, rank in zip(taps, ranks, strict=True)]
-    results = []
-    for n in range(len(kernels)):
-        others = ",".join(terms[:n] + terms[n + 1 :])
-        results.append(torch.einsum(f"L{taps}{ranks},{others}->{terms[n]}", d_basis, *kernels[:n], *kernels[n + 1 :]))
-    return results
+    d_kernel = torch.bmm(right.mT, d_taps).view(count, s, r, -1).transpose(1, 2).reshape(count, r * s, -1)
+    d_core, *d_kernels = fold_backward(d_kernel, core, kernels, basis)
+    return [d_core, d_right, *d_kernels]

@@ -1,10 +1,10 @@
 """How an update of each kind of layer runs beside the layer, without W + delta.
 
 *Factored* functions take (layer, core, factors) and then what the layer's own ``forward`` takes. They return what the
-update adds to the layer's output. *Fused* functions take (layer, weight, bias, core, factors, input, execution), all
-numbers of one type, and return the output of layer and update together. *Plain* functions take (layer, input, weight,
-bias) and are the layer with that weight, in one operation. The scale is in the core. The order of the factors is the
-order of the weight's modes.
+update adds to the layer's output. *Fused* functions take (layer, weight, bias, core, factors, input, execution), core
+and factors of any type and the rest of one, and return the output of layer and update together. *Plain* functions take
+(layer, input, weight, bias) and are the layer with that weight, in one operation. The scale is in the core. The order
+of the factors is the order of the weight's modes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flora.layers.execution.batched import fold
 from flora.layers.execution.convolution import Geometry, convolution
 from flora.layers.execution.matrix import matrix, thin_linear
 
@@ -84,10 +85,7 @@ def _kernel(core: Tensor, kernel_factors: Sequence[Tensor]) -> Tensor:
     """G ×_3 C ×_4 D (equation 6): (r, r', r_3, …) -> (r, r', k, …)."""
     sizes = [factor.shape[0] for factor in kernel_factors]
     if not torch.compiler.is_compiling():  # keeps less for the backward pass; a compiler decides itself what to keep
-        basis = kernel_factors[0]
-        for factor in kernel_factors[1:]:
-            basis = (basis[:, None, :, None] * factor[None, :, None, :]).flatten(2).flatten(0, 1)  # Kronecker's product
-        return (core.flatten(2) @ basis.transpose(-2, -1)).unflatten(2, sizes)
+        return fold(core[None], [factor[None] for factor in kernel_factors])[0].view(*core.shape[:2], *sizes)
     *inner, last = kernel_factors
     kernel, size = core @ last.transpose(-2, -1), sizes[-1]
     for factor in reversed(inner):
@@ -135,10 +133,9 @@ def conv_transposed_fused(
 def _convolve(
     weight: Tensor, bias: Bias, core: Tensor, factors: Factors, input: Tensor, geometry: Geometry, execution: str
 ) -> Tensor:
-    first, second, *kernel_factors = factors
     single = input.ndim < weight.ndim  # a sample without a batch
     x = input.unsqueeze(0) if single else input
-    output = convolution(x, weight, bias, _kernel(core, kernel_factors), first, second, geometry, execution)
+    output = convolution(x, weight, bias, core, factors, geometry, execution)
     return output.squeeze(0) if single else output
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from flora.layers.execution.cost import LOW_PRECISION, merges, wants_dense
+from flora.layers.execution.batched import cast_all, fold, fold_backward
+from flora.layers.execution.cost import LOW_PRECISION, merges, wants_dense, without_autocast
 from flora.layers.execution.thin import add_lifted_, correlate, project
 
 
@@ -38,21 +39,20 @@ def convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kernel: Tensor,
-    first: Tensor,
-    second: Tensor,
+    core: Tensor,
+    factors: Sequence[Tensor],
     geometry: Geometry,
     execution: str,
 ) -> Tensor:
-    """The convolution of x (b, g · i, …) with ``W + kernel ×_1 first ×_2 second``, plus bias.
+    """The convolution of x (b, g · i, …) with ``W + core ×_1 factors[0] …`` (equation 6), plus bias.
 
     Args:
         weight: (I_1, I_2, k …) in PyTorch's order: the inputs come second, in a transposed convolution first.
-        kernel: G ×_3 C ×_4 D of equation 6, (r, s, k …), the scale in it.
-        first, second: the factors (I_1, r) and (I_2, s).
+        core, factors: (r, s, …), the scale in it, and (I_n, r_n). They may be of a wider type than x: work on weights
+            alone is done in that type.
     """
-    route = _route(x, weight.shape, kernel.shape, geometry, execution)
-    return _Convolution.apply(x, weight, bias, kernel, first, second, geometry, route)
+    route = _route(x, weight.shape, core.shape, geometry, execution)
+    return _Convolution.apply(x, weight, bias, geometry, route, core, *factors)
 
 
 def _route(x: Tensor, shape: Sequence[int], ranks: Sequence[int], geometry: Geometry, execution: str) -> str:
@@ -93,33 +93,27 @@ def _add_by_group_(y: Tensor, thin: Tensor, factor: Tensor, groups: int) -> Tens
     return y
 
 
-def _gradients(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]) -> list[Tensor]:
+def _gradients(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]) -> list[Any]:
     """A convolution's gradients of x and of the weight; None for one that is not wanted."""
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, (*wanted, False))[:2]
 
 
-def _weights(weight: Tensor, kernel: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
-    """W + delta. In half precision, which would round small updates away, W and delta to be convolved one by one."""
-    rows = torch.matmul(second, kernel.flatten(2)).flatten(1)
+def _fold(core: Tensor, kernels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``batched.fold`` for one layer: K (r, s, k …) and the kernel factors' Kronecker product."""
+    kernel, basis = fold(core[None], [factor[None] for factor in kernels])
+    return kernel.view(*core.shape[:2], *(factor.shape[0] for factor in kernels)), basis
+
+
+def _rows(kernel: Tensor, second: Tensor) -> Tensor:
+    """R (r, I_2, k) with ΔW = A R."""
+    return torch.bmm(second.expand(len(kernel), -1, -1), kernel.flatten(2))
+
+
+def _weights(weight: Tensor, first: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """W + ΔW. In half precision, which would round small updates away, W and ΔW to be convolved one by one."""
     if weight.dtype in LOW_PRECISION:
-        return weight, (first @ rows).view(weight.shape)
-    return torch.addmm(weight.flatten(1), first, rows).view(weight.shape), None
-
-
-def _project_weight(dweight: Tensor, kernel: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The full weight's gradient -> the gradients of kernel and factors."""
-    rows, slices = dweight.flatten(1), kernel.flatten(2)
-    dfirst = rows @ torch.matmul(second, slices).flatten(1).mT
-    rows = (first.mT @ rows).unflatten(1, (second.shape[0], -1))  # (r, I_2, k)
-    return torch.matmul(second.mT, rows).view(kernel.shape), dfirst, torch.bmm(rows, slices.mT).sum(0)
-
-
-def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The full weight's gradient."""
-    if x.device.type == "cpu" and x.ndim == 4 and geometry.groups > 1 and prod(weight.shape[2:]) > 9:
-        # oneDNN is four times as fast with large depthwise kernels if channels come last, copies included
-        g, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (g, x))
-    return _gradients(g, x, weight, geometry, (False, True))[1]
+        return weight, (first @ rows.flatten(1)).to(weight.dtype).view(weight.shape)
+    return torch.addmm(weight.flatten(1), first, rows.flatten(1)).view(weight.shape), None
 
 
 class _Convolution(Function):
@@ -133,44 +127,85 @@ class _Convolution(Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, kernel, first, second, geometry, route = inputs
+        x, weight, bias, geometry, route, core, first, second, *kernels = inputs
         ctx.geometry, ctx.route = geometry, route
-        ctx.save_for_backward(x, weight, kernel, first, second)
-        if route != "factored":
-            merged, beside = _weights(weight, kernel, first, second)
-            y = torch.convolution(x, merged, bias, *geometry)
-            return y if beside is None else y + torch.convolution(x, beside, None, *geometry)
-        inner, outer = (first, second) if geometry.transposed else (second, first)
-        a = _image(project(_by_group(x, geometry.groups), inner), x)
-        thin = _columns(torch.convolution(a, kernel, None, *geometry.thin))
-        return _add_by_group_(torch.convolution(x, weight, bias, *geometry), thin, outer, geometry.groups)
+        with without_autocast(x.device.type):
+            kernel, basis = _fold(core, kernels)
+            ctx.save_for_backward(x, weight, kernel, basis, core, first, second, *kernels)
+            if route != "factored":
+                merged, beside = _weights(weight, first, _rows(kernel, second))
+                y = torch.convolution(x, merged, bias, *geometry)
+                return y if beside is None else y.add_(torch.convolution(x, beside, None, *geometry))
+            kernel, first, second = cast_all([kernel, first, second], x.dtype)
+            inner, outer = (first, second) if geometry.transposed else (second, first)
+            a = _image(project(_by_group(x, geometry.groups), inner), x)
+            thin = _columns(torch.convolution(a, kernel, None, *geometry.thin))
+            return _add_by_group_(torch.convolution(x, weight, bias, *geometry), thin, outer, geometry.groups)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        x, weight, kernel, first, second = ctx.saved_tensors
-        geometry, groups = ctx.geometry, ctx.geometry.groups
+        x, weight, kernel, basis, core, first, second, *kernels = ctx.saved_tensors
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
+        with without_autocast(g.device.type):
+            if torch.is_grad_enabled():  # a second derivative needs them computed here
+                kernel, basis = _fold(core, kernels)
+            through = _through_weight if ctx.route == "dense" else _through_thin
+            dx, dkernel, dfirst, dsecond = through(g, x, weight, kernel, first, second, ctx.geometry, wants_x)
+            folded = dkernel.contiguous().flatten(2).flatten(0, 1)[None]
+            own = [d[0] for d in fold_backward(folded, core[None], [factor[None] for factor in kernels], basis)]
+            db = g.sum((0, *range(2, g.ndim))) if wants_bias else None
+        return dx, None, db, None, None, own[0], dfirst, dsecond, *own[1:]
 
-        dx = db = None
-        if ctx.route == "dense":
-            if wants_x:
-                merged, beside = _weights(weight, kernel, first, second)
-                dx = _gradients(g, x, merged, geometry, (True, False))[0]
-                dx = dx if beside is None else dx + _gradients(g, x, beside, geometry, (True, False))[0]
-            dweight = _weight_gradient(g, x, weight, geometry)
-            dkernel, dfirst, dsecond = _project_weight(dweight, kernel, first, second)
-        else:
-            inner, outer = (first, second) if geometry.transposed else (second, first)
-            columns, given = _by_group(x, groups), _by_group(g, groups)
-            a, c = _image(project(columns, inner), x), _image(project(given, outer), g)
-            t, dkernel = _gradients(c, a, kernel, geometry.thin, (True, True))
-            t, thin = _columns(t), _columns(torch.convolution(a, kernel, None, *geometry.thin))
-            dinner, douter = correlate(t, columns, inner), correlate(thin, given, outer)
-            dfirst, dsecond = (dinner, douter) if geometry.transposed else (douter, dinner)
-            if wants_x:
-                dx = _gradients(g, x, weight, geometry, (True, False))[0]
-                dx = _add_by_group_(dx, t, inner, groups)
-        if wants_bias:
-            db = g.sum((0, *range(2, g.ndim)))
-        return dx, None, db, dkernel, dfirst, dsecond, None, None
+
+def _through_weight(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    kernel: Tensor,
+    first: Tensor,
+    second: Tensor,
+    geometry: Geometry,
+    wants_x: bool,
+) -> tuple[Any, ...]:
+    """The gradients of x, K and both factors; the full weight's is formed and projected."""
+    rows = _rows(kernel, second)
+    merged, beside = _weights(weight, first, rows) if wants_x else (weight, None)
+    # oneDNN forms this gradient of large depthwise kernels four times as fast if channels come last, copies included
+    last = x.device.type == "cpu" and x.ndim == 4 and geometry.groups > 1 and prod(weight.shape[2:]) > 9
+    dx, dweight = _gradients(g, x, merged, geometry, (wants_x, not last))
+    if last:
+        g_last, x_last = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (g, x))
+        dweight = _gradients(g_last, x_last, weight, geometry, (False, True))[1]
+    if beside is not None:
+        dx = dx + _gradients(g, x, beside, geometry, (True, False))[0]
+    dense = dweight.to(first.dtype, memory_format=torch.contiguous_format).flatten(1)
+    drows = (first.mT @ dense).view(rows.shape)
+    dkernel = torch.bmm(second.mT.expand(len(drows), -1, -1), drows)
+    return dx, dkernel, dense @ rows.flatten(1).mT, torch.bmm(drows, kernel.flatten(2).mT).sum(0)
+
+
+def _through_thin(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    kernel: Tensor,
+    first: Tensor,
+    second: Tensor,
+    geometry: Geometry,
+    wants_x: bool,
+) -> tuple[Any, ...]:
+    """The same by thin products and convolutions."""
+    wide, groups, dx = first.dtype, geometry.groups, None
+    kernel, first, second = cast_all([kernel, first, second], x.dtype)
+    inner, outer = (first, second) if geometry.transposed else (second, first)
+    columns, given = _by_group(x, groups), _by_group(g, groups)
+    a, c = _image(project(columns, inner), x), _image(project(given, outer), g)
+    t, dkernel = _gradients(c, a, kernel, geometry.thin, (True, True))
+    t, thin = _columns(t), _columns(torch.convolution(a, kernel, None, *geometry.thin))
+    dinner, douter = correlate(t, columns, inner), correlate(thin, given, outer)
+    if wants_x:
+        dx = _gradients(g, x, weight, geometry, (True, False))[0]
+        dx = _add_by_group_(dx, t, inner, groups)
+    dfirst, dsecond = (dinner, douter) if geometry.transposed else (douter, dinner)
+    return dx, *cast_all([dkernel, dfirst, dsecond], wide)

@@ -4,6 +4,7 @@ layer with W + delta (paper section 4, equations 5 to 7)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import NamedTuple
 
@@ -163,15 +164,19 @@ def can_fuse() -> bool:
     return not traced and not torch._C._are_functorch_transforms_active()
 
 
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context without autocast for this type of device."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def of_one_type(
-    x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor, factors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[Tensor]] | None:
-    """The same tensors, cast under autocast, and core and factors to the type of a half-precision layer; None if types
-    differ otherwise."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, core: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Input, weight and bias, cast under autocast; None if their types differ otherwise. The core's type may be another
+    one under autocast, and float32 in a half-precision layer."""
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:
         bias = bias if bias is None else bias.to(dtype)
-        return x.to(dtype), weight.to(dtype), bias, core.to(dtype), [factor.to(dtype) for factor in factors]
-    if x.dtype in LOW_PRECISION and core.dtype == torch.float32:  # thin, and their products' sums are float32 anyway
-        core, factors = core.to(x.dtype), [factor.to(x.dtype) for factor in factors]
-    return (x, weight, bias, core, list(factors)) if x.dtype == weight.dtype == core.dtype else None
+        return x.to(dtype), weight.to(dtype), bias
+    fits = core.dtype in (x.dtype, torch.float32) if x.dtype in LOW_PRECISION else core.dtype == x.dtype
+    return (x, weight, bias) if fits and x.dtype == weight.dtype else None

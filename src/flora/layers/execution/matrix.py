@@ -24,8 +24,10 @@ def matrix(
 
     Args:
         weight: (o, i).
-        core: (r, s), the scale in it. left: (o, r). right: (i, s).
+        core: (r, s), the scale in it. left: (o, r). right: (i, s). They are cast to the type of x: they are thin, and
+            sums of their products are float32 anyway.
     """
+    core, left, right = core.to(x.dtype), left.to(x.dtype), right.to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     if execution == "auto":
         rank, positions = min(core.shape), rows.shape[0]

@@ -124,11 +124,9 @@ def _transpose(w: StandIn, *modes: int) -> StandIn | None:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if isinstance(input, StandIn) or not isinstance(weight, StandIn) or weight.core.ndim != 2:
         return None
-    tensors = of_one_type(input, weight.weight, bias, weight.core, weight.factors)
-    if tensors is None:
-        return None
-    x, frozen, bias, core, (left, right) = tensors
-    return matrix(x, frozen, bias, core, left, right, weight.execution)
+    tensors = of_one_type(input, weight.weight, bias, weight.core)
+    left, right = weight.factors
+    return None if tensors is None else matrix(*tensors, weight.core, left, right, weight.execution)
 
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor | None:
