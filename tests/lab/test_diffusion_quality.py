@@ -117,7 +117,19 @@ def test_a_classifier_sees_pictures_as_its_own_processor_makes_them(judges):
     assert seen["pixel_values"].shape == (2, 3, 16, 16)
     expected = ViTForImageClassification.from_pretrained(judges / "vit").eval()
     assert torch.allclose(judge(pictures), expected.vit(**seen).last_hidden_state[:, 0], atol=1e-6)
-    assert judge.classes(pictures) == expected(**seen).logits.argmax(-1).tolist()
+    names = ["first", "second", "third"]
+    assert judge.classes(pictures, names) == [names[n] for n in expected(**seen).logits.argmax(-1).tolist()]
+
+
+def test_a_classifier_with_names_tells_the_classes_of_the_data_by_them():
+    labels = {0: "tench, Tinca", 1: "dog", 2: "Cat"}
+    judge = Classifier(Pretrained(config={**CLASSIFIER, "id2label": labels}))
+    assert judge.named(["cat", "Tinca"]) == ["Tinca", "dog", "cat"]
+    with pytest.raises(ValueError, match="^it has no class 'bird' of the data; its own: tench, Tinca, dog, Cat$"):
+        judge.named(["cat", "bird"])
+    assert Classifier(Pretrained(config=CLASSIFIER)).named(["a", "b", "c"]) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="^it has no class 'a' of the data; its own: LABEL_0, LABEL_1, LABEL_2$"):
+        Classifier(Pretrained(config=CLASSIFIER)).named(["a"])
 
 
 def test_a_classifier_s_output_layer_may_be_within_another():

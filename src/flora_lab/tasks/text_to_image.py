@@ -68,7 +68,7 @@ class TextToImage(Task):
 
         if prompts or self.quality.fid or self.quality.classifier:
             check_steps(self._frozen, self.samples.steps)
-        self.quality.check(splits["test"], self.samples.prompts)
+        self.quality.check(splits["test"], self.samples.prompts, self.classes if self._of_classes else ())
 
     @cached_property
     def _source(self) -> tuple[dict[str, Records], list[str]]:

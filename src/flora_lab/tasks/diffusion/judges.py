@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from textwrap import shorten
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
@@ -45,9 +48,26 @@ class Classifier(nn.Module):
             raise ValueError(f"{type(self.model).__name__}: its output layer does not get one vector per picture")
         return seen[0]
 
-    def classes(self, pictures: Tensor) -> list[int]:
-        """The number of the class that it sees in each."""
-        return self._logits(pictures).argmax(-1).tolist()
+    def classes(self, pictures: Tensor, known: Sequence[str]) -> list[str]:
+        """The class that it sees in each; see `named`."""
+        names = self.named(known)
+        return [names[number] for number in self._logits(pictures).argmax(-1).tolist()]
+
+    def named(self, known: Sequence[str]) -> list[str]:
+        """The classes by their number: with the names of ``known``, the data's, where it has the same ones, and its own
+        elsewhere. A classifier without names has those of the data in their order.
+
+        Raises ValueError if it lacks a class of the data.
+        """
+        own = [str(self.model.config.id2label[number]) for number in range(self.model.config.num_labels)]
+        if own == [f"LABEL_{number}" for number in range(len(known))]:
+            return list(known)
+        numbers = {word.strip().lower(): number for number, name in enumerate(own) for word in name.split(",")}
+        if missing := [name for name in known if name.lower() not in numbers]:
+            raise ValueError(f"it has no class {missing[0]!r} of the data; its own: {shorten(', '.join(own), 200)}")
+        for name in known:
+            own[numbers[name.lower()]] = name
+        return own
 
     def _logits(self, pictures: Tensor) -> Tensor:
         if self.processor is None:

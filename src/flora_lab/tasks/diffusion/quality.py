@@ -50,14 +50,17 @@ class Quality:
             if (self.fid or self.classifier) and find_spec(name) is None:
                 raise ValueError(f"task.quality: {name} is not installed: pip install 'flora-peft[diffusion]'")
 
-    def check(self, examples: Captioned, prompts: Sequence[str]) -> None:
-        """Let each model judge a picture, twice, before any training. Raises ValueError naming its key."""
+    def check(self, examples: Captioned, prompts: Sequence[str], classes: Sequence[str]) -> None:
+        """Let each model judge a picture, twice, before any training. Raises ValueError naming its key.
+
+        ``classes``: those that `recognised` is about.
+        """
         two, longest = [*pixels(examples, 1)] * 2, max(prompts, key=len, default="a picture")
         judges = {
             "clip": lambda: self._clip(two, [longest] * 2),
             "dino": lambda: self._dino(two),
             "fid": lambda: self._inception.update(*_batches(two), real=True),
-            "classifier": lambda: self._distance.update(*_batches(two), real=True),
+            "classifier": lambda: (self._distance.update(*_batches(two), real=True), self._seen.named(classes)),
         }
         for name, judge in judges.items():
             if given := getattr(self, name):
@@ -138,7 +141,7 @@ class Quality:
         known = model.frozen.classes if self.classifier else []
         metrics = {"FID": self._inception} if self.fid else {}
         metrics |= {"FD": self._distance} if self.classifier else {}
-        seen: list[int] = []
+        seen: list[str] = []
         for metric in metrics.values():
             metric.reset()
         for some in _batches(model.pictures(captions, range(self.images), keys)):
@@ -146,13 +149,13 @@ class Quality:
                 return dict.fromkeys([*metrics, *(["recognised"] if known else [])], float("nan"))
             for metric in metrics.values():
                 metric.update(some, real=False)
-            seen += self._seen.classes(some) if known else []
+            seen += self._seen.classes(some, known) if known else []
         for some in _batches(pixels(examples, len(examples))):
             for metric in metrics.values():
                 metric.update(some, real=True)
         numbers = {name: metric.compute().item() for name, metric in metrics.items()}
         if known:
-            numbers["recognised"] = sum(map(eq, seen, map(known.index, captions))) / len(seen)
+            numbers["recognised"] = sum(map(eq, seen, captions)) / len(seen)
         return numbers
 
     @cached_property
