@@ -113,10 +113,13 @@ def test_a_convolution_outside_the_pool_takes_few_operations(kind, monkeypatch):
 # operations of one layer in a compiler's graph, forward and backward: LoRA's and ours
 IN_GRAPH = {
     ("Linear", "fp32"): (12, 11),
+    ("Linear", "bf16 autocast"): (22, 23),
     ("Linear", "bf16 base"): (17, 19),
     ("Conv2d 3×3", "fp32"): (10, 16),
+    ("Conv2d 3×3", "bf16 autocast"): (19, 29),
     ("Conv2d 3×3", "bf16 base"): (15, 22),
     ("Conv2d depthwise 3×3", "fp32"): (10, 16),
+    ("Conv2d depthwise 3×3", "bf16 autocast"): (19, 29),
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flora.layers.batches import batch_mode
 from flora.layers.execution.cost import LOW_PRECISION, can_fuse, in_graph, of_one_type
+from flora.layers.execution.in_graph import delta_in_graph
 from flora.layers.execution.stand_in import Refused, StandIn
 from flora.layers.kinds import RAW
 from flora.layers.sites import Site
@@ -170,7 +171,12 @@ class FloraLayer(PooledWeight):
         layer = self.get_base_layer()
         if x.is_floating_point() and self._form(adapter) == "delta":
             plain = cast(Callable[..., Tensor], self.kind.plain)
-            return result + plain(layer, x, self.get_delta_weight(adapter).to(x.dtype), None)
+            own = self.described(self.base_parameter)
+            if torch.compiler.is_compiling() and own.low != own.dtype and in_graph(own) == "delta":
+                delta = delta_in_graph(*self._scaled(adapter), own.low)
+            else:
+                delta = self.get_delta_weight(adapter).to(x.dtype)
+            return result + plain(layer, x, delta, None)
         if x.is_floating_point():
             core, factors = self._scaled(adapter)
             # beside a half-precision input the factors are cast, which are thin. Not by PEFT's method, which no

@@ -98,13 +98,22 @@ def _gradients(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted:
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, (*wanted, False))[:2]
 
 
-def _fold(core: Tensor, kernels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def fold_one(core: Tensor, kernels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """``batched.fold`` for one layer: K (r, s, k …) and the kernel factors' Kronecker product."""
     kernel, basis = fold(core[None], [factor[None] for factor in kernels])
     return kernel.view(*core.shape[:2], *(factor.shape[0] for factor in kernels)), basis
 
 
-def _rows(kernel: Tensor, second: Tensor) -> Tensor:
+def fold_one_backward(
+    dkernel: Tensor, core: Tensor, kernels: Sequence[Tensor], basis: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of K -> those of core and kernels."""
+    folded = dkernel.contiguous().flatten(2).flatten(0, 1)[None]
+    own = fold_backward(folded, core[None], [factor[None] for factor in kernels], basis)
+    return own[0][0], [gradient[0] for gradient in own[1:]]
+
+
+def rows_of(kernel: Tensor, second: Tensor) -> Tensor:
     """R (r, I_2, k) with ΔW = A R."""
     return torch.bmm(second.expand(len(kernel), -1, -1), kernel.flatten(2))
 
@@ -114,6 +123,15 @@ def _weights(weight: Tensor, first: Tensor, rows: Tensor) -> tuple[Tensor, Tenso
     if weight.dtype in LOW_PRECISION:
         return weight, (first @ rows.flatten(1)).to(weight.dtype).view(weight.shape)
     return torch.addmm(weight.flatten(1), first, rows.flatten(1)).view(weight.shape), None
+
+
+def project_weight(
+    dweight: Tensor, kernel: Tensor, first: Tensor, second: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The full weight's gradient (I_1, n) -> those of K and both factors."""
+    drows = (first.mT @ dweight).view(rows.shape)
+    dkernel = torch.bmm(second.mT.expand(len(drows), -1, -1), drows)
+    return dkernel, dweight @ rows.flatten(1).mT, torch.bmm(drows, kernel.flatten(2).mT).sum(0)
 
 
 class _Convolution(Function):
@@ -130,10 +148,10 @@ class _Convolution(Function):
         x, weight, bias, geometry, route, core, first, second, *kernels = inputs
         ctx.geometry, ctx.route = geometry, route
         with without_autocast(x.device.type):
-            kernel, basis = _fold(core, kernels)
+            kernel, basis = fold_one(core, kernels)
             ctx.save_for_backward(x, weight, kernel, basis, core, first, second, *kernels)
             if route != "factored":
-                merged, beside = _weights(weight, first, _rows(kernel, second))
+                merged, beside = _weights(weight, first, rows_of(kernel, second))
                 y = torch.convolution(x, merged, bias, *geometry)
                 return y if beside is None else y.add_(torch.convolution(x, beside, None, *geometry))
             kernel, first, second = cast_all([kernel, first, second], x.dtype)
@@ -149,13 +167,12 @@ class _Convolution(Function):
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
         with without_autocast(g.device.type):
             if torch.is_grad_enabled():  # a second derivative needs them computed here
-                kernel, basis = _fold(core, kernels)
+                kernel, basis = fold_one(core, kernels)
             through = _through_weight if ctx.route == "dense" else _through_thin
             dx, dkernel, dfirst, dsecond = through(g, x, weight, kernel, first, second, ctx.geometry, wants_x)
-            folded = dkernel.contiguous().flatten(2).flatten(0, 1)[None]
-            own = [d[0] for d in fold_backward(folded, core[None], [factor[None] for factor in kernels], basis)]
+            dcore, dkernels = fold_one_backward(dkernel, core, kernels, basis)
             db = g.sum((0, *range(2, g.ndim))) if wants_bias else None
-        return dx, None, db, None, None, own[0], dfirst, dsecond, *own[1:]
+        return dx, None, db, None, None, dcore, dfirst, dsecond, *dkernels
 
 
 def _through_weight(
@@ -169,7 +186,7 @@ def _through_weight(
     wants_x: bool,
 ) -> tuple[Any, ...]:
     """The gradients of x, K and both factors; the full weight's is formed and projected."""
-    rows = _rows(kernel, second)
+    rows = rows_of(kernel, second)
     merged, beside = _weights(weight, first, rows) if wants_x else (weight, None)
     # oneDNN forms this gradient of large depthwise kernels four times as fast if channels come last, copies included
     last = x.device.type == "cpu" and x.ndim == 4 and geometry.groups > 1 and prod(weight.shape[2:]) > 9
@@ -180,9 +197,7 @@ def _through_weight(
     if beside is not None:
         dx = dx + _gradients(g, x, beside, geometry, (True, False))[0]
     dense = dweight.to(first.dtype, memory_format=torch.contiguous_format).flatten(1)
-    drows = (first.mT @ dense).view(rows.shape)
-    dkernel = torch.bmm(second.mT.expand(len(drows), -1, -1), drows)
-    return dx, dkernel, dense @ rows.flatten(1).mT, torch.bmm(drows, kernel.flatten(2).mT).sum(0)
+    return dx, *project_weight(dense, kernel, first, second, rows)
 
 
 def _through_thin(

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from flora.layers.versions import torch_since
+
 EXECUTIONS = ("auto", "factored", "merged")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+FUNCTIONS_IN_GRAPHS = torch_since(2, 15)  # where compilers are known to follow one that turns autocast off
 
 TOUCH = 20
 FRESH, LARGE, FRESH_AND_LARGE = 60, 2**23, 240
@@ -134,10 +137,13 @@ def in_graph(weight: Weight) -> str | None:
 
     A graph has no Python, and a kernel less is what counts: the table of ``cheapest``, with two exceptions. A small
     matrix in half precision is factored, since beside W the thin products are fewer than those of ΔW. Under autocast
-    nothing is known, since compilers run the backward pass of every product under autocast, and cast what is formed in
-    float32 again and again.
+    only delta is known, by ``in_graph.delta_in_graph``, which ``torch.func`` cannot transform: compilers run the
+    backward pass of plain products under autocast, and cast what is formed in float32 again and again.
     """
-    form = cheapest(weight) if weight.low == weight.dtype else None
+    form = cheapest(weight)
+    if weight.low != weight.dtype:
+        possible = FUNCTIONS_IN_GRAPHS and not torch._C._are_functorch_transforms_active()
+        return form if form == "delta" and possible else None
     return "factored" if form == "delta" and weight.kind == "matrix" else form
 
 
