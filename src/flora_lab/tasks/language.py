@@ -221,9 +221,9 @@ class Language(Answering):
         return self.model.build("AutoModelForCausalLM")
 
     def trainer(self, model: nn.Module) -> type[Trainer]:
-        from flora_lab.tasks.models.supervised import SupervisedTrainer, plain_head
+        from flora_lab.tasks.models.supervised import plain_head, supervised_trainer
 
-        return SupervisedTrainer if plain_head(model) else super().trainer(model)
+        return supervised_trainer() if plain_head(model) else super().trainer(model)
 
     def judge(self, model: nn.Module, base: Any, splits: Any, folder: Path) -> dict[str, Any]:
         numbers = lm_eval.evaluate(model, self.tokenizer, self.lm_eval, self.lm_eval_batch or LM_EVAL_BATCH)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 if TYPE_CHECKING:
     from flora_lab.tasks.language import Language
@@ -26,15 +24,22 @@ def plain_head(model: nn.Module) -> bool:
     return type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
 
 
-class SupervisedTrainer(SFTTrainer):
-    """Its loss never holds the logits of a whole batch, and its logs have the entropy and the accuracy of the tokens.
+def supervised_trainer() -> type[Trainer]:
+    """TRL's loss never holds the logits of a whole batch; its logs have the entropy and the accuracy of the tokens."""
+    from trl import SFTTrainer
 
-    An evaluation takes the model's own forward, since it needs the logits.
-    """
+    return type("SupervisedTrainer", (_Supervised, SFTTrainer), {})
+
+
+class _Supervised(Trainer):
+    """What SFTTrainer does otherwise. An evaluation takes the model's own forward, since it needs the logits."""
 
     task: Language
 
     def __init__(self, model: nn.Module, args: TrainingArguments, *, train_dataset: Sequence[Any], **others: Any):
+        from datasets import Dataset
+        from trl import SFTConfig
+
         config = SFTConfig(
             **args.to_dict() | {"hub_token": args.hub_token},  # which a dictionary of them hides
             max_length=None,
@@ -50,8 +55,9 @@ class SupervisedTrainer(SFTTrainer):
             parameter.data = data
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        kind = Trainer if return_outputs else SFTTrainer
-        return kind.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:
+            return Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        return super().compute_loss(model, inputs, False, num_items_in_batch)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None for a checkpoint."""
