@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import resource
 import signal
@@ -28,7 +29,7 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_task_images import parquet
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from flora.cli import main
 from flora_lab.methods import METHODS, Method
@@ -316,6 +317,14 @@ def test_a_process_takes_one_gpu_and_no_frozen_weight_decays(tmp_path, monkeypat
     assert [name.split(".")[-3] for name in sorted(decayed)] == ["lora_A", "lora_B"] and len(trained) == 3
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
     assert arguments(Training(), 1, 0, tmp_path)._n_gpu == 1
+
+
+@pytest.mark.parametrize(("value", "diverged"), [(0.2, False), (math.nan, True)])
+def test_a_detector_without_a_loss_in_evaluation_has_not_diverged(value, diverged, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"eval_loss": math.nan, "eval_mAP": value})
+    trainer = TaskTrainer(torch.nn.Linear(1, 1), arguments(Training(), 1, 0, tmp_path), eval_dataset=[])
+    trainer.evaluate()
+    assert trainer.diverged == diverged == ("diverged at step 0" in capsys.readouterr().err)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

@@ -65,7 +65,8 @@ class TaskTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
         self.say_if_diverged()
-        if any(math.isnan(value) for value in metrics.values()):  # outputs may overflow where the loss does not
+        # outputs may overflow where the loss does not; detectors have no loss in evaluation, and say NaN
+        if any(math.isnan(value) for name, value in metrics.items() if not name.endswith("_loss")):
             self._say(self.state.global_step, "outputs are")
         return metrics
 
