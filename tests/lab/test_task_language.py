@@ -533,7 +533,7 @@ def test_steps_are_those_of_trl_and_have_the_loss_of_the_model(packing, tmp_path
         ends.append([weight for weight in outcome.model.parameters() if weight.requires_grad])
         assert "forward" not in vars(outcome.model.get_base_model())
         monkeypatch.setattr(Language, "trainer", Task.trainer)
-    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)  # Adam enlarges what gradients of nothing are rounded to
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)  # Adam enlarges rounding errors of tiny gradients
 
 
 HEADS = {

@@ -121,6 +121,7 @@ class Fit:
 
     @property
     def model(self) -> nn.Module:
+        """The trained model, as the training was given it."""
         return self.trainer.trained()
 
     def gathered(self, build: Callable[[], nn.Module]) -> nn.Module | None:

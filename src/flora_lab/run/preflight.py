@@ -82,7 +82,7 @@ def _say_slow(config: Config) -> None:
     slow = [key for key in ("pretraining", "training") if getattr(config, key).mixed_precision == "bf16"]
     if slow and no_accelerator() and not fast_bfloat16() and PartialState(cpu=True).is_main_process:
         keys = " and ".join(f"{key}.mixed_precision" for key in slow)
-        print(f"{keys}: this processor has no instructions for bf16; no is many times faster", file=sys.stderr)
+        print(f"{keys}: this processor has no instructions for bf16; 'no' is many times faster", file=sys.stderr)
 
 
 def fast_bfloat16() -> bool:

@@ -43,8 +43,8 @@ def stack_all(lists: Sequence[list[Tensor]], dtype: torch.dtype) -> list[Tensor]
 
 
 def cast_all(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The same tensors in ``dtype``, contiguous if they are cast: one multi-tensor copy, or none. While a graph is made
-    tensor by tensor, since the copy has no derivative."""
+    """The same tensors in ``dtype``, contiguous if they are cast: one multi-tensor copy, or none. While autograd
+    records, they are cast one by one, since that copy has no derivative."""
     if tensors[0].dtype == dtype:
         return tensors
     if torch.is_grad_enabled():

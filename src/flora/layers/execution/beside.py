@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.layers.execution.batched import fold
-from flora.layers.execution.convolution import Geometry, convolution
+from flora.layers.execution.convolution import Geometry, convolution, fold_one
 from flora.layers.execution.matrix import matrix, thin_linear
 
 Factors = Sequence[Tensor]
@@ -83,15 +82,14 @@ def _pointwise(input: Tensor, weight: Tensor, spatial: int, groups: int) -> Tens
 
 def _kernel(core: Tensor, kernel_factors: Sequence[Tensor]) -> Tensor:
     """G ×_3 C ×_4 D (equation 6): (r, r', r_3, …) -> (r, r', k, …)."""
-    sizes = [factor.shape[0] for factor in kernel_factors]
     if not torch.compiler.is_compiling():  # keeps less for the backward pass; a compiler decides itself what to keep
-        return fold(core[None], [factor[None] for factor in kernel_factors])[0].view(*core.shape[:2], *sizes)
+        return fold_one(core, kernel_factors)[0]
     *inner, last = kernel_factors
-    kernel, size = core @ last.transpose(-2, -1), sizes[-1]
+    kernel, size = core @ last.transpose(-2, -1), last.shape[0]
     for factor in reversed(inner):
         slices = kernel.reshape(-1, factor.shape[1], size)
         kernel, size = torch.bmm(factor.expand(len(slices), -1, -1), slices), size * factor.shape[0]
-    return kernel.reshape(*core.shape[:2], *sizes)
+    return kernel.reshape(*core.shape[:2], *[factor.shape[0] for factor in kernel_factors])
 
 
 def _by_groups(weight: Tensor, groups: int) -> Tensor:

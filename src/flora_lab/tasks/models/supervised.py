@@ -32,7 +32,7 @@ def supervised_trainer() -> type[Trainer]:
 
 
 class _Supervised(Trainer):
-    """What SFTTrainer does otherwise. An evaluation takes the model's own forward, since it needs the logits."""
+    """Where we differ from SFTTrainer. An evaluation takes the model's own forward, since it needs the logits."""
 
     task: Language
 
