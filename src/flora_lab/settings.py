@@ -213,10 +213,9 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[Any, str, str, Mappin
         value = getattr(node, each.name)
         if is_dataclass(value):
             yield from _leaves(value, f"{prefix}{each.name}.")
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and any(map(is_dataclass, value.values())):
             for name, inner in value.items():
-                if is_dataclass(inner):
-                    yield from _leaves(inner, f"{prefix}{each.name}.{name}.")
+                yield from _leaves(inner, f"{prefix}{each.name}.{name}.")
         else:
             yield node, each.name, prefix + each.name, each.metadata
 
@@ -225,6 +224,20 @@ def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     for each in value if isinstance(value, list) else [value]:
         if each is not None and (expected := _violated(limits, each)):
             raise ConfigError(f"{key}={value}: expected {expected}")
+
+
+def with_key(config: Config, message: str) -> str:
+    """The message with the key of the path, name on the hub or model_type that it begins with: a value alone does not
+    say where it was given."""
+    for node, name, key, metadata in _leaves(config):
+        value = getattr(node, name)
+        if isinstance(value, dict):
+            key, value = f"{key}.model_type", value.get("model_type")
+        elif not metadata.get("path"):
+            continue
+        if value and re.match(rf"'?{re.escape(value)}'?(:| is| has) ", message):
+            return f"{key}={message}"
+    return message
 
 
 def _violated(limits: Mapping[str, Any], value: Any) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from commands import assert_refused, flora
+from flora_lab.settings import build_config, with_key
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 
@@ -42,10 +43,11 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
         ("task.data.classes=[3,10]", "task.data.classes=[3, 10]: digits has no class 10"),
         ("task.data.classes=[3]", "task.data.classes=[3]: expected two or more"),
         ("task.data.test_share=1", "task.data.test_share=1.0: expected a share"),
-        ("task.model.config.depths=[1]", "convnextv2: "),
+        ("task.model.config.depths=[1]", "task.model.config.model_type=convnextv2: "),
         ("task.data.mean=[0.5,0.5]", "task.data.mean=[0.5, 0.5] and task.data.std=[0.5]: expected one or three"),
-        ("task.data.path=./none", "./none: no such file or folder"),
-        ("task.model.weights=none.safetensors", "none.safetensors is not a whole safetensors file"),
+        ("task.data.path=./none", "task.data.path=./none: no such file or folder"),
+        ("task.source.path=./none", "task.source.path=./none: no such file or folder"),
+        ("task.model.weights=none.safetensors", "task.model.weights=none.safetensors is not a whole safetensors file"),
         ("task.model.name=a", "a model is given by name or config"),
         ("seed=${nothing}", "seed"),
         ("=3", "=3"),
@@ -69,6 +71,30 @@ def test_a_bad_key_or_value_is_one_line(override, named, tmp_path):
     result = flora("train", DIGITS, f"output={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}", override)
     assert_refused(result, named)
     assert not list(tmp_path.iterdir()), "nothing is written before the keys are known to be good"
+
+
+def test_a_model_that_cannot_be_loaded_is_told_with_its_key(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "task: {name: image_classification, model: {name: ./gone}}\nmethods: {lora: {}}"
+    )
+    result = flora("train", tmp_path / "config.yaml", f"output={tmp_path / 'run'}")
+    assert result.stderr.splitlines() == ["Error: task.model.name=./gone: no such file or folder"]
+
+
+@pytest.mark.parametrize(
+    ("task", "message", "key"),
+    [
+        ({"name": "image_classification", "model": {"name": "o/net"}}, "o/net: no weights", "task.model.name="),
+        ({"name": "semantic_segmentation", "backbone": {"name": "o/net"}}, "o/net: no", "task.backbone.name="),
+        ({"name": "text_to_image", "data": {"prior": "./a", "prior_prompt": "b"}}, "./a: no", "task.data.prior="),
+        ({"name": "language", "data": {"path": "o/rows"}}, "'o/rows' is not a file or folder here", "task.data.path="),
+        ({"name": "language", "chat_template": "a"}, "a model is given by name or config, got", ""),
+        ({"name": "image_classification", "data": {"path": "./a"}}, "./a.png: not a picture", ""),
+    ],
+)
+def test_a_message_gets_the_key_of_the_value_that_it_begins_with(task, message, key):
+    config = build_config({"task": task, "methods": {"lora": {}}})
+    assert with_key(config, message) == key + message
 
 
 SLOW = "(.?){1,60}(.?.?){1,60}(.?.?.?){1,60}Z"

@@ -217,7 +217,14 @@ def test_bad_data_are_named_before_training(tmp_path, spoil, keys, message):
         ({"config": {**SMALL, "layer_per_block": 1}}, "UNet2DModel has no 'layer_per_block'; did you mean 'layers_per"),
         ({"scheduler": {"_class_name": "NoScheduler"}}, "_class_name=NoScheduler: diffusers has no such scheduler"),
         ({"scheduler": {"prediction": "v"}}, "task.model.scheduler: DDPMScheduler has no 'prediction'"),
-        ({"scheduler": {"prediction_type": "flow"}}, "prediction_type='flow': expected epsilon"),
+        (
+            {"scheduler": {"prediction_type": "flow"}},
+            "task.model.scheduler={'prediction_type': 'flow'}: .*: expected epsilon",
+        ),
+        (
+            {"scheduler": {"beta_schedule": "round"}},
+            "task.model.scheduler={'beta_schedule': 'round'}: round is not implemented",
+        ),
         ({"model": {"adapt": ["text_encoder"]}}, "a model by config has a unet only"),
         ({"data": {"drop": 0.5}}, "task.data.drop=0.5: a model of classes knows no empty caption"),
         (

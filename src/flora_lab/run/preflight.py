@@ -28,7 +28,7 @@ from flora_lab.methods.common import is_quantized
 from flora_lab.run.fit import arguments, first_steps, no_accelerator, steps
 from flora_lab.run.folder import Pair, pairs
 from flora_lab.run.trial import set_up
-from flora_lab.settings import Config, Training, one_line
+from flora_lab.settings import Config, Training, one_line, with_key
 from flora_lab.tasks import Examples, Task
 
 Reasons = dict[Pair, str | None]  # why a variant can't run at a budget, None if it can
@@ -62,7 +62,7 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
             reasons[name, budget] = _reason(config, name, budget, total, few)
             _release()
     except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(one_line(error)) from error
+        raise error if isinstance(error, ConfigError) else ConfigError(with_key(config, one_line(error))) from error
     if all(reasons.values()):
         (name, _), reason = next(iter(reasons.items()))
         raise ConfigError(f"methods.{name}: {reason}")

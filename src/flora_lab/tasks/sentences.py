@@ -105,7 +105,7 @@ class SentenceTask(Task):
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.model.source())
         except (ImportError, OSError, ValueError) as error:
-            raise ValueError(f"task.model.name={name}: {brief(error)}") from error
+            raise ValueError(f"task.model.name={name}: {brief(error, name)}") from error
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one if its file is missing
             raise ValueError(f"task.model.name={name} has no tokenizer")
         if length > tokenizer.model_max_length:

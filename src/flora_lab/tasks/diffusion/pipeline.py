@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flora_lab.tasks.diffusion.denoiser import Denoiser, Frozen
-    from flora_lab.tasks.diffusion.noise import Noise
+    from flora_lab.tasks.diffusion.noise import FlowMatching, Noise, VariancePreserving
 
 DTYPES = ("float32", "bfloat16", "float16")
 NAMES = ("unet", "transformer")  # of a pipeline's denoiser
@@ -59,7 +59,7 @@ class Pipeline:
         try:
             index = DiffusionPipeline.load_config(self.source())
         except Exception as error:  # of the hub's and diffusers' many classes
-            raise ValueError(f"{self.name}: {brief(error)}") from error
+            raise ValueError(f"{self.name}: {brief(error, self.name)}") from error
         return {name: tuple(value) for name, value in index.items() if isinstance(value, list) and value[0]}
 
     def parts(self) -> list[str]:
@@ -84,11 +84,10 @@ class Pipeline:
     def frozen(self, classes: Sequence[str]) -> Frozen:
         """What no method trains. ``classes``: the captions, for a model of classes. Raises ValueError naming it."""
         from flora_lab.tasks.diffusion.denoiser import Frozen, cast
-        from flora_lab.tasks.diffusion.noise import process_of
 
         self.check()
         if self.name is None:
-            return Frozen(None, process_of(self._scheduler({"_class_name": "DDPMScheduler"})), classes)
+            return Frozen(None, self._scheduled({"_class_name": "DDPMScheduler"})[1], classes)
         import torch
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging
@@ -99,15 +98,15 @@ class Pipeline:
         try:
             pipeline = DiffusionPipeline.from_pretrained(self.source(), dtype=getattr(torch, self.dtype), **absent)
         except Exception as error:  # a model's own code may raise anything
-            raise ValueError(f"{self.name}: {brief(error)}") from error
+            raise ValueError(f"{self.name}: {brief(error, self.name)}") from error
         pipeline.set_progress_bar_config(disable=True)
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         cast(pipeline.vae, torch.float32)
         given = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
-        pipeline.scheduler = self._scheduler(given)
-        return Frozen(pipeline, process_of(pipeline.scheduler))
+        pipeline.scheduler, process = self._scheduled(given)
+        return Frozen(pipeline, process)
 
     def build(self, frozen: Frozen, noise: Noise, size: int) -> Denoiser:
         """The model, with new weights if it is given by config. Raises ValueError naming it."""
@@ -142,11 +141,13 @@ class Pipeline:
             cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
             return cls.from_pretrained(self.source(), subfolder=name, dtype=dtype)
         except Exception as error:  # a model's own code may raise anything
-            raise ValueError(f"{self.name or 'task.model.config'}: {brief(error)}") from error
+            raise ValueError(f"{self.name or 'task.model.config'}: {brief(error, self.name)}") from error
 
-    def _scheduler(self, given: dict[str, Any]) -> Any:
-        """The noise scheduler of a config, with the keys' changes."""
+    def _scheduled(self, given: dict[str, Any]) -> tuple[Any, VariancePreserving | FlowMatching]:
+        """The noise scheduler of a config, with the keys' changes, and its process. Raises ValueError naming them."""
         import diffusers
+
+        from flora_lab.tasks.diffusion.noise import process_of
 
         fields = {**given, **self.scheduler}
         kind = str(fields.pop("_class_name"))
@@ -155,7 +156,12 @@ class Pipeline:
             raise ValueError(f"task.model.scheduler._class_name={kind}: diffusers has no such scheduler")
         own = {name: value for name, value in self.scheduler.items() if name != "_class_name"}
         _check_fields(cls, own, "task.model.scheduler")
-        return cls.from_config({name: value for name, value in fields.items() if not name.startswith("_")})
+        try:
+            scheduler = cls.from_config({name: value for name, value in fields.items() if not name.startswith("_")})
+            return scheduler, process_of(scheduler)
+        except Exception as error:  # a scheduler's own code may raise anything
+            what = f"task.model.scheduler={self.scheduler}" if self.scheduler else self.name
+            raise ValueError(f"{what}: {brief(error)}") from error
 
 
 def check_steps(frozen: Frozen, steps: int) -> None:

@@ -68,7 +68,7 @@ class Quality:
                     judge()
                 except Exception as error:  # a model's own code may raise anything
                     source = f"={given}" if isinstance(given, str) else ""
-                    raise ValueError(f"task.quality.{name}{source}: {brief(error)}") from error
+                    raise ValueError(f"task.quality.{name}{source}: {brief(error, given)}") from error
 
     # ------------------------------------------------------------------------------------ similarities of pictures
 
@@ -120,15 +120,11 @@ class Quality:
 
     @cached_property
     def _clip_model(self) -> tuple[nn.Module, Any]:
-        from transformers import AutoProcessor
-
-        return _loaded(self.clip), AutoProcessor.from_pretrained(self.clip)
+        return _loaded(self.clip, "AutoProcessor")
 
     @cached_property
     def _dino_model(self) -> tuple[nn.Module, Any]:
-        from transformers import AutoImageProcessor
-
-        return _loaded(self.dino), AutoImageProcessor.from_pretrained(self.dino)
+        return _loaded(self.dino, "AutoImageProcessor")
 
     # --------------------------------------------------------------------------------------- many pictures at once
 
@@ -185,10 +181,13 @@ def _frechet(features: int | nn.Module) -> Any:
     return FrechetInceptionDistance(features, normalize=True)
 
 
-def _loaded(name: str) -> nn.Module:
-    from transformers import AutoModel
+def _loaded(name: str, processor: str) -> tuple[nn.Module, Any]:
+    """A model, and its processor of transformers' Auto class ``processor``."""
+    import transformers
 
-    return AutoModel.from_pretrained(name).eval().requires_grad_(False)
+    source = Pretrained(name=name).source()
+    model = transformers.AutoModel.from_pretrained(source).eval().requires_grad_(False)
+    return model, getattr(transformers, processor).from_pretrained(source)
 
 
 def pixels(examples: Captioned, count: int) -> Iterator[Tensor]:

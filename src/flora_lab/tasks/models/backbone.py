@@ -47,7 +47,7 @@ def load_backbone(keys: Pretrained) -> nn.Module:
             config.out_indices = stages(config)
         model = AutoBackbone.from_config(config)
     except Exception as error:  # a model's own code may raise anything
-        raise ValueError(f"{keys.name or keys.config['model_type']}: {brief(error)}") from error
+        raise ValueError(f"{keys.name or keys.config['model_type']}: {brief(error, keys.name)}") from error
     if keys.weights:
         load_weights(model, keys.weights, (*HEADS, *AFTER_MAPS))
     return model

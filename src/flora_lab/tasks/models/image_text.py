@@ -30,7 +30,7 @@ class ImageTextModel(LanguageModel):
         try:
             processor = AutoProcessor.from_pretrained(str(Pretrained(name=name).source()))
         except Exception as error:  # a model's own code may raise anything
-            raise ValueError(f"{self.reader}: {brief(error)}") from error
+            raise ValueError(f"{self.reader}: {brief(error, name)}") from error
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             kind = type(processor).__name__
             raise ValueError(f"{self.reader} has no processor of pictures and text, but a {kind}")

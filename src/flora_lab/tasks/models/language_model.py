@@ -71,7 +71,7 @@ class LanguageModel(Pretrained):
             config = AutoConfig.from_pretrained(self.source()) if self.name else make_config(self.config)
         except Exception as error:  # a model's own code may raise anything
             what = f"task.model.name={self.name}" if self.name else self.config["model_type"]
-            raise ValueError(f"{what}: {brief(error)}") from error
+            raise ValueError(f"{what}: {brief(error, self.name)}") from error
         return config.get_text_config()
 
     @property
@@ -96,7 +96,7 @@ class LanguageModel(Pretrained):
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(Pretrained(name=name).source()))
         except (ImportError, OSError, ValueError) as error:
-            raise ValueError(f"{self.reader}: {brief(error)}") from error
+            raise ValueError(f"{self.reader}: {brief(error, name)}") from error
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one if its file is missing
             raise ValueError(f"{self.reader} has no tokenizer")
         if tokenizer.eos_token is None:

@@ -47,7 +47,7 @@ class Pretrained:
                 return model
             model = auto.from_config(make_config(self.config, **overrides))
         except Exception as error:  # a model's own code may raise anything
-            raise ValueError(f"{self.name or self.config['model_type']}: {brief(error)}") from error
+            raise ValueError(f"{self.name or self.config['model_type']}: {brief(error, self.name)}") from error
         if self.weights:
             load_weights(model, self.weights, head)
         return model
@@ -92,9 +92,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; nearest: {', '.join(close)}" if close else ""
 
 
-def brief(error: Exception) -> str:
-    """The message in one line, cut off: transformers may list hundreds of models."""
-    return shorten(str(error), 400, placeholder=" …") or type(error).__name__
+def brief(error: Exception, name: object = None) -> str:
+    """The message in one line, cut off: transformers may list hundreds of models. Without ``name``, if it begins so."""
+    return shorten(str(error).removeprefix(f"{name}: "), 400, placeholder=" …") or type(error).__name__
 
 
 def redraw(model: nn.Module, head: tuple[str, ...]) -> None:
