@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -55,6 +56,23 @@ def test_a_folder_comes_back_and_what_was_deleted_does_not(tmp_path):
     mirror(here).push(here / "trial")
     mirror(there).pull(there / "trial")
     assert content(there) == {"trial/model": "abc"}
+
+
+@pytest.mark.parametrize("url", ["memory://bucket/job", "file://{}/job"])
+def test_a_deleted_folder_leaves_no_empty_one_and_no_other_goes(tmp_path, url):
+    here = tmp_path / "here"
+    copy = Mirror(Config(output=str(here), mirror=url.format(tmp_path)))
+    write(here, trial__checkpoints__1__weights="w", trial__model="m", trial__a__b__c="c", trial__keys__a="a")
+    copy.push(here / "trial")
+    for other in ("trial/empty", "trial/checkpoints/2/empty", "empty"):
+        copy.files.makedirs(f"{copy.root}/{other}")
+    for name in ("checkpoints", "a"):
+        shutil.rmtree(here / "trial" / name)
+    (here / "trial" / "keys" / "a").unlink()
+    copy.push(here / "trial")
+    left = {os.path.relpath(path, copy.root) for path in copy.files.find(copy.root, withdirs=True)} - {"."}
+    theirs = {"empty", "trial/empty", "trial/checkpoints", "trial/checkpoints/2", "trial/checkpoints/2/empty"}
+    assert left == {"trial", "trial/model", "trial/keys"} | theirs
 
 
 def test_the_longer_file_is_the_newer_one(tmp_path):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 import fsspec
 from transformers import TrainerCallback
@@ -55,8 +56,10 @@ class Mirror:
             if there.get(place) != size or size < SMALL:
                 self.files.makedirs(self._path(place).rpartition("/")[0], exist_ok=True)
                 self.files.put_file(str(self.output / place), self._path(place))
-        for place in sorted(there.keys() - here, key=lambda place: not place.endswith(Checkpoints.MARK)):
+        gone = sorted(there.keys() - here, key=lambda place: not place.endswith(Checkpoints.MARK))
+        for place in gone:
             self.files.rm_file(self._path(place))
+        self._drop_empty({parent for place in gone for parent in PurePosixPath(place).parents})
 
     def share(self, file: Path) -> None:
         """Bring a file from outside the folder, such as the base model's weights, there, unless it is."""
@@ -79,6 +82,16 @@ class Mirror:
         for path in map(self._path, names):
             if self.files.exists(path):
                 self.files.rm(path, recursive=True)
+
+    def _drop_empty(self, folders: Iterable[PurePosixPath]) -> None:
+        """Delete those of the folders that are empty there and missing here: object stores, unlike disks, have none."""
+        self.files.invalidate_cache()
+        for folder in sorted(folders, reverse=True):  # the inner before the outer
+            path = self._path(str(folder))
+            # not left to rmdir, which deletes full folders, too, on some storage
+            if not (self.output / folder).exists() and self.files.isdir(path) and not self.files.ls(path):
+                with suppress(OSError):  # another machine may just have filled it
+                    self.files.rmdir(path)
 
     def _path(self, place: str) -> str:
         return f"{self.root}/{place}"
