@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from test_train import SHORT, places, with_methods
 
 from flora.cli import main
-from flora_lab.run.engines import ENGINES, Killed, take_device
+from flora_lab.run.engines import ENGINES, Killed, share_of_cpus, take_device
 from flora_lab.run.preflight import preflight
 from flora_lab.settings import load_config
 
@@ -277,6 +277,33 @@ def test_every_task_runs_and_an_error_costs_no_other_result(engine):
             failed += 1
             assert call == ("folder", None)
     assert sorted(found) == ["folder/1", "folder/2", "folder/3"] and failed == 1
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_calls_share_the_cpus_of_their_machine(engine, workers):
+    ((_, threads),) = ENGINES[engine](eval, [("__import__('torch').get_num_threads()",)], workers)
+    assert threads() == max(1, os.cpu_count() // workers)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "share"),
+    [
+        ([{"CPU": 8}], 2, 4),
+        ([{"CPU": 8}, {"CPU": 8}], 2, 8),
+        ([{"CPU": 8}, {"CPU": 8}], 3, 4),
+        ([{"CPU": 8}, {"CPU": 8}], 4, 4),
+        ([{"CPU": 2}], 4, 1),
+        ([{"CPU": 8, "GPU": 1}] * 3, 8, 8),  # three run at a time
+        ([{"CPU": 8, "GPU": 4}] * 2, 6, 2),
+        ([{"CPU": 64}, {"CPU": 8, "GPU": 1}], 1, 8),  # only the second can
+        ([{"CPU": 8}, {"CPU": 2}], 1, 2),  # the second goes on if the first dies
+        ([{}, {"CPU": 8}], 2, 4),  # the head node may not take calls
+        ([], 2, 1),
+    ],
+)
+def test_the_share_of_a_machine_s_cpus(nodes, workers, share):
+    assert share_of_cpus(nodes, workers) == share
 
 
 def test_a_killed_process_costs_no_other_result():

@@ -1,4 +1,5 @@
-"""Where the trials of a comparison run: in processes of this machine, or on Ray's machines.
+"""Where the trials of a comparison run: in processes of this machine, or on Ray's machines. The calls that run on a
+machine at the same time share its CPUs, as PyTorch's threads.
 
 Each engine yields, as a call ends, the call's arguments and a function that returns its result or raises its error.
 An error, or a process that is killed, affects only its own call.
@@ -10,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -35,24 +36,25 @@ def local(work: Callable[..., Any], calls: list[tuple], workers: int) -> Ended:
     free: SimpleQueue[int] = SimpleQueue()
     for index in range(workers):
         free.put(index)
-    threads = ThreadPoolExecutor(workers)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ThreadPoolExecutor(workers)
     try:
-        futures = {threads.submit(_in_process, work, call, free): call for call in calls}
+        futures = {pool.submit(_in_process, work, call, free, threads): call for call in calls}
         yield from ((futures[future], future.result) for future in as_completed(futures))
     except BaseException:  # the caller was interrupted, or gave up
-        threads.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
         raise
     finally:
-        threads.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
-def _in_process(work: Callable[..., Any], call: tuple, free: SimpleQueue[int]) -> Any:
+def _in_process(work: Callable[..., Any], call: tuple, free: SimpleQueue[int], threads: int) -> Any:
     """``free``: the indices of the devices that no process uses."""
     index = free.get()
     try:
-        with ProcessPoolExecutor(1, _context(), _begin, (index,)) as process:
+        with ProcessPoolExecutor(1, _context(), _begin, (index, threads)) as process:
             return process.submit(work, *call).result()
     except BrokenProcessPool as error:
         raise Killed("its process was killed, perhaps for lack of memory") from error
@@ -72,11 +74,12 @@ def _context() -> BaseContext:
     return context
 
 
-def _begin(index: int) -> None:
+def _begin(index: int, threads: int) -> None:
     """The first thing that a new process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     take_device(index)
+    torch.set_num_threads(threads)
 
 
 def _end_with_parent() -> None:
@@ -94,7 +97,8 @@ def take_device(index: int) -> None:
 
 
 def on_ray(work: Callable[..., Any], calls: list[tuple], workers: int) -> Ended:
-    """Ray's machines, one GPU per call if they have some; ``workers`` calls run at the same time.
+    """Ray's machines, one GPU per call if they have some; ``workers`` calls run at the same time, each with its share
+    of a machine's CPUs.
 
     A call whose machine dies runs again on another one; with shared storage (``mirror``) it goes on from its last
     checkpoint. The cluster is the one at RAY_ADDRESS, or else this machine.
@@ -104,16 +108,39 @@ def on_ray(work: Callable[..., Any], calls: list[tuple], workers: int) -> Ended:
     # left to itself, Ray would wait for a cluster of which only a file is left
     address = os.environ.get("RAY_ADDRESS", "local")
     ray.init(None if ray.is_initialized() else address, ignore_reinit_error=True, log_to_driver=False)
-    needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = int(any(node.get("GPU") for node in nodes)), share_of_cpus(nodes, workers)
     # decorated, not `options`: Ray then ends a process after one call on a GPU, or the next call would stay on that GPU
-    remote = ray.remote(**needs, max_retries=RETRIES)(work)
+    remote = ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=RETRIES)(_with_threads)
     waiting, running = list(calls), {}
     while waiting or running:
         while waiting and len(running) < workers:
             call = waiting.pop(0)
-            running[remote.remote(*call)] = call
+            running[remote.remote(cpus, work, *call)] = call
         done, _ = ray.wait(list(running))
         yield from ((running.pop(one), partial(ray.get, one)) for one in done)
+
+
+def share_of_cpus(nodes: Iterable[Mapping[str, float]], workers: int) -> int:
+    """The most CPUs that each of ``workers`` calls can have at the same time, with one GPU each if there are some.
+
+    Every node that can run a call has as many, so that it can take over another's. ``nodes``: Ray's resources of each.
+    """
+    nodes = list(nodes)
+    of_gpus = [node for node in nodes if node.get("GPU")]
+    rooms = [(int(node.get("CPU", 0)), int(node.get("GPU", workers))) for node in of_gpus or nodes]
+    rooms = [(cpus, calls) for cpus, calls in rooms if cpus]
+
+    def fit(share: int) -> int:
+        return min(workers, sum(min(cpus // share, calls) for cpus, calls in rooms))
+
+    most = min((cpus for cpus, _ in rooms), default=1)
+    return next(share for share in range(most, 0, -1) if fit(share) == fit(1))
+
+
+def _with_threads(threads: int, work: Callable[..., Any], *call: Any) -> Any:
+    torch.set_num_threads(threads)
+    return work(*call)
 
 
 ENGINES: dict[str, Callable[[Callable[..., Any], list[tuple], int], Ended]] = {"local": local, "ray": on_ray}

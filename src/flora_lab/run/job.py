@@ -7,7 +7,6 @@ resumes from its last complete checkpoint; a failed one is retried by the next s
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -144,17 +143,18 @@ class Job(Folder):
             for trial, folder in trials.items():
                 yield trial, partial(run, self.config, trial, file, folder)
             return
-        calls = [(asdict(self.config), trial, file, folder, workers) for trial, folder in trials.items()]
+        calls = [(asdict(self.config), trial, file, folder) for trial, folder in trials.items()]
         for (_, trial, *_), result in ENGINES[engine](_work, calls, workers):
             yield trial, result
 
 
-def _work(keys: dict, trial: Trial, file: Path | None, folder: Path, workers: int) -> Row:
+def _work(keys: dict, trial: Trial, file: Path | None, folder: Path) -> Row:
     """A trial in a process of its own."""
     quiet()
     Line.hidden = True
     config = build_config(keys)
-    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // workers))
+    if config.threads:
+        torch.set_num_threads(config.threads)
     return run(config, trial, file, folder)
 
 
