@@ -672,6 +672,8 @@ def test_a_job_on_a_base_in_four_bits(tmp_path):
     file = tmp_path / "run" / "results.jsonl"
     rows = {row["way"]: row for row in map(json.loads, file.read_text().splitlines())}
     assert list(rows) == ["lora", "adalora", "houlsby", "flora"]
+    dense = LlamaForCausalLM.from_pretrained(model).num_parameters()
+    assert {row["model_parameters"] for row in rows.values()} == {dense}
     adapters = [rows[name] for name in ("adalora", "flora", "lora")]
     assert all(row["loaded_difference"] < 0.2 for row in adapters)  # of 5; bitsandbytes has a kernel for evaluation
     assert all(rows[name]["merged_difference"] < 1 for name in ("flora", "lora"))  # merging quantizes anew

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from flora.files import replace_file
+from flora.tuner.planning.plan import count_base_parameters
 from flora_lab.analysis.fields import Row
 from flora_lab.analysis.measure import Norms, spectra
 from flora_lab.methods import METHODS, AdaptedModel, adapt, head_parameters
@@ -49,7 +50,7 @@ def run(config: Config, trial: Trial, file: Path | None, folder: Path) -> Row:
     base = base_model(task, file, trial.seed)
     sizes = {
         "head_parameters": head_parameters(base, task.head(base)),
-        "model_parameters": sum(parameter.numel() for parameter in base.parameters()),
+        "model_parameters": count_base_parameters(base),
     }
     keys = replace(config.training, learning_rate=trial.learning_rate)
     norms = _norms(config, trial.variant, base)
