@@ -66,9 +66,15 @@ def stable_diffusion():
 
 
 def sdxl():
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    # SDXL's levels and blocks, on which the names in its files depend
+    network = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 8, 16), norm_num_groups=4, cross_attention_dim=16, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=32,
+    )  # fmt: skip
     parts = {
-        "unet": unet(cross_attention_dim=16, projection_class_embeddings_input_dim=32, **added),
+        "unet": network,
         "vae": vae(),
         "text_encoder": text_model(CLIPTextModel),
         "text_encoder_2": text_model(CLIPTextModelWithProjection),

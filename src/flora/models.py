@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from flora.files import local_path, read_json
 
@@ -191,8 +192,10 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     if not names:
         raise ValueError(f"the inputs of a {type(model).__name__} are not known here; compare the outputs in Python")
     dtype = next(model.parameters()).dtype
-    inputs = {name: INPUTS[name](config) for name in names}
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    inputs: dict[str, Any] = {name: INPUTS[name](config) for name in names}
+    if "added_cond_kwargs" in accepted and getattr(config, "addition_embed_type", None) == "text_time":
+        inputs["added_cond_kwargs"] = _text_and_sizes(config)
+    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
 
 
 def _config_of(config: Any, modality: str) -> Any:
@@ -210,6 +213,12 @@ def _pixels(config: Any) -> Tensor:
     size = getattr(vision, "image_size", 224)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return torch.randn(2, getattr(vision, "num_channels", 3), height, width)
+
+
+def _text_and_sizes(config: Any) -> dict[str, Tensor]:
+    """What SDXL's U-Net is told besides: a pooled text, and six sizes of the picture."""
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {"text_embeds": torch.randn(2, width), "time_ids": torch.full((2, 6), 64)}
 
 
 def _latents(config: Any) -> Tensor:

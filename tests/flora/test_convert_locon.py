@@ -28,8 +28,9 @@ from cases import CASES, CONV, StandardizedConv2d
 from commands import assert_refused, flora
 from flora import FloraConfig
 from flora.convert.diffusers import export_diffusers
-from flora.convert.locon import export_locon, import_locon, name_of
-from flora.convert.sgm import sgm_names
+from flora.convert.locon import export_locon, name_of
+from flora.convert.locon_import import import_locon
+from flora.convert.sgm import is_sdxl, sgm_names
 from flora.convert.verification import verify
 from test_contract import Holder
 
@@ -286,6 +287,16 @@ def unet(**options) -> UNet2DConditionModel:
     )  # fmt: skip
 
 
+def sdxl_unet() -> UNet2DConditionModel:
+    """SDXL's levels and blocks; their number is what the names depend on."""
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(4, 4, 8), norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        transformer_layers_per_block=[1, 1, 2], addition_time_embed_dim=4, projection_class_embeddings_input_dim=30,
+    )  # fmt: skip
+
+
 def text_model(cls) -> nn.Module:
     sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "projection_dim": 6, "num_hidden_layers": 2}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -295,9 +306,8 @@ def text_model(cls) -> nn.Module:
 def components(xl: bool) -> dict[str, nn.Module]:
     if not xl:
         return {"unet": unet(), "text_encoder": text_model(CLIPTextModel)}
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
     return {
-        "unet": unet(**added, projection_class_embeddings_input_dim=30),
+        "unet": sdxl_unet(),
         "text_encoder": text_model(CLIPTextModel),
         "text_encoder_2": text_model(CLIPTextModelWithProjection),
     }
@@ -331,7 +341,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 RANKS = {
     "conv_in": 3, "conv1": [2, 5, 2, 3], "conv2": 3, "conv": 2, "conv_shortcut": [3, 2, 1, 1], "to_q": [4, 2],
-    "to_out.0": 3, "proj_in": 2, "time_embedding.linear_1": 5, "time_emb_proj": 3,
+    "to_out.0": 3, "proj_in": 2, "time_embedding.linear_1": 5, "time_emb_proj": 3, "add_embedding.linear_1": 2,
     "q_proj": 1, "out_proj": 2, "fc1": 3, "text_projection": 2,
 }  # fmt: skip
 
@@ -376,11 +386,12 @@ def test_kohya_names(tmp_path):
     linear, kernel = ["lora_down.weight", "lora_up.weight", "alpha"], ["lora_mid.weight"]
     q_proj = "text_model_encoder_layers_{}_self_attn_q_proj"
     names = {f"lora_te1_{q_proj.format(n)}": linear for n in range(2)}
-    names |= {"lora_unet_conv_in": linear + kernel, "lora_te2_text_projection": linear}
+    names |= {"lora_unet_input_blocks_0_0": linear + kernel, "lora_te2_text_projection": linear}
     tensors = load_file(file)
     assert set(tensors) == {f"{name}.{end}" for name, ends in names.items() for end in ends}
     for name in names:
         assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0]
+    assert tensors["lora_unet_input_blocks_0_0.lora_mid.weight"].shape == (3, 3, 3, 3)  # ComfyUI takes square ones only
     for name, prefix in zip(layers, ("lora_unet", "lora_te1", "lora_te2"), strict=True):
         import_locon(file, models[name], tmp_path / prefix, prefix=prefix)
         back = PeftModel.from_pretrained(copy.deepcopy(models[name]), str(tmp_path / prefix)).base_model.model
@@ -391,6 +402,61 @@ def test_kohya_names(tmp_path):
     assert f"lora_te_{q_proj.format(1)}.alpha" in load_file(tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match="would both be 'lora_te'"):
         export_locon(tmp_path / "unet", tmp_path / "x.safetensors", prefix="lora_te", text_encoder=tmp_path / "unet")
+
+
+SDXL_NAMES = {
+    "add_embedding.linear_1": "lora_unet_label_emb_0_0",
+    "up_blocks.0.upsamplers.0.conv": "lora_unet_output_blocks_2_2_conv",
+    "up_blocks.1.upsamplers.0.conv": "lora_unet_output_blocks_5_2_conv",
+    "down_blocks.1.downsamplers.0.conv": "lora_unet_input_blocks_6_0_op",
+    "mid_block.attentions.0.transformer_blocks.1.ff.net.2": "lora_unet_middle_block_1_transformer_blocks_1_ff_net_2",
+}
+
+
+def test_a_unet_of_sdxl_has_the_names_by_which_a1111_finds_every_layer(tmp_path):
+    """It reads lora_unet_X as X of the original checkpoint, and SDXL's first text encoder as lora_te1."""
+    models = components(xl=True)
+    config = FloraConfig(r=2, target_modules=list(SDXL_NAMES), init_weights=False)
+    get_peft_model(models["unet"], config).save_pretrained(str(tmp_path / "unet"))
+    tuned(models["text_encoder"], tmp_path / "text", ["fc1"])
+    export_locon(tmp_path / "unet", tmp_path / "out.safetensors", text_encoder=tmp_path / "text")
+    names = {key.partition(".")[0] for key in load_file(tmp_path / "out.safetensors")}
+    assert names == {*SDXL_NAMES.values(), *(f"lora_te1_text_model_encoder_layers_{n}_mlp_fc1" for n in range(2))}
+
+
+def test_names_of_other_unets_stay(tmp_path):
+    """SD 1 has no layer that only SDXL has; the refiner's fourth level tells it from SDXL."""
+    sd = ["down_blocks.3.resnets.0.conv1", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in"]
+    assert not is_sdxl(sd) and not is_sdxl([*sd, *SDXL_NAMES])
+    assert all(is_sdxl([name]) for name in SDXL_NAMES if not name.endswith("samplers.0.conv"))
+
+
+def test_a1111_finds_all_four_projections_of_an_attention_layer(tmp_path):
+    """It has them as one layer in SDXL's second text encoder, and adds nothing to it where one is missing."""
+    models, layers = components(xl=True), {"unet": "conv_in", "text_encoder_2": "q_proj"}
+    expected = {name: tuned(models[name], tmp_path / name, [layer]) for name, layer in layers.items()}
+    folders = {"adapter": tmp_path / "unet", "text_encoder_2": tmp_path / "text_encoder_2"}
+    export_locon(**folders, out=tmp_path / "out.safetensors", folded=True)
+    tensors = load_file(tmp_path / "out.safetensors")
+    attention = "lora_te2_text_model_encoder_layers_1_self_attn"
+    for projection in ("k_proj", "v_proj", "out_proj"):
+        assert tensors[f"{attention}_{projection}.lora_down.weight"].equal(torch.zeros(1, 8))
+        assert tensors[f"{attention}_{projection}.lora_up.weight"].equal(torch.zeros(8, 1))
+    assert tensors[f"{attention}_q_proj.lora_up.weight"].any()
+    loaded = pipeline(models)
+    loaded.load_lora_weights(tmp_path, weight_name="out.safetensors")
+    for name in layers:
+        torch.testing.assert_close(outputs(getattr(loaded, name)), expected[name], **CLOSE)
+
+
+@pytest.mark.parametrize("layer, mids", [(nn.Conv1d, 0), (nn.Conv2d, 1), (nn.Conv3d, 0)])
+def test_only_lycoris_gets_a_mid_of_other_kernels_than_conv2d(layer, mids, tmp_path):
+    """ComfyUI, A1111 and InvokeAI take lora_mid as (rank, rank, height, width)."""
+    config = FloraConfig(r=2, target_modules=["layer"], init_weights=False)
+    get_peft_model(Holder(layer(4, 6, 3)), config).save_pretrained(str(tmp_path / "flora"))
+    for prefix, count in (("lora_unet", mids), ("lycoris", 1)):
+        export_locon(tmp_path / "flora", tmp_path / f"{prefix}.safetensors", prefix=prefix)
+        assert sum("lora_mid" in key for key in load_file(tmp_path / f"{prefix}.safetensors")) == count
 
 
 @pytest.mark.parametrize("make, part", [(unet, "unet"), (transformer, "transformer")])
@@ -416,24 +482,20 @@ def test_a_text_encoder_loads_whichever_layers_are_adapted(layer, tmp_path):
 def test_a_file_with_the_original_names_of_sdxl(tmp_path):
     """diffusers has its own map back from them."""
     models = components(xl=True)
-    # diffusers takes an upsampler for attention where its level has none: SDXL has no such level, this model has
-    tuned(models["unet"], tmp_path / "flora", [name for name in RANKS if name != "conv"])
-    assert sgm_names(models["unet"])["up_blocks.0.upsamplers.0.conv"] == "output_blocks.1.1.conv"
-    export_locon(tmp_path / "flora", tmp_path / "diffusers.safetensors", folded=True)
-    names = {name_of("lora_unet", old): name_of("lora_unet", new) for old, new in sgm_names(models["unet"]).items()}
-    tensors = load_file(tmp_path / "diffusers.safetensors")
-    renamed = {f"{names[key.partition('.')[0]]}.{key.partition('.')[2]}": tensor for key, tensor in tensors.items()}
-    assert not renamed.keys() & tensors.keys() and len(renamed) == len(tensors)
-    (tmp_path / "out").mkdir()
-    save_file(renamed, tmp_path / "out" / "original.safetensors")
-
-    expected = outputs(PeftModel.from_pretrained(copy.deepcopy(models["unet"]), str(tmp_path / "flora")))
+    assert sgm_names(unet())["up_blocks.0.upsamplers.0.conv"] == "output_blocks.1.1.conv"
+    expected = tuned(models["unet"], tmp_path / "flora")
+    export_locon(tmp_path / "flora", tmp_path / "out" / "original.safetensors", folded=True)
+    names = {name_of("lora_unet", name) for name in sgm_names(models["unet"]).values()}
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "out" / "original.safetensors")} <= names
     import_locon(tmp_path / "out" / "original.safetensors", models["unet"], tmp_path / "back")
     back = PeftModel.from_pretrained(copy.deepcopy(models["unet"]), str(tmp_path / "back"))
     torch.testing.assert_close(outputs(back), expected, **CLOSE)
     pipe = pipeline(models)
     pipe.load_lora_weights(str(tmp_path / "out"), weight_name="original.safetensors")
     torch.testing.assert_close(outputs(pipe.unet), expected, **CLOSE)
+    models["unet"].save_pretrained(tmp_path / "base")
+    found = verify(str(tmp_path / "base"), tmp_path / "flora", tmp_path / "out" / "original.safetensors", "locon")
+    assert found.largest < 1e-4 * found.effect
 
 
 @pytest.mark.parametrize("form", ["locon", "diffusers"])

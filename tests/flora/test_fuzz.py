@@ -41,7 +41,7 @@ def _short_cuts():
     """`compress` draws a figure, and a hundred of them take most of the time; the base of a LoCon needs no folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flora.convert.truncation.find_spec", lambda name: None)
-        patch.setattr("flora.convert.locon.empty_model", lambda name: net())
+        patch.setattr("flora.convert.locon_import.empty_model", lambda name: net())
         yield
 
 

@@ -3,7 +3,8 @@
 from flora.convert.compression import compress
 from flora.convert.diffusers import export_diffusers
 from flora.convert.extraction import extract
-from flora.convert.locon import export_locon, import_locon
+from flora.convert.locon import export_locon
+from flora.convert.locon_import import import_locon
 from flora.convert.lora import export_lora
 from flora.convert.lora_import import import_lora
 from flora.convert.merging import merge

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flora import tucker
 from flora.convert.adapter import Adapter, adapter_folder, read_config
-from flora.convert.locon import ALPHA, DOWN, MID, UP, check_ends, scale_of
+from flora.convert.locon import ALPHA, DOWN, MID, UP
+from flora.convert.locon_import import check_ends, scale_of
 from flora.convert.lora_import import import_lora
 from flora.convert.products import from_product, keys_by_layer
 from flora.files import open_tensors, user_path

@@ -13,7 +13,8 @@ LOCON_PREFIX = re.compile(r"(lora_unet|lora_te\d?|lycoris)_")
 def readers_of_locon(prefixes: Sequence[str], with_mid: bool) -> str:
     """Of a LoCon file with layers under these prefixes; ``with_mid``: whether it has lora_mid."""
     if all(prefix == "lycoris" for prefix in prefixes):
-        return "for LyCORIS (create_lycoris_from_weights); programs for diffusion need --prefix lora_unet or lora_te"
+        others = "other programs for diffusion need --prefix lora_unet (U-Nets) or lora_te"
+        return f"for LyCORIS (create_lycoris_from_weights), and ComfyUI (diffusers' U-Nets and transformers); {others}"
     if not all(LOCON_PREFIX.match(f"{prefix}_") for prefix in prefixes):
         return f"for a loader that is told the prefix {', '.join(prefixes)}"
     kohya = "kohya's scripts and diffusers need --folded" if with_mid else "also kohya's scripts and diffusers"

@@ -1,8 +1,10 @@
-"""The names of a U-Net's layers in Stability's own code: files for SDXL may have these in place of diffusers' names."""
+"""The names of a U-Net's layers in Stability's own code. Files for SDXL have them: by diffusers' names A1111 does not
+find all of SDXL's layers."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -21,6 +23,20 @@ RESNET = {
     "conv_shortcut": "skip_connection",
 }
 BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+# SD 1 and 2 have one transformer block per attention and none on the lowest level; SDXL's refiner has a level more
+ONLY_SDXL = re.compile(r"add_embedding\..+|up_blocks\.0\.attentions\..+|.+\.transformer_blocks\.[1-9].+")
+FOURTH_LEVEL = ("down_blocks.3.", "up_blocks.3.")
+
+
+def is_sdxl(modules: Iterable[str]) -> bool:
+    """Whether some of these names are found in SDXL's U-Net only. False if they do not tell."""
+    names = list(modules)
+    return any(map(ONLY_SDXL.fullmatch, names)) and not any(name.startswith(FOURTH_LEVEL) for name in names)
+
+
+def sdxl_name(module: str) -> str:
+    """Stability's name for a module of SDXL's U-Net, by diffusers' name. The same name if it has no other."""
+    return sgm_name(module, depth=2, attends=True) or module  # both levels with an upsampler have attention
 
 
 def sgm_name(module: str, depth: int, attends: bool) -> str | None:

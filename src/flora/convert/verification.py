@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 from flora.convert.adapter import Adapter
 from flora.convert.checkpoint import Checkpoint
 from flora.convert.diffusers import FILE, component_of
+from flora.convert.locon import name_of
 from flora.convert.official import layers_of, whole_layer
+from flora.convert.sgm import sgm_names
 from flora.convert.tensor_files import PIPELINE
 from flora.files import local_path, open_tensors
 from flora.models import example_inputs, load_model
@@ -156,11 +158,14 @@ def _locon(model: nn.Module, path: str) -> nn.Module:
     from lycoris import LycorisNetwork, create_lycoris_from_weights
 
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    own = {name_of("lora_unet", other): name_of("lora_unet", name) for name, other in sgm_names(model).items()}
     with open_tensors(Path(path)) as file:
-        names = {key.partition(".")[0] for key in file.keys()}
+        keys = {key: key.partition(".") for key in file.keys()}
+        tensors = {f"{own.get(name, name)}.{end}": file.get_tensor(key) for key, (name, _, end) in keys.items()}
+    names = {key.partition(".")[0] for key in tensors}
     before, LycorisNetwork.LORA_PREFIX = LycorisNetwork.LORA_PREFIX, _prefix_of(model, names, path)
     try:
-        network, _ = create_lycoris_from_weights(1.0, path, model)
+        network, _ = create_lycoris_from_weights(1.0, path, model, weights_sd=tensors)
     finally:
         LycorisNetwork.LORA_PREFIX = before
     network.merge_to()
