@@ -191,11 +191,14 @@ def test_no_more_pictures_are_held_than_are_judged_at_a_time(monkeypatch):
         for index in seeds:
             yield Data()[index]["pixel_values"]
 
+    named, asked = Classifier.named, []
+    monkeypatch.setattr(Classifier, "named", lambda self, known: asked.append(known) or named(self, known))
     quality = Quality(classifier=Pretrained(config=CLASSIFIER), images=7)
     vars(quality)["_distance"] = Distance()
-    model = SimpleNamespace(frozen=SimpleNamespace(classes=[]), pictures=pictures)
-    assert quality.of_data(model, Data([0] * 5), Samples()) == {"FD": 0}
+    model = SimpleNamespace(frozen=SimpleNamespace(classes=["a", "b", "c"]), pictures=pictures)
+    assert quality.of_data(model, Data([0] * 5), Samples()).keys() == {"FD", "recognised"}
     assert sorted(Distance.judged) == [False] * 3 + [True] * 2
+    assert asked == [["a", "b", "c"]], "the classes' names are looked up once"
 
 
 def test_pictures_of_the_data_are_counted_by_what_a_classifier_sees(tmp_path, monkeypatch, capsys):

@@ -48,9 +48,8 @@ class Classifier(nn.Module):
             raise ValueError(f"{type(self.model).__name__}: its output layer does not get one vector per picture")
         return seen[0]
 
-    def classes(self, pictures: Tensor, known: Sequence[str]) -> list[str]:
-        """The class that it sees in each; see `named`."""
-        names = self.named(known)
+    def classes(self, pictures: Tensor, names: Sequence[str]) -> list[str]:
+        """The class that it sees in each, by its name of `named`."""
         return [names[number] for number in self._logits(pictures).argmax(-1).tolist()]
 
     def named(self, known: Sequence[str]) -> list[str]:

@@ -134,7 +134,8 @@ class Quality:
         if not (self.fid or self.classifier):
             return {}
         captions = [examples.caption(index % len(examples)) for index in range(self.images)]
-        known = model.frozen.classes if self.classifier else []
+        classes = model.frozen.classes if self.classifier else []
+        names = self._seen.named(classes) if classes else []
         metrics = {"FID": self._inception} if self.fid else {}
         metrics |= {"FD": self._distance} if self.classifier else {}
         seen: list[str] = []
@@ -142,15 +143,15 @@ class Quality:
             metric.reset()
         for some in _batches(model.pictures(captions, range(self.images), keys)):
             if not some.isfinite().all():
-                return dict.fromkeys([*metrics, *(["recognised"] if known else [])], float("nan"))
+                return dict.fromkeys([*metrics, *(["recognised"] if names else [])], float("nan"))
             for metric in metrics.values():
                 metric.update(some, real=False)
-            seen += self._seen.classes(some, known) if known else []
+            seen += self._seen.classes(some, names) if names else []
         for some in _batches(pixels(examples, len(examples))):
             for metric in metrics.values():
                 metric.update(some, real=True)
         numbers = {name: metric.compute().item() for name, metric in metrics.items()}
-        if known:
+        if names:
             numbers["recognised"] = sum(map(eq, seen, captions)) / len(seen)
         return numbers
 
