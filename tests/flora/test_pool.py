@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from cases import CASES
 from flora import FloraConfig
 from flora.layers.execution import pool
+from flora.layers.execution.cost import THIN
 from flora.tuner import live
 from reference import delta, first, forward, layers
 from test_contract import CLOSE, build
 
 POOLED = [case for case in CASES if layers(build(case)[0])[0].poolable]
-FORMS = ["merged", "delta", "factored"]
+FORMS = ["merged", "delta", "thin", "thin by plain operations"]
 
 
 @pytest.fixture
@@ -32,10 +33,10 @@ def formed(monkeypatch):
     return entries
 
 
-def choose(monkeypatch, form, merged_instead="merged"):
-    def pooled(weight, execution):
-        return form if weight.kind == "matrix" or form != "factored" else merged_instead
-
+def choose(monkeypatch, form):
+    if form == "thin by plain operations":
+        monkeypatch.setattr("flora.tuner.pooled_weight.adds_in_place", lambda device: False)
+    pooled = lambda weight, execution: THIN[weight.kind] if form.startswith("thin") else form  # noqa: E731
     monkeypatch.setattr("flora.tuner.pooled_weight.pooled", pooled)
 
 
@@ -105,7 +106,7 @@ def test_inputs_of_every_number_of_modes(form, shape, monkeypatch, formed):
     assert len(formed) == 3
 
 
-@pytest.mark.parametrize("form", ["merged", "delta"])
+@pytest.mark.parametrize("form", FORMS[:3])
 @pytest.mark.parametrize("options", [{}, {"groups": 2}, {"groups": 6}, {"stride": 2, "dilation": 2}], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
 def test_convolutions(form, options, layout, monkeypatch):
@@ -118,7 +119,7 @@ def test_convolutions(form, options, layout, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 def test_padded_ranks(form, monkeypatch):
     choose(monkeypatch, form)
-    monkeypatch.setattr("flora.layers.execution.pool.padded", lambda rank, dtype, device: 8)
+    monkeypatch.setattr("flora.layers.execution.formed.padded", lambda rank, dtype, device: 8)
     model, dense = chain(*(make() for make in LINEAR), r=[3, 2])
     agree(model, dense, model, torch.randn(4, 7, dtype=torch.float64))
     x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)

@@ -85,7 +85,7 @@ def together(name, bases, spaces, input, low=None):
             down, up = formed
             output = torch.nn.functional.linear(output, base.weight.detach().to(low), bias) + output @ down @ up
         else:
-            output = functional_call(base, {"weight": formed} | ({} if bias is None else {"bias": bias}), output)
+            output = functional_call(base, {"weight": formed[0]} | ({} if bias is None else {"bias": bias}), output)
         output = torch.tanh(output)
     return gradients(output, [leaf, *(tensor for entry in entries for tensor in entry.parameters)])
 
@@ -108,13 +108,33 @@ def case(request, double):
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("case", LINEAR_CASES, indirect=True)
 def test_factored_is_exact(case, multiple, monkeypatch):
-    monkeypatch.setattr("flora.layers.execution.pool.padded", lambda rank, dtype, device: rank + -rank % multiple)
+    monkeypatch.setattr("flora.layers.execution.formed.padded", lambda rank, dtype, device: rank + -rank % multiple)
     torch.testing.assert_close(together("factored", *case), dense(*case), **EXACT)
 
 
 @pytest.mark.parametrize("case", CASES, indirect=True)
 def test_merged_is_exact(case):
     torch.testing.assert_close(together("merged", *case), dense(*case), **EXACT)
+
+
+@pytest.mark.parametrize("ranks", [(4, 3, 2), (4, 3, 2, 3), (3, 2, 2, 1, 3)], ids=str)
+def test_kernels_are_exact(ranks):
+    def kernels(make):
+        own = [[tensor.clone().requires_grad_() for tensor in (core, *factors)] for core, factors, _ in spaces]
+        results = [torch.sin(kernel) for kernel in make(own)]
+        return gradients(torch.stack(results), [tensor for parameters in own for tensor in parameters])
+
+    def together(own):
+        weight, scales = torch.empty(0), [torch.tensor(scale) for _, _, scale in spaces]
+        entries = [Entry("kernel", weight, tuple(p), s, torch.bfloat16) for p, s in zip(own, scales, strict=True)]
+        return [kernel for (kernel,) in form(entries)]
+
+    def dense(own):
+        whole = [torch.eye(rank) for rank in ranks[:2]]
+        return [scale * reconstruct(core, [*whole, *f]) for (core, *f), (_, _, scale) in zip(own, spaces, strict=True)]
+
+    spaces = [(torch.randn(ranks), [torch.randn(3, rank) for rank in ranks[2:]], 0.3 + 0.1 * n) for n in range(3)]
+    torch.testing.assert_close(kernels(together), kernels(dense), **EXACT)
 
 
 @pytest.mark.parametrize("case", CONV2D_CASES, indirect=True)
@@ -157,7 +177,7 @@ def test_gradients_are_cast_for_all_layers_at_once(name, adapter, ranks):
                 for _ in range(count)
             )
         ]
-        formed = [t for own in form(entries) for t in (own if name == "factored" else [own])]
+        formed = [tensor for own in form(entries) for tensor in own]
         with Casts() as mode:
             torch.autograd.backward(formed, [torch.ones_like(t) for t in formed])
         assert all(p.grad.dtype == adapter for entry in entries for p in entry.parameters)
@@ -209,9 +229,9 @@ def test_the_form_of_each_weight():
         ("factored", matrix._replace(shape=(2 * WIDTH, 2 * WIDTH))): {"merged": "merged"},
         ("factored", matrix._replace(**base)): {"merged": "delta"},  # rounded again, W would lose small updates
         ("factored", matrix._replace(dtype=torch.float16, low=torch.float16)): {"merged": "delta"},
-        ("merged", convolution): {"factored": None},
-        ("delta", convolution._replace(**base)): {"factored": None, "merged": "delta"},
-        (None, convolution._replace(shape=(CHANNELS + 1, 8, 3, 3))): {"factored": None, "merged": "merged"},
+        ("merged", convolution): {"factored": "kernel"},
+        ("delta", convolution._replace(**base)): {"factored": "kernel", "merged": "delta"},
+        ("kernel", convolution._replace(shape=(CHANNELS + 1, 8, 3, 3))): {"factored": "kernel"},
         ("merged", stack): alone,
         (None, stack._replace(trains=False)): alone,
         (None, stack._replace(**base)): alone,
@@ -223,9 +243,15 @@ def test_the_form_of_each_weight():
         ("merged", cpu): {},
         ("delta", cpu._replace(low=torch.bfloat16)): {"merged": "merged"},
         ("delta", cpu._replace(dtype=torch.bfloat16, low=torch.bfloat16)): {"merged": "delta"},
-        ("merged", cpu._replace(kind="convolution", shape=(32, 32, 3, 3))): {"factored": None},
+        ("merged", cpu._replace(kind="convolution", shape=(32, 32, 3, 3))): {"factored": "kernel"},
+        ("factored", cpu._replace(shape=(768, 768))): {"merged": "factored"},  # the layer itself merges
+        ("kernel", cpu._replace(kind="convolution", shape=(64, 64, 3, 3))): {"factored": "kernel", "merged": "kernel"},
     }
-    unmeasured = [cpu._replace(shape=(768, 768)), cpu._replace(trains=False), matrix._replace(device="mps")]
+    unmeasured = [
+        cpu._replace(trains=False),
+        cpu._replace(trains=False, shape=(768, 768)),
+        matrix._replace(device="mps"),
+    ]
     unmeasured += [stack._replace(device="cpu", shape=(4, 8, 8)), convolution._replace(device="xpu")]
     forms |= {(None, weight): alone for weight in unmeasured}
     for (auto, weight), others in forms.items():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.layers.execution.cost import CHUNK, autocast_dtype, can_fuse
-from flora.layers.execution.pool import Formed, form
+from flora.layers.execution.pool import form
 from flora.layers.weights.sharded import has_engine, has_fsdp
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ class Ready(NamedTuple):
     Attributes:
         adapter: the adapter's name.
         form: as in ``layers.execution.pool``.
-        tensors: W + ΔW, ΔW, or D and U.
+        tensors: (W + ΔW,), (ΔW,), (D, U) or (K,).
         autocast: the type under autocast, or None.
         core: the adapter's core, and its version when the tensors were formed.
     """
 
     adapter: str
     form: str
-    tensors: Formed
+    tensors: tuple[Tensor, ...]
     autocast: torch.dtype | None
     core: Tensor
     version: int

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.layers.core_space import CoreSpace
-from flora.layers.execution.cost import Weight, computing_dtype, pooled
+from flora.layers.execution.cost import Weight, adds_in_place, computing_dtype, of_one_type, pooled
 from flora.layers.execution.pool import Entry
 from flora.layers.weights.parameters import is_bare, is_plain
 from flora.tuner.live import Ready
@@ -51,8 +51,10 @@ class PooledWeight(MergeableWeight):
                 return None
         if parameters[0].is_inference():
             return None
-        if form == "factored" and self.kind.input_first:
-            core, first, second = parameters
+        core, first, second, *kernels = parameters
+        if form == "kernel":
+            parameters = (core, *kernels)
+        elif form == "factored" and self.kind.input_first:
             parameters = (core.mT, second, first)
         scaling = self.tucker_scaling[adapter]
         return Entry(form, weight, parameters, space.scale if scaling == 1 else space.scale * scaling, own.low)
@@ -69,14 +71,34 @@ class PooledWeight(MergeableWeight):
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if (ready.autocast is None and x.dtype != cast(Tensor, weight).dtype) or self._dropout(ready.adapter) > 0:
             return None
+        if ready.form == "kernel" or (ready.form == "factored" and adds_in_place(x.device.type)):
+            return self._by_itself(base, x, ready)
         plain = cast(Callable[..., Tensor], self.kind.plain)
         if ready.form == "merged":
-            return plain(base, x, ready.tensors, bias)
+            return plain(base, x, *ready.tensors, bias)
         if ready.autocast is not None:
             x = x.to(ready.autocast)
         if ready.form == "delta":
-            return plain(base, x, weight, bias).add_(plain(base, x, ready.tensors, None))
+            return plain(base, x, weight, bias).add_(plain(base, x, *ready.tensors, None))
         down, up = ready.tensors
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         output = plain(base, rows, weight, bias).addmm_(rows.mm(down), up)
         return output if x.ndim == 2 else output.view(*x.shape[:-1], output.shape[-1])
+
+    def _by_itself(self, base: nn.Module, x: Tensor, ready: Ready) -> Tensor | None:
+        """The output by the layer's own function, with all products done that are on weights alone."""
+        core: Tensor | None = None
+        if ready.form == "kernel":
+            (core,) = ready.tensors
+            space = cast(CoreSpace, cast(nn.Module, self._modules["tucker_space"])._modules[ready.adapter])
+            first, second = space.factors[:2]
+        else:
+            down, up = ready.tensors
+            first, second = (down, up.mT) if self.kind.input_first else (up.mT, down)
+        weight, bias = cast(Tensor, base._parameters["weight"]), base._parameters["bias"]
+        tensors = of_one_type(x, weight, bias, first)
+        if tensors is None or self.kind.fused is None:
+            return None
+        x, frozen, own = tensors
+        execution = self.tucker_execution[ready.adapter]
+        return self.kind.fused(base, frozen, own, core, (first, second), x, execution)

@@ -2,9 +2,10 @@
 
 *Factored* functions take (layer, core, factors) and then what the layer's own ``forward`` takes. They return what the
 update adds to the layer's output. *Fused* functions take (layer, weight, bias, core, factors, input, execution), core
-and factors of any type and the rest of one, and return the output of layer and update together. *Plain* functions take
-(layer, input, weight, bias) and are the layer with that weight, in one operation. The scale is in the core. The order
-of the factors is the order of the weight's modes.
+and factors of any type and the rest of one, and return the output of layer and update together. A pool may have folded
+the core: into the factors of a matrix, and it is None; with the kernel factors of a convolution, and two factors are
+left. *Plain* functions take (layer, input, weight, bias) and are the layer with that weight, in one operation. The
+scale is in the core. The order of the factors is the order of the weight's modes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def linear_transposed(layer: Any, core: Tensor, factors: Factors, x: Tensor) -> 
 
 
 def linear_fused(
-    layer: Any, weight: Tensor, bias: Bias, core: Tensor, factors: Factors, input: Tensor, execution: str
+    layer: Any, weight: Tensor, bias: Bias, core: Tensor | None, factors: Factors, input: Tensor, execution: str
 ) -> Tensor:
     """Layer and update of a linear layer: (…, i) -> (…, o)."""
     output_factor, input_factor = factors
@@ -46,11 +47,11 @@ def linear_fused(
 
 
 def linear_transposed_fused(
-    layer: Any, weight: Tensor, bias: Bias, core: Tensor, factors: Factors, x: Tensor, execution: str
+    layer: Any, weight: Tensor, bias: Bias, core: Tensor | None, factors: Factors, x: Tensor, execution: str
 ) -> Tensor:
     """Layer and update of transformers' Conv1D: (…, i) -> (…, o)."""
     input_factor, output_factor = factors
-    return matrix(x, weight.mT, bias, core.mT, output_factor, input_factor, execution)
+    return matrix(x, weight.mT, bias, None if core is None else core.mT, output_factor, input_factor, execution)
 
 
 def linear_plain(layer: Any, input: Tensor, weight: Tensor, bias: Bias) -> Tensor:

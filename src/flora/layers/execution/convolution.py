@@ -48,8 +48,8 @@ def convolution(
 
     Args:
         weight: (I_1, I_2, k …) in PyTorch's order: the inputs come second, in a transposed convolution first.
-        core, factors: (r, s, …), the scale in it, and (I_n, r_n). They may be of a wider type than x: work on weights
-            alone is done in that type.
+        core, factors: (r, s, …), the scale in it, and (I_n, r_n); or K (r, s, k …) and the first two factors alone.
+            They may be of a wider type than x: work on weights alone is done in that type.
     """
     route = _route(x, weight.shape, core.shape, geometry, execution)
     return _Convolution.apply(x, weight, bias, geometry, route, core, *factors)
@@ -98,16 +98,21 @@ def _gradients(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted:
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, (*wanted, False))[:2]
 
 
-def fold_one(core: Tensor, kernels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """``batched.fold`` for one layer: K (r, s, k …) and the kernel factors' Kronecker product."""
+def fold_one(core: Tensor, kernels: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """``batched.fold`` for one layer: K (r, s, k …) and the kernel factors' Kronecker product. Without kernel factors
+    the core is K."""
+    if not kernels:
+        return core, None
     kernel, basis = fold(core[None], [factor[None] for factor in kernels])
     return kernel.view(*core.shape[:2], *(factor.shape[0] for factor in kernels)), basis
 
 
 def fold_one_backward(
-    dkernel: Tensor, core: Tensor, kernels: Sequence[Tensor], basis: Tensor
+    dkernel: Tensor, core: Tensor, kernels: Sequence[Tensor], basis: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient of K -> those of core and kernels."""
+    if basis is None:
+        return dkernel.view(core.shape), []
     folded = dkernel.contiguous().flatten(2).flatten(0, 1)[None]
     own = fold_backward(folded, core[None], [factor[None] for factor in kernels], basis)
     return own[0][0], [gradient[0] for gradient in own[1:]]

@@ -67,6 +67,7 @@ TINY = 2**14
 WIDTH, CHANNELS = 880, 320
 CHUNK = 2**25
 MULTIPLE = 8
+THIN = {"matrix": "factored", "convolution": "kernel"}  # the form without a full-size tensor
 
 
 class Weight(NamedTuple):
@@ -95,10 +96,11 @@ def cheapest(weight: Weight) -> str | None:
     Python. On a GPU these dominate, so there the answer does not depend on the number of positions:
 
         CUDA   matrix        merged if o · i / (o + i) < ``WIDTH``, else factored
-               convolution   merged up to ``CHANNELS`` channels
+               convolution   merged up to ``CHANNELS`` channels, else kernel
                stack         merged if its matrices are, with gradients, up to ``CHUNK`` numbers: without gradients a
                              model may need a few of the matrices only, and forms them again for each token
-        CPU    both          merged up to ``TINY`` numbers, with gradients: the pool pays in the backward pass
+        CPU    both          with gradients, since the pool pays in the backward pass: merged up to ``TINY`` numbers,
+                             else factored and kernel, with which each layer runs by itself
 
     Merged, W + ΔW is rounded to the type that the layer computes in, as weights are in mixed-precision training. This
     would lose updates that are small beside the rounding of a W that is itself kept in half precision. There, and on a
@@ -107,8 +109,11 @@ def cheapest(weight: Weight) -> str | None:
     first, second = weight.shape[-2:] if weight.kind == "stack" else weight.shape[:2]
     apart = weight.dtype in LOW_PRECISION
     if weight.device == "cpu" and weight.kind != "stack":
-        together = weight.trains and prod(weight.shape) <= TINY
-        return None if not together else "delta" if apart or weight.low in LOW_PRECISION else "merged"
+        if not weight.trains:
+            return None
+        if prod(weight.shape) > TINY:
+            return THIN[weight.kind]
+        return "delta" if apart or weight.low in LOW_PRECISION else "merged"
     if weight.device != "cuda":
         return None
     is_narrow = first * second < WIDTH * (first + second)
@@ -117,19 +122,28 @@ def cheapest(weight: Weight) -> str | None:
     if weight.kind == "stack":
         together = is_narrow and not apart and weight.trains and prod(weight.shape) <= CHUNK
         return "merged" if together else None
-    return None if max(first, second) > CHANNELS else "delta" if apart else "merged"
+    return "kernel" if max(first, second) > CHANNELS else "delta" if apart else "merged"
 
 
 def pooled(weight: Weight, execution: str) -> str | None:
     """The form in which a weight takes part in a pool: the cheapest one, or that of the user's choice, where pools pay
     at all. None if it should run on its own."""
-    if execution == "auto":
-        return cheapest(weight)
-    if weight.kind == "stack" or (weight.device != "cuda" and cheapest(weight) is None):
+    form = cheapest(weight)
+    if execution == "auto" or form is None:
+        return form
+    if weight.kind == "stack":
         return None
+    if weight.device != "cuda" and form in THIN.values():
+        return form  # the layer itself does what was chosen
     if execution == "factored":
-        return "factored" if weight.kind == "matrix" else None
+        return THIN[weight.kind]
     return "delta" if weight.dtype in LOW_PRECISION else "merged"
+
+
+def adds_in_place(device: str) -> bool:
+    """Whether a factored matrix of a pool runs as an autograd function, which adds to full-size tensors in place.
+    Plain operations are fewer without gradients, and have less Python on a GPU, where launches count."""
+    return device == "cpu" and torch.is_grad_enabled()
 
 
 def in_graph(weight: Weight) -> str | None:
@@ -141,6 +155,8 @@ def in_graph(weight: Weight) -> str | None:
     backward pass of plain products under autocast, and cast what is formed in float32 again and again.
     """
     form = cheapest(weight)
+    if form == "kernel":
+        return None
     if weight.low != weight.dtype:
         possible = FUNCTIONS_IN_GRAPHS and not torch._C._are_functorch_transforms_active()
         return form if form == "delta" and possible else None
