@@ -27,6 +27,12 @@ def test_the_tables_are_those_of_the_rows(file):
     assert all(len(result.rows) == len({row["seed"] for row in result.rows}) for result in results)
 
 
+def test_every_figure_is_on_the_page():
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    figures = {str(file.relative_to(DOCS)) for file in (DOCS / "results").rglob("*.png")}
+    assert {figure for figure in figures if f"]({figure})" not in page} == set()
+
+
 def test_made_anew_the_tables_stay_as_they_are(tmp_path):
     page = tmp_path / "page.md"
     page.write_text((DOCS / "results.md").read_text(encoding="utf-8"), encoding="utf-8")
