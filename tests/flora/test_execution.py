@@ -47,7 +47,9 @@ def check(function, inputs, expected):
 @pytest.mark.parametrize("way", ["factored", "merged"])
 @pytest.mark.parametrize("ranks", [(2, 3), (3, 2)])
 @pytest.mark.parametrize("rows", [(8,), (3, 5), (2, 1, 2)], ids=str)
-def test_matrix(way, ranks, rows):
+@pytest.mark.parametrize("few", [0, 48, 2**16])  # numbers; 48 is more than eight rows have, and less than their outputs
+def test_matrix(way, ranks, rows, few, monkeypatch):
+    monkeypatch.setattr("flora.layers.execution.matrix.FEW", few)
     x, weight, bias = numbers(*rows, 5), numbers(7, 5, grad=False), numbers(7)
     core, left, right = numbers(*ranks), numbers(7, ranks[0]), numbers(5, ranks[1])
 
