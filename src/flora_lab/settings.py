@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flora_lab.errors import ConfigError
+from flora_lab.errors import ConfigError, SectionError
 from flora_lab.methods import METHODS
 from flora_lab.sources import place
 from flora_lab.tasks import TASKS
@@ -159,12 +159,16 @@ def build_config(tree: Any) -> Config:
             raise ConfigError(f"{error.full_key or key}: {one_line(error)}") from error
     if not keys.task:
         raise ConfigError(f"task.name: expected one of {', '.join(TASKS)}")
+    place = "task.source."  # whose own checks say task.data, since its class is that of task.data
     try:
+        if source := OmegaConf.select(keys, "task.source"):
+            OmegaConf.to_object(source)
+        place = "task.data."
         config = OmegaConf.to_object(keys)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
     except ValueError as error:  # a task's own check of its keys
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error).replace("task.data.", place)) from error
     for node, name, key, metadata in _leaves(config):
         _check_limits(key, getattr(node, name), metadata)
         if metadata.get("path") and isinstance(OmegaConf.select(tree, key), bool):  # OmegaConf makes it a name
@@ -226,17 +230,18 @@ def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={value}: expected {expected}")
 
 
-def with_key(config: Config, message: str) -> str:
-    """The message with the key of the path, name on the hub or model_type that it begins with: a value alone does not
-    say where it was given."""
+def with_key(config: Config, error: ValueError) -> str:
+    """The error's message in one line, with the key of the section that it is about, or of the path or name on the hub
+    that it begins with: a value alone does not say where it was given."""
+    message = one_line(error)
     for node, name, key, metadata in _leaves(config):
-        value = getattr(node, name)
-        if isinstance(value, dict):
-            key, value = f"{key}.model_type", value.get("model_type")
-        elif not metadata.get("path"):
-            continue
-        if value and re.match(rf"'?{re.escape(value)}'?(:| is| has) ", message):
-            return f"{key}={message}"
+        if isinstance(error, SectionError):
+            if node is error.section:
+                return key.removesuffix(name) + message if error.key else f"{key.removesuffix(f'.{name}')}: {message}"
+        elif metadata.get("path") and (value := getattr(node, name)):
+            spelt = "|".join(map(re.escape, (value, str(Path(value)))))  # ./data becomes data where it is read
+            if re.match(rf"'?({spelt})'?(:| is| has) ", message):
+                return f"{key}={message}"
     return message
 
 

@@ -48,7 +48,9 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
         ("task.data.path=./none", "task.data.path=./none: no such file or folder"),
         ("task.source.path=./none", "task.source.path=./none: no such file or folder"),
         ("task.model.weights=none.safetensors", "task.model.weights=none.safetensors is not a whole safetensors file"),
-        ("task.model.name=a", "a model is given by name or config"),
+        ("task.model.name=a", "Error: task.model: a model is given by name or config, got name=a and config={"),
+        ("task.source.test_share=1", "Error: task.source.test_share=1.0: expected a share"),
+        ("task.source.classes=[3,10]", "Error: task.source.classes=[3, 10]: digits has no class 10"),
         ("seed=${nothing}", "seed"),
         ("=3", "=3"),
         ("seed", "seed: expected key=value"),
@@ -81,6 +83,12 @@ def test_a_model_that_cannot_be_loaded_is_told_with_its_key(tmp_path):
     assert result.stderr.splitlines() == ["Error: task.model.name=./gone: no such file or folder"]
 
 
+SCENES = {"name": "semantic_segmentation", "data": {"classes": 3}}
+UPERNET = "task.model.config.model_type=upernet"
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+DECODER = {"backbone": {"config": RESNET}}
+
+
 @pytest.mark.parametrize(
     ("task", "message", "key"),
     [
@@ -88,13 +96,56 @@ def test_a_model_that_cannot_be_loaded_is_told_with_its_key(tmp_path):
         ({"name": "semantic_segmentation", "backbone": {"name": "o/net"}}, "o/net: no", "task.backbone.name="),
         ({"name": "text_to_image", "data": {"prior": "./a", "prior_prompt": "b"}}, "./a: no", "task.data.prior="),
         ({"name": "language", "data": {"path": "o/rows"}}, "'o/rows' is not a file or folder here", "task.data.path="),
-        ({"name": "language", "chat_template": "a"}, "a model is given by name or config, got", ""),
+        ({"name": "language", "data": {"path": "./rows/"}}, "rows: no file that ends in", "task.data.path="),
         ({"name": "image_classification", "data": {"path": "./a"}}, "./a.png: not a picture", ""),
     ],
 )
 def test_a_message_gets_the_key_of_the_value_that_it_begins_with(task, message, key):
     config = build_config({"task": task, "methods": {"lora": {}}})
-    assert with_key(config, message) == key + message
+    assert with_key(config, ValueError(message)) == key + message
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"name": "image_classification"}, "task.model: a model is given by name or config, got name=None and"),
+        ({"name": "text_to_image"}, "task.model: a model is given by name or config, got name=None and"),
+        ({"name": "oriented_detection"}, "task.backbone: a model is given by name or config, got name=None and"),
+        ({"name": "language"}, "task.model: a model is given by name or config, got name=None and"),
+        (
+            {"name": "language", "model": {"config": {"vocab_size": 9}}},
+            "task.model.config={'vocab_size': 9}: expected a",
+        ),
+        ({"name": "language", "model": {"config": {"model_type": "lama"}}}, "task.model.config.model_type=lama: "),
+        ({**SCENES, "model": {}}, "task.model: a model is given by name or config"),
+        ({**SCENES, "model": {"name": "a/b", "weights": "w"}}, "task.model.weights=w: a named model (a/b) has its own"),
+        (
+            {**SCENES, "model": {"config": {"model_type": "upernet", "hiden_size": 8}}},
+            f"{UPERNET}: UperNetConfig has no",
+        ),
+        ({**SCENES, "backbone": {}}, "task.backbone: a model is given by name or config"),
+        (
+            {**SCENES, "backbone": {"config": {"depths": [1]}}},
+            "task.backbone.config={'depths': [1]}: expected a model_type",
+        ),
+        ({**SCENES, "backbone": {"config": {"model_type": "resnett"}}}, "task.backbone.config.model_type=resnett: "),
+        (
+            {**SCENES, **DECODER, "model": {"config": {"hiden_size": 8}}},
+            "task.model.config: UperNetConfig has no 'hiden_size'; ",
+        ),
+        ({**SCENES, **DECODER, "model": {"config": {"pool_scales": 8}}}, "task.model.config: "),
+        (
+            {**SCENES, **DECODER, "model": {"config": {"model_type": "upernett"}}},
+            "task.model.config.model_type=upernett: ",
+        ),
+        ({**SCENES, **DECODER, "model": {"weights": "none.safetensors"}}, "task.model.weights=none.safetensors is not"),
+    ],
+)
+def test_a_fault_of_a_model_is_told_with_its_key(task, message):
+    config = build_config({"task": task, "methods": {"lora": {}}})
+    with pytest.raises(ValueError) as error:
+        config.task.build()
+    assert with_key(config, error.value).startswith(message)
 
 
 SLOW = "(.?){1,60}(.?.?){1,60}(.?.?.?){1,60}Z"

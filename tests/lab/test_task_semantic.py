@@ -426,7 +426,7 @@ def test_a_config_that_cannot_be(place, keys, message):
     job = task("", classes=3, **({"model": keys, "backbone": None} if place == "model" else {"backbone": keys}))
     with pytest.raises(ValueError) as refused:
         job.build()
-    assert re.fullmatch(message, str(refused.value)) and len(str(refused.value)) < 450
+    assert re.fullmatch(f"config.model_type={message}", str(refused.value)) and len(str(refused.value)) < 450
 
 
 def test_keys_that_every_config_takes_and_names_that_stand_for_others():

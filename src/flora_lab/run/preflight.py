@@ -42,6 +42,7 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
     """
     _check_engine(config)
     _say_slow(config)
+    task = None
     try:
         for task in filter(None, [config.task.source_task(), config.task]):
             splits = task.splits(config.seed)
@@ -62,7 +63,9 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
             reasons[name, budget] = _reason(config, name, budget, total, few)
             _release()
     except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(with_key(config, one_line(error))) from error
+        message = str(error) if isinstance(error, ConfigError) else with_key(config, error)
+        # a task over the source's data calls them its data
+        raise ConfigError(message if task is config.task else message.replace("task.data.", "task.source.")) from error
     if all(reasons.values()):
         (name, _), reason = next(iter(reasons.items()))
         raise ConfigError(f"methods.{name}: {reason}")

@@ -133,7 +133,7 @@ class ImageClassification(Task):
             return [f"timm_model.{timm.default_cfg['classifier']}"]
         names = [name for name, part in model.named_children() if name in OUTPUTS and list(part.parameters())]
         if not names:
-            raise ValueError(f"{type(model).__name__} has no output layer named {', '.join(OUTPUTS)}")
+            raise self.model.fault(f"{type(model).__name__} has no output layer named {', '.join(OUTPUTS)}")
         return names
 
     def metrics(self, prediction: Any) -> dict[str, float]:

@@ -116,11 +116,10 @@ class SemanticSegmentation(Task):
             raise ValueError(f"task.backbone: a named model ({self.model.name}) has its own")
         else:
             backbone = load_backbone(self.backbone)
-            decoder = Pretrained(config={"model_type": "upernet", **self.model.config}, weights=self.model.weights)
             # the decoder makes a backbone of its own, which is not used
             small = backbone.config.shallow() if isinstance(backbone, VitPyramid) else backbone.config
             keys = {"num_labels": self.classes, "backbone_config": small}
-            model = decoder.load("AutoModelForSemanticSegmentation", HEADS, **keys)
+            model = self.model.load("AutoModelForSemanticSegmentation", HEADS, "upernet", **keys)
             model.backbone, model.config.backbone_config = backbone, backbone.config
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
@@ -133,7 +132,7 @@ class SemanticSegmentation(Task):
 
         names = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
         if not names:
-            raise ValueError(f"{type(model).__name__} has no head named {', '.join(HEADS)}")
+            raise self.model.fault(f"{type(model).__name__} has no head named {', '.join(HEADS)}")
         return names + map_layers(model)
 
     @staticmethod

@@ -189,13 +189,13 @@ class VisualInstruction(Answering):
         return model
 
     def head(self, model: nn.Module) -> list[str]:
-        return [name for part in self.trained for name in self._named(model, part)[:1]]
+        return [name for part in self.trained for name in self._named(model, part, "trained")[:1]]
 
     def targets_of(self, model: nn.Module) -> list[str]:
         """The linear layers of `parts`, but for those that are trained in full."""
         from torch.nn import Linear
 
-        parts = tuple(f"{name}." for part in self.parts for name in self._named(model, part))
+        parts = tuple(f"{name}." for part in self.parts for name in self._named(model, part, "parts"))
         full = tuple(f"{name}." for name in self.head(model))
         return [
             name
@@ -203,12 +203,12 @@ class VisualInstruction(Answering):
             if isinstance(module, Linear) and f"{name}.".startswith(parts) and not (full and name.startswith(full))
         ]
 
-    def _named(self, model: nn.Module, part: str) -> list[str]:
-        """The full names of the modules of that name. Raises ValueError if there are none."""
+    def _named(self, model: nn.Module, part: str, key: str) -> list[str]:
+        """The full names of the modules of that name. Raises ValueError naming the task's ``key`` if there are none."""
         names = [name for name, _ in model.named_modules() if name == part or name.endswith(f".{part}")]
         if not names:
             known = [name for name, module in model.named_modules() if name.count(".") == 1 and list(module.children())]
-            raise ValueError(f"the model has no part {part!r}, but {', '.join(known)}")
+            raise ValueError(f"task.{key}={getattr(self, key)}: the model has no part {part!r}, but {', '.join(known)}")
         return names
 
     def judge(self, model: nn.Module, base: Any, splits: Any, folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path
+from flora_lab.errors import SectionError
 from flora_lab.tasks.models.pretrained import brief
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Pipeline:
     def check(self) -> None:
         """Raise ValueError if the keys do not name exactly one model."""
         if (self.name is None) == (not self.config):
-            raise ValueError(f"a model is given by name or config, got name={self.name} and config={self.config}")
+            given = f"got name={self.name} and config={self.config}"
+            raise SectionError(self, "", f"a model is given by name or config, {given}")
         if find_spec("diffusers") is None:
             raise ValueError("diffusers is not installed: pip install 'flora-peft[diffusion]'")
 

@@ -19,7 +19,7 @@ def load_backbone(keys: Pretrained) -> nn.Module:
     none, also that of a vision-language model, becomes a pyramid.
 
     It returns the maps of four stages (all, if there are fewer), evenly spaced and fine to coarse, unless the config
-    has out_features or out_indices. Raises ValueError naming the model, or the file of its weights.
+    has out_features or out_indices. Raises ValueError naming the key of the model, or the file of its weights.
     """
     from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoConfig, TimmBackboneConfig
 
@@ -47,7 +47,7 @@ def load_backbone(keys: Pretrained) -> nn.Module:
             config.out_indices = stages(config)
         model = AutoBackbone.from_config(config)
     except Exception as error:  # a model's own code may raise anything
-        raise ValueError(f"{keys.name or keys.config['model_type']}: {brief(error, keys.name)}") from error
+        raise keys.fault(brief(error, keys.name)) from error
     if keys.weights:
         load_weights(model, keys.weights, (*HEADS, *AFTER_MAPS))
     return model

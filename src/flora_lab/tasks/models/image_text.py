@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from flora_lab.errors import SectionError
 from flora_lab.tasks.data.dialogues import IMAGE
 from flora_lab.tasks.models.language_model import LanguageModel
 from flora_lab.tasks.models.pretrained import Pretrained, brief, make_config
@@ -44,13 +45,17 @@ class ImageTextModel(LanguageModel):
     def _of_bytes(self) -> Any:
         from transformers import ByT5Tokenizer, CLIPImageProcessor, LlavaProcessor
 
-        config = make_config(self.config)
+        try:
+            config = make_config(self.config)
+        except Exception as error:  # a config's own code may raise anything
+            raise self.fault(brief(error)) from error
         if config.model_type != "llava":
-            raise ValueError(f"model_type {config.model_type}: expected task.model.tokenizer, the name of a processor")
+            raise self.fault("expected task.model.tokenizer, the name of a processor")
         vision, size = config.vision_config, config.vision_config.image_size
         tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=[IMAGE])
         if (token := tokenizer.convert_tokens_to_ids(IMAGE)) != config.image_token_index:
-            raise ValueError(f"image_token_index={config.image_token_index}: expected {token}, after 259 bytes")
+            given = f"config.image_token_index={config.image_token_index}"
+            raise SectionError(self, given, f"expected {token}, after 259 bytes")
         pictures = CLIPImageProcessor(
             size={"height": size, "width": size}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
         )

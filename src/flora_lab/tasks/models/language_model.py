@@ -70,8 +70,7 @@ class LanguageModel(Pretrained):
         try:
             config = AutoConfig.from_pretrained(self.source()) if self.name else make_config(self.config)
         except Exception as error:  # a model's own code may raise anything
-            what = f"task.model.name={self.name}" if self.name else self.config["model_type"]
-            raise ValueError(f"{what}: {brief(error, self.name)}") from error
+            raise self.fault(brief(error, self.name)) from error
         return config.get_text_config()
 
     @property

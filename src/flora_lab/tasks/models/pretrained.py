@@ -9,6 +9,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from flora.files import local_path, open_tensors
+from flora_lab.errors import SectionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,17 +27,19 @@ class Pretrained:
         default=None, metadata={"help": "safetensors file with the weights, if given by config", "path": True}
     )
 
-    def load(self, kind: str, head: tuple[str, ...], **overrides: Any) -> nn.Module:
+    def load(self, kind: str, head: tuple[str, ...], usual: str | None = None, **overrides: Any) -> nn.Module:
         """The model as transformers' Auto class ``kind``, with ``overrides`` in its config.
 
-        The modules under ``head`` get new weights. Raises ValueError naming the model, or the file.
+        The modules under ``head`` get new weights. ``usual``: the model_type of a config that may lack it, or be empty.
+        Raises ValueError naming the key of the model, or the file.
         """
         import torch
         import transformers
 
         from flora_lab.tasks.models import cifar_resnet
 
-        self.check()
+        if usual is None:
+            self.check()
         cifar_resnet.register()
         auto = getattr(transformers, kind)
         try:
@@ -45,9 +48,9 @@ class Pretrained:
                 model = auto.from_pretrained(self.source(), **keys)
                 redraw(model, head)  # from_pretrained keeps a head with as many classes
                 return model
-            model = auto.from_config(make_config(self.config, **overrides))
+            model = auto.from_config(make_config({"model_type": usual, **self.config}, **overrides))
         except Exception as error:  # a model's own code may raise anything
-            raise ValueError(f"{self.name or self.config['model_type']}: {brief(error, self.name)}") from error
+            raise self.fault(brief(error, self.name)) from error
         if self.weights:
             load_weights(model, self.weights, head)
         return model
@@ -61,11 +64,17 @@ class Pretrained:
     def check(self) -> None:
         """Raise ValueError if the keys do not name exactly one model."""
         if (self.name is None) == (not self.config):
-            raise ValueError(f"a model is given by name or config, got name={self.name} and config={self.config}")
+            given = f"got name={self.name} and config={self.config}"
+            raise SectionError(self, "", f"a model is given by name or config, {given}")
         if self.config and "model_type" not in self.config:
-            raise ValueError(f"config={self.config}: expected a model_type, such as convnextv2")
+            raise SectionError(self, f"config={self.config}", "expected a model_type, such as convnextv2")
         if self.name and self.weights:
-            raise ValueError(f"weights={self.weights}: a named model ({self.name}) has its own")
+            raise SectionError(self, f"weights={self.weights}", f"a named model ({self.name}) has its own")
+
+    def fault(self, text: str) -> SectionError:
+        """What is wrong with the model, under the key that it is given by."""
+        kind = f".model_type={self.config['model_type']}" if "model_type" in self.config else ""
+        return SectionError(self, f"name={self.name}" if self.name else f"config{kind}", text)
 
 
 def make_config(fields: dict[str, Any], **overrides: Any) -> Any:
