@@ -7,6 +7,7 @@ import pytest
 from flora_lab.analysis import analyse, tables
 from flora_lab.analysis.results import summarise
 from flora_lab.analysis.rows import read
+from flora_lab.settings import load_config
 
 DOCS = Path(__file__).parents[2] / "docs"
 FILES = sorted((DOCS / "results").rglob("*.jsonl"))
@@ -31,6 +32,12 @@ def test_every_figure_is_on_the_page():
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     figures = {str(file.relative_to(DOCS)) for file in (DOCS / "results").rglob("*.png")}
     assert {figure for figure in figures if f"]({figure})" not in page} == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_methods_that_are_compared_try_three_rates_or_more(file):
+    config = load_config(DOCS.parent / "configs" / f"{file.stem}.yaml")
+    assert len(config.methods) == 1 or len(config.comparison.rates) >= 3
 
 
 def test_made_anew_the_tables_stay_as_they_are(tmp_path):
