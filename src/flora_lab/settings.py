@@ -154,6 +154,7 @@ def build_config(tree: Any) -> Config:
         try:
             if key == "task":
                 keys.task = OmegaConf.structured(_task(tree))
+            _need_sections(keys, {key: OmegaConf.to_container(tree)[key]})
             keys = OmegaConf.merge(keys, OmegaConf.masked_copy(tree, key))
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key or key}: {one_line(error)}") from error
@@ -179,10 +180,22 @@ def build_config(tree: Any) -> Config:
     return config
 
 
+def _need_sections(known: Any, given: Mapping[Any, Any], place: str = "") -> None:
+    """Raise ConfigError for a value where keys are expected: OmegaConf names our classes, and not always the key."""
+    for name, value in given.items():
+        if name in known and OmegaConf.is_dict(section := known[name]):
+            if isinstance(value, dict):
+                _need_sections(section, value, f"{place}{name}.")
+            elif value is not None and "${" not in str(value):
+                raise ConfigError(f"{place}{name}: expected keys and their values, got {value!r:.80}")
+
+
 def _check_methods(config: Config) -> None:
     for name in config.methods:
         if not re.fullmatch(r"\w[\w.+-]*", name):  # it becomes the name of a folder
             raise ConfigError(f"methods.{name}: expected a name of letters, digits and _ . + -")
+        if (method := config.methods[name].method) and method not in METHODS:
+            raise ConfigError(f"methods.{name}.method={method}: expected one of {', '.join(METHODS)}")
     if not config.methods or not {config.method_of(name) for name in config.methods} <= set(METHODS):
         raise ConfigError(f"methods={', '.join(config.methods) or None}: expected some of {', '.join(METHODS)}")
 

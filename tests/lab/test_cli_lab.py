@@ -36,6 +36,8 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
         ("budget=0", "budget=0"),
         ("methods.prompt.learning_rate=1", "prompt: expected some of full, head, bitfit, houlsby"),
         ("methods=3", "methods"),
+        ("methods.mine.method=lorra", "methods.mine.method=lorra: expected one of full, head"),
+        ("task.model=gpt2", "task.model: expected keys and their values, got 'gpt2'"),
         ("task.name=ocr", "task.name=ocr: expected one of image_classification, glue"),
         ("task=ocr", "task.name=ocr"),
         ("task.data.rotate=45", "task.data.rotate=45: expected one of 0, 90, 180, 270"),
