@@ -335,6 +335,7 @@ def test_half_precision_loses_no_small_update(layer, way, monkeypatch):
         monkeypatch.setattr(
             "flora.tuner.pooled_weight.pooled", lambda own, chosen: pooled(own._replace(device="cuda"), chosen)
         )
+        monkeypatch.setattr("flora.tuner.live.may_pool", lambda *_: True)
     base = copy.deepcopy(layer).requires_grad_(False)
     base.bias.zero_()
     base.weight.fill_(1.0)  # the next bfloat16 is 2⁻⁷ away

@@ -38,6 +38,7 @@ def choose(monkeypatch, form):
         monkeypatch.setattr("flora.tuner.pooled_weight.adds_in_place", lambda device: False)
     pooled = lambda weight, execution: THIN[weight.kind] if form.startswith("thin") else form  # noqa: E731
     monkeypatch.setattr("flora.tuner.pooled_weight.pooled", pooled)
+    monkeypatch.setattr("flora.tuner.live.may_pool", lambda *_: True)
 
 
 def chain(*base: nn.Module, r=2, **options):
@@ -211,9 +212,34 @@ def test_each_step_sees_the_parameters_of_its_time(formed):
     zero.mul_(3.0)
     torch.testing.assert_close(model(x), before, **CLOSE)
     same()
-    model.half().double()
+    model.float()
+    torch.testing.assert_close(model(x.float()), dense(x.float()), rtol=1e-5, atol=1e-5)
+    model.double()
     same()
     assert len(formed) % 3 == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_second_derivative_wants_the_parameters_of_the_forward_pass(form, monkeypatch):
+    choose(monkeypatch, form)
+    model, _ = chain(nn.Linear(4, 4))
+    loss = model(torch.randn(2, 4, dtype=torch.float64)).square().sum()
+    expected = torch.autograd.grad(loss, trained(model), retain_graph=True)
+    with torch.no_grad():
+        trained(model)[0].mul_(2)
+    torch.testing.assert_close(torch.autograd.grad(loss, trained(model), retain_graph=True), expected, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="have changed since the forward pass"):
+        torch.autograd.grad(loss, trained(model), create_graph=True)
+
+
+def test_without_gradients_convolutions_are_formed_and_matrices_are_not(formed):
+    model, dense = chain(nn.Conv2d(3, 3, 1), nn.Linear(5, 5), nn.Conv2d(3, 3, 3, padding=1))
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    for grad, count in ((True, 3), (False, 2), (True, 3)):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(x), dense(x), **CLOSE)
+        assert len(formed) == count
+        formed.clear()
 
 
 def test_what_must_not_use_the_pool(formed):

@@ -211,11 +211,11 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         """The core with both scales in it, and the factors."""
         space, scaling = self.space(adapter), self.tucker_scaling[adapter]
         tensors = tuple(space._parameters.values())
-        if (
-            tensors and is_bare(space) and all(isinstance(p, nn.Parameter) for p in tensors)
-        ):  # a call would do the same, slowly
+        # `isinstance` with this class is slow, and so is a call of the space, which would do the same
+        ordinary = all(type(p) is nn.Parameter or isinstance(p, nn.Parameter) for p in tensors)
+        if tensors and ordinary and is_bare(space):
             core, *factors = cast(tuple[Tensor, ...], tensors)
-            core = core * space.scale
+            core = core * cast(Tensor, space._buffers["scale"])
         else:
             core, factors = space()
         return (core if scaling == 1 else core * scaling), factors

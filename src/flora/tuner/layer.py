@@ -47,23 +47,22 @@ class FloraLayer(PooledWeight):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base layer's. ``adapter_names`` gives every sample of the batch an adapter of its own."""
-        adapter_names = kwargs.pop("adapter_names", None) or names_for(self)
-        if self.fusable and adapter_names is None and len(args) == 1 and not kwargs:
+        # not by attributes of modules, which are slow; nor in `_quick` and what it calls
+        adapter_names = (kwargs.pop("adapter_names", None) if kwargs else None) or names_for(self)
+        if self._disable_adapters or (self.merged_adapters and adapter_names is None):
+            return cast(nn.Module, self._modules["base_layer"])(*args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(adapter_names, args, kwargs)
+        if self.fusable and len(args) == 1 and not kwargs:
             result = self._quick(args[0])
             if result is not None:
                 return result
-        if self.disable_adapters:
-            return self.base_layer(*args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch(adapter_names, args, kwargs)
-        if self.merged:
-            return self.base_layer(*args, **kwargs)
         return self._adapted(self._present(self.active_adapters), args, kwargs)
 
     def _quick(self, x: Tensor) -> Tensor | None:
         """The output of a layer with one active adapter and nothing unusual about it; else None."""
         active = self._active_adapter
-        if self._disable_adapters or self.merged_adapters or len(active) != 1:
+        if len(active) != 1:
             return None
         if self.poolable and not torch.compiler.is_compiling() and (pool := live()) is not None:
             ready = pool.of(self, x.device.type)
@@ -125,7 +124,6 @@ class FloraLayer(PooledWeight):
     def _fused(self, adapter: str, x: Tensor) -> Tensor | None:
         """Base layer and update in one. None if that cannot be: the base layer has hooks, the update's input is dropped
         out, or the numbers are of several types."""
-        # not by attributes of modules, which are slow
         base = cast(nn.Module, self._modules["base_layer"])
         weight = base._parameters.get("weight")
         weight = self.base_parameter if weight is None else weight

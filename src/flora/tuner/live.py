@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flora.layers.execution.cost import CHUNK, autocast_dtype, can_fuse
-from flora.layers.execution.pool import form
+from flora.layers.execution.cost import CHUNK, autocast_dtype, can_fuse, may_pool
+from flora.layers.execution.pool import Entry, Plan, form, plan
 from flora.layers.weights.sharded import has_engine, has_fsdp
 
 if TYPE_CHECKING:
     from flora.tuner.layer import FloraLayer
+    from flora.tuner.pooled_weight import Given
 
+_transforms_active = torch._C._are_functorch_transforms_active
 # torch 2.6 and later
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "unknown")
 
@@ -51,7 +53,7 @@ class Ready(NamedTuple):
 class Live:
     """One forward of a root module, or all those of one call of ``generate`` but the first (``keeps``)."""
 
-    def __init__(self, root: nn.Module, chunks: dict[nn.Module, list[FloraLayer]], keeps: bool = False) -> None:
+    def __init__(self, root: nn.Module, chunks: dict[nn.Module, Chunk], keeps: bool = False) -> None:
         self.root, self.chunks, self.keeps = root, chunks, keeps
         self.grad = torch.is_grad_enabled()
         self.ready: dict[nn.Module, Ready | None] = {}
@@ -59,35 +61,75 @@ class Live:
 
     def of(self, layer: FloraLayer, device: str) -> Ready | None:
         """What the layer, on a device of this type, runs with. None if it should run in its own form."""
-        same = torch.is_grad_enabled() == self.grad and not torch._C._are_functorch_transforms_active()
-        if not same or _saved_tensors_hooks(True) is not None:
+        if not self._wants(layer, device):
+            return None
+        if torch.is_grad_enabled() != self.grad or _transforms_active() or _saved_tensors_hooks(True) is not None:
             return None
         autocast = autocast_dtype(device)
-        if layer not in self.ready:
-            self._form(self._chunk(layer), autocast)
-        ready = self.ready[layer]
+        try:
+            ready = self.ready[layer]
+        except KeyError:
+            self._form(self._chunk(layer), autocast, device)
+            ready = self.ready[layer]
         if ready is None or ready.autocast != autocast or ready.core._version != ready.version:
             return None
         return ready
 
-    def _chunk(self, layer: FloraLayer) -> list[FloraLayer]:
+    def _wants(self, layer: FloraLayer, device: str) -> bool:
+        return self.keeps or may_pool(device, layer.kind.is_matrix, self.grad)
+
+    def _chunk(self, layer: FloraLayer) -> Chunk:
         """The layers to form now. Without gradients nothing else holds W + ΔW: one chunk at a time is enough. A layer
         that is called again, after another chunk, is formed alone."""
-        chunk = self.chunks.get(layer, [layer])
+        chunk = self.chunks.get(layer) or Chunk([layer])
         if not self.grad and not self.keeps:
             self.ready.clear()
-            chunk = [layer] if layer in self.seen else chunk
-            self.seen.update(chunk)
+            chunk = Chunk([layer]) if layer in self.seen else chunk
+            self.seen.update(chunk.layers)
         return chunk
 
-    def _form(self, chunk: list[FloraLayer], autocast: torch.dtype | None) -> None:
-        self.ready |= dict.fromkeys(chunk)
-        entries = {layer: entry for layer in chunk if (entry := layer.entry(self.keeps)) is not None}
-        if entries:
-            formed = form(list(entries.values()), pads=not self.keeps)
-            for (layer, entry), tensors in zip(entries.items(), formed, strict=True):
-                core = entry.parameters[0]
-                self.ready[layer] = Ready(layer._active_adapter[0], entry.form, tensors, autocast, core, core._version)
+    def _form(self, chunk: Chunk, autocast: torch.dtype | None, device: str) -> None:
+        given = [layer.given() if self._wants(layer, device) else None for layer in chunk.layers]
+        marks = (autocast, self.grad, self.keeps, [own and own.marks for own in given])
+        known = chunk.known
+        if known is None or known.marks != marks:
+            choices = [own and layer.choice(own, self.keeps) for layer, own in zip(chunk.layers, given, strict=True)]
+            known = Known(marks, choices, plan(chunk.entries(given, choices)))
+            chunk.known = known
+        self.ready |= dict.fromkeys(chunk.layers)
+        chosen = [n for n, choice in enumerate(known.choices) if choice is not None]
+        formed = form(chunk.entries(given, known.choices), plans=known.plans, pads=not self.keeps)
+        for n, tensors in zip(chosen, formed, strict=True):
+            own, (name, _) = cast("Given", given[n]), cast(tuple[str, torch.dtype], known.choices[n])
+            core = own.parameters[0]
+            self.ready[chunk.layers[n]] = Ready(own.adapter, name, tensors, autocast, core, core._version)
+
+
+class Known(NamedTuple):
+    """How a chunk was formed the last time. It holds no tensor.
+
+    Attributes:
+        marks: of torch's state and of the layers. While they stay, so does the rest.
+        choices: per layer its form and the type that it computes in; None if it runs on its own.
+        plans: as ``layers.execution.pool.form`` takes them.
+    """
+
+    marks: tuple
+    choices: list[tuple[str, torch.dtype] | None]
+    plans: list[Plan]
+
+
+class Chunk:
+    """Layers that are formed together."""
+
+    def __init__(self, layers: list[FloraLayer]) -> None:
+        self.layers = layers
+        self.known: Known | None = None
+
+    def entries(self, given: list[Given | None], choices: list[tuple[str, torch.dtype] | None]) -> list[Entry]:
+        """What is formed, of the layers that do not run on their own."""
+        every = zip(self.layers, given, choices, strict=True)
+        return [layer.entry(own, *choice) for layer, own, choice in every if own is not None and choice is not None]
 
 
 _LIVE: ContextVar[tuple[Live, ...]] = ContextVar("flora_live", default=())
@@ -120,31 +162,30 @@ class Chunks:
     """The adapted layers of a root module, in chunks. A copy or a pickle is empty."""
 
     def __init__(self) -> None:
-        self.of: dict[nn.Module, list[FloraLayer]] | None = None
+        self.of: dict[nn.Module, Chunk] | None = None
 
     def __reduce__(self) -> tuple:
         return Chunks, ()
 
-    def get(self, root: nn.Module) -> dict[nn.Module, list[FloraLayer]]:
-        """Layer -> the layers of its chunk."""
+    def get(self, root: nn.Module) -> dict[nn.Module, Chunk]:
+        """Layer -> its chunk."""
         if self.of is None or has_engine():
             # work for several parts of a sharded model must not run before they are gathered
             self.of = {} if has_fsdp(root) else _chunks(root)
         return self.of
 
 
-def _chunks(root: nn.Module) -> dict[nn.Module, list[FloraLayer]]:
-    result: dict[nn.Module, list[FloraLayer]] = {}
-    chunk: list[FloraLayer] = []
-    size = 0
+def _chunks(root: nn.Module) -> dict[nn.Module, Chunk]:
+    result: dict[nn.Module, Chunk] = {}
+    chunk, size = Chunk([]), 0
     for module in root.modules():
         if not getattr(module, "poolable", False):
             continue
         layer = cast("FloraLayer", module)
         own = prod(layer.weight_shape)
-        if not chunk or size + own > CHUNK:
-            chunk, size = [], 0
-        chunk.append(layer)
+        if not chunk.layers or size + own > CHUNK:
+            chunk, size = Chunk([]), 0
+        chunk.layers.append(layer)
         size += own
         result[layer] = chunk
     return result

@@ -25,7 +25,7 @@ COMPILERS_READ = torch_since(2, 15)
 
 def names_for(module: nn.Module) -> Sequence[str] | None:
     """The names that the running call has for a module, or None."""
-    if torch.compiler.is_compiling() and not COMPILERS_READ:
+    if not COMPILERS_READ and torch.compiler.is_compiling():
         return None
     names = _NAMES.get()
     return None if names is None else names.get(module)

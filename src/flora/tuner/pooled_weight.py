@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,26 @@ from flora.tuner.live import Ready
 from flora.tuner.merging import MergeableWeight
 
 
+class Given(NamedTuple):
+    """What a layer has for a pool now.
+
+    Attributes:
+        adapter: its name. weight: W. parameters: the core and the factors. scale: what multiplies the core.
+        marks: all that decides whether and how they are formed, beside the layer itself and the state that torch is in.
+    """
+
+    adapter: str
+    weight: nn.Parameter
+    parameters: tuple[Tensor, ...]
+    scale: Tensor
+    marks: tuple
+
+
 class PooledWeight(MergeableWeight):
     """An adapted weight that can run together with others (``live``)."""
 
-    def entry(self, keeps: bool) -> Entry | None:
-        """What this layer gives to a model's pool now; None if it should run on its own.
-
-        Args:
-            keeps: whether the pool keeps what it forms, and so wants thin tensors only.
-        """
+    def given(self) -> Given | None:
+        """What this layer has for a model's pool; None if nothing, since it is not in an ordinary state."""
         active = self._active_adapter
         if self._disable_adapters or self.merged_adapters or len(active) != 1:
             return None
@@ -34,30 +45,48 @@ class PooledWeight(MergeableWeight):
         if space is None or self._dropout(adapter) > 0 or not is_bare(base) or not is_bare(space):
             return None
         weight = base._parameters.get("weight")
-        # a type, a shape or a place of their own: sharded, swapped in by a function, or offloaded just now
-        if type(weight) is not nn.Parameter or not is_plain(weight) or weight.shape != space.shape:
+        if type(weight) is not nn.Parameter:
             return None
-        device = weight.device
+        parameters = cast(tuple[Tensor, ...], tuple(space._parameters.values()))
+        # any of these changes when a ``.data`` is assigned
+        own = [(type(tensor), tensor.shape, tensor.dtype, tensor.device) for tensor in (weight, *parameters)]
+        whole = (weight.stride(), weight.requires_grad, hasattr(weight, "ds_id"), parameters[0].is_inference())
+        marks = (own, whole, self.tucker_execution[adapter])
+        scale, scaling = cast(Tensor, space._buffers["scale"]), self.tucker_scaling[adapter]
+        return Given(adapter, weight, parameters, scale if scaling == 1 else scale * scaling, marks)
+
+    def choice(self, given: Given, keeps: bool) -> tuple[str, torch.dtype] | None:
+        """The form in which the layer takes part in a pool, and the type that it computes in; None if it should run on
+        its own.
+
+        Args:
+            keeps: whether the pool keeps what it forms, and so wants thin tensors only.
+        """
+        weight, parameters = given.weight, given.parameters
+        shapes = self.space(given.adapter).parameter_shapes
+        # a type, a shape or a place of their own: sharded, swapped in by a function, or offloaded just now
+        if not is_plain(weight) or weight.shape != self.weight_shape or parameters[0].is_inference():
+            return None
+        for parameter, shape in zip(parameters, shapes, strict=True):
+            if type(parameter) is not nn.Parameter or parameter.shape != shape or parameter.device != weight.device:
+                return None
         own = self.described(weight)
         if keeps:
             form = "factored" if own.kind == "matrix" else None
         else:
-            form = pooled(own, self.tucker_execution[adapter])
-        if form is None:
-            return None
-        parameters = cast(tuple[Tensor, ...], tuple(space._parameters.values()))
-        for parameter, shape in zip(parameters, space.parameter_shapes, strict=True):
-            if type(parameter) is not nn.Parameter or parameter.shape != shape or parameter.device != device:
-                return None
-        if parameters[0].is_inference():
-            return None
-        core, first, second, *kernels = parameters
+            form = pooled(own, self.tucker_execution[given.adapter])
+        return None if form is None else (form, own.low)
+
+    def entry(self, given: Given, form: str, low: torch.dtype) -> Entry:
+        """What a pool forms of it."""
+        parameters = given.parameters
         if form == "kernel":
+            core, _, _, *kernels = parameters
             parameters = (core, *kernels)
         elif form == "factored" and self.kind.input_first:
+            core, first, second = parameters
             parameters = (core.mT, second, first)
-        scaling = self.tucker_scaling[adapter]
-        return Entry(form, weight, parameters, space.scale if scaling == 1 else space.scale * scaling, own.low)
+        return Entry(form, given.weight, parameters, given.scale, low)
 
     def described(self, weight: Tensor) -> Weight:
         """What decides how the layer runs with ``weight`` now."""
@@ -71,15 +100,15 @@ class PooledWeight(MergeableWeight):
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if (ready.autocast is None and x.dtype != cast(Tensor, weight).dtype) or self._dropout(ready.adapter) > 0:
             return None
-        if ready.form == "kernel" or (ready.form == "factored" and adds_in_place(x.device.type)):
-            return self._by_itself(base, x, ready)
         plain = cast(Callable[..., Tensor], self.kind.plain)
         if ready.form == "merged":
-            return plain(base, x, *ready.tensors, bias)
+            return plain(base, x, ready.tensors[0], bias)
+        if ready.form == "kernel" or (ready.form == "factored" and adds_in_place(x.device.type)):
+            return self._by_itself(base, x, ready)
         if ready.autocast is not None:
             x = x.to(ready.autocast)
         if ready.form == "delta":
-            return plain(base, x, weight, bias).add_(plain(base, x, *ready.tensors, None))
+            return plain(base, x, weight, bias).add_(plain(base, x, ready.tensors[0], None))
         down, up = ready.tensors
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         output = plain(base, rows, weight, bias).addmm_(rows.mm(down), up)
@@ -90,8 +119,8 @@ class PooledWeight(MergeableWeight):
         core: Tensor | None = None
         if ready.form == "kernel":
             (core,) = ready.tensors
-            space = cast(CoreSpace, cast(nn.Module, self._modules["tucker_space"])._modules[ready.adapter])
-            first, second = space.factors[:2]
+            space = cast(nn.Module, cast(nn.Module, self._modules["tucker_space"])._modules[ready.adapter])
+            _, first, second, *_ = cast(tuple[Tensor, ...], tuple(space._parameters.values()))
         else:
             down, up = ready.tensors
             first, second = (down, up.mT) if self.kind.input_first else (up.mT, down)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ FRESH, LARGE, FRESH_AND_LARGE = 60, 2**23, 240
 DENSE = 0.5
 
 
+@lru_cache(4096)
 def merges(device: str, shape: Sequence[int], ranks: Sequence[int], positions: Sequence[int], groups: int = 1) -> bool:
     """``execution="auto"``: whether a layer on its own runs merged, in single precision.
 
@@ -89,6 +91,11 @@ class Weight(NamedTuple):
     trains: bool
 
 
+def may_pool(device: str, is_matrix: bool, trains: bool) -> bool:
+    """What ``cheapest`` knows without the weight: whether any of this kind is formed together with others."""
+    return device == "cuda" or (device == "cpu" and (trains or not is_matrix))
+
+
 def cheapest(weight: Weight) -> str | None:
     """The form (as in ``pool``) of a weight that is formed together with others; None if it should run on its own.
 
@@ -99,8 +106,8 @@ def cheapest(weight: Weight) -> str | None:
                convolution   merged up to ``CHANNELS`` channels, else kernel
                stack         merged if its matrices are, with gradients, up to ``CHUNK`` numbers: without gradients a
                              model may need a few of the matrices only, and forms them again for each token
-        CPU    both          with gradients, since the pool pays in the backward pass: merged up to ``TINY`` numbers,
-                             else factored and kernel, with which each layer runs by itself
+        CPU    both          merged up to ``TINY`` numbers, else factored and kernel, with which each layer runs by
+                             itself; matrices only with gradients, since their pool pays in the backward pass
 
     Merged, W + ΔW is rounded to the type that the layer computes in, as weights are in mixed-precision training. This
     would lose updates that are small beside the rounding of a W that is itself kept in half precision. There, and on a
@@ -109,7 +116,7 @@ def cheapest(weight: Weight) -> str | None:
     first, second = weight.shape[-2:] if weight.kind == "stack" else weight.shape[:2]
     apart = weight.dtype in LOW_PRECISION
     if weight.device == "cpu" and weight.kind != "stack":
-        if not weight.trains:
+        if not may_pool("cpu", weight.kind == "matrix", weight.trains):
             return None
         if prod(weight.shape) > TINY:
             return THIN[weight.kind]

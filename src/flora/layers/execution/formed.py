@@ -28,7 +28,7 @@ from flora.layers.execution.batched import (
     unstack,
     update_rows,
 )
-from flora.layers.execution.cost import padded
+from flora.layers.execution.cost import padded, without_autocast
 from flora.tucker import reconstruct
 
 Gradients = Sequence[Sequence[Tensor | None]]
@@ -95,9 +95,11 @@ def _without(gradients: list[Tensor], used: Sequence[bool], dtype: torch.dtype) 
 
 def _keep(ctx: Any, work: Work, parameters: Sequence[Tensor], saved: Sequence[Sequence[Tensor]]) -> None:
     """Note for ``_backward`` the work, the parameters and what was made of each group's."""
-    ctx.work, ctx.sizes = work, [len(own) for own in saved]
+    # parameters as they are: to save and unpack so many takes time, and only a second derivative wants them
+    ctx.work, ctx.sizes, ctx.parameters = work, [len(own) for own in saved], parameters
+    ctx.versions = [parameter._version for parameter in parameters]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*parameters, *(tensor for own in saved for tensor in own))
+    ctx.save_for_backward(*[tensor for own in saved for tensor in own])
 
 
 def _backward(ctx: Any, gradients: Sequence[Tensor | None], plain: Plain, project: Project) -> tuple[Any, ...]:
@@ -108,14 +110,15 @@ def _backward(ctx: Any, gradients: Sequence[Tensor | None], plain: Plain, projec
         project: (work, group, what was saved of it, the gradients of each output) -> the stacked gradients of the
             scaled cores and of the factors.
     """
-    work, tensors = ctx.work, ctx.saved_tensors
-    parameters, kept = (list(part) for part in (tensors[: -sum(ctx.sizes)], tensors[-sum(ctx.sizes) :]))
+    work, parameters, kept = ctx.work, ctx.parameters, ctx.saved_tensors
     if torch.is_grad_enabled():
+        if ctx.versions != [parameter._version for parameter in parameters]:
+            raise RuntimeError("parameters have changed since the forward pass, which a second derivative needs")
         return None, *_differentiable(work.groups, parameters, gradients, plain)
     outputs = len(gradients) // sum(len(group.weights) for group in work.groups)
     lists = iter(split(gradients, [len(group.weights) for group in work.groups for _ in range(outputs)]))
     results: list[Tensor | None] = []
-    with torch.autocast(parameters[0].device.type, enabled=False):
+    with without_autocast(parameters[0].device.type):
         for group, saved in zip(work.groups, split(kept, ctx.sizes), strict=True):
             own = [*islice(lists, outputs)]
             used = [g is not None for g in own[0]]

@@ -30,17 +30,21 @@ def matrix(
         core: (r, s), the scale in it; None if it is folded into a factor. left: (o, r). right: (i, s). They may be of a
             wider type than x: work on weights alone is done in that type.
     """
-    core = None if core is None else core.to(left.dtype)
-    rows = x.reshape(-1, x.shape[-1])
+    core = core if core is None or core.dtype == left.dtype else core.to(left.dtype)
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if execution == "auto":
         rank, positions = min(left.shape[1], right.shape[1]), rows.shape[0]
         problem = (x.device.type, weight.shape, (rank, rank), (positions, positions))
         merged = x.dtype not in LOW_PRECISION and merges(*problem)
     else:
         merged = execution == "merged"
-    if not merged and not torch.is_grad_enabled():
-        return _without_gradients(rows, weight, bias, core, left, right).view(*x.shape[:-1], weight.shape[0])
-    return _Matrix.apply(rows, weight, bias, core, left, right, merged).view(*x.shape[:-1], weight.shape[0])
+    if merged or (torch.is_grad_enabled() and not (left.dtype == x.dtype and _are_few(rows, max(weight.shape)))):
+        y = _Matrix.apply(rows, weight, bias, core, left, right, merged)
+    elif torch.is_grad_enabled():
+        y = _Few.apply(rows, weight, bias, core, left, right)
+    else:
+        y = _without_gradients(rows, weight, bias, core, left, right)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _without_gradients(
@@ -64,11 +68,16 @@ def thin_linear(x: Tensor, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return F.linear(F.linear(x, down.to(x.dtype).transpose(-2, -1)), up.to(x.dtype))
 
 
+def _are_few(rows: Tensor, width: int) -> bool:
+    """Whether thin products of these rows (p, i) run whole. On a CPU a batch of them takes 0.8 to 0.95 of the time,
+    unless there are so few numbers that calls count more. ``width`` is the larger of i and o."""
+    positions = rows.shape[0]
+    return positions * width <= FEW or rows.device.type != "cpu" or positions % PARTS != 0
+
+
 def _parts(rows: Tensor, width: int) -> Tensor:
-    """(p, i) as it is, or (b, i, p / b), a view: on a CPU a batch of products takes 0.8 to 0.95 of the time of one thin
-    product, unless there are so few numbers that calls count more. ``width`` is the larger of i and o."""
-    few = len(rows) * width <= FEW or rows.device.type != "cpu" or len(rows) % PARTS
-    return rows if few else rows.view(PARTS, -1, rows.shape[1]).mT
+    """(p, i) as it is, or (b, i, p / b), a view."""
+    return rows if _are_few(rows, width) else rows.view(PARTS, -1, rows.shape[1]).mT
 
 
 def _fold(core: Tensor | None, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,3 +147,30 @@ class _Matrix(Function):
             du, dd = cast_all([correlate(thin, given, up), correlate(t, _parts(x, width), down)], left.dtype)
             dcore, dleft, dright = _unfold(du, dd, core, left, right)
         return dx, None, db, dcore, dleft, dright, None
+
+
+class _Few(Function):
+    """The same, all of one type, for few rows: nothing but products, since Python counts as much as they do."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, core, left, right = inputs
+        with without_autocast(x.device.type):
+            up, down = _fold(core, left, right)
+            thin = x.mm(down)
+            ctx.save_for_backward(x, weight, core, left, right, thin)
+            return F.linear(x, weight, bias).addmm_(thin, up.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        x, weight, core, left, right, thin = ctx.saved_tensors
+        wants_x, _, wants_bias, *_ = ctx.needs_input_grad
+        with without_autocast(g.device.type):
+            up, down = _fold(core, left, right)
+            if torch.is_grad_enabled():  # a second derivative needs all computed here
+                thin = x.mm(down)
+            t = g.mm(up)
+            dx = g.mm(weight).addmm_(t, down.mT) if wants_x else None
+            own = _unfold(g.mT.mm(thin), x.mT.mm(t), core, left, right)
+            return dx, None, g.sum(0) if wants_bias else None, *own

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from flora.layers.execution.batched import split
+from flora.layers.execution.cost import without_autocast
 from flora.layers.execution.formed import Dense, Factored, Group, Kernel, Work
 
 # form: what makes it, and how many tensors of each entry
@@ -52,33 +52,67 @@ class Entry(NamedTuple):
     low: torch.dtype
 
 
-def form(entries: Sequence[Entry], pads: bool = True) -> list[tuple[Tensor, ...]]:
-    """What each entry's layer needs, in the entries' order: (W + ΔW,), (ΔW,), (D, U) or (K,).
+class Plan(NamedTuple):
+    """How entries are formed by one function. It holds no tensor, and serves all entries of these shapes and types.
 
-    Args:
-        pads: whether the ranks of D and U may be filled up with zeros, to what the device likes (``cost.padded``).
+    Attributes:
+        form, low: as in ``Entry``. dtype: the parameters'. device: all tensors'.
+        groups: the numbers of the entries of each group, the modes of their cores, and the weights' layout.
+        parameters: (entry, number) of each parameter, in the function's order.
+        results: per entry, in the order of ``groups``, where its tensors are among the function's results.
     """
+
+    form: str
+    low: torch.dtype
+    dtype: torch.dtype
+    device: torch.device
+    groups: list[tuple[list[int], int, bool]]
+    parameters: list[tuple[int, int]]
+    results: dict[int, list[int]]
+
+
+def plan(entries: Sequence[Entry]) -> list[Plan]:
+    """How to form the entries. One plan serves as long as shapes, types, layouts, devices and forms stay."""
     together: dict[tuple, dict[tuple, list[int]]] = defaultdict(lambda: defaultdict(list))
     for n, (name, weight, (core, *_), _, low) in enumerate(entries):
         layout = weight.ndim > 2 and _is_channels_last(weight)
         together[name, low, core.dtype, weight.device][weight.shape, core.shape, weight.dtype, layout].append(n)
-    results: dict[int, tuple[Tensor, ...]] = {}
-    for (name, low, dtype, device), groups in together.items():
-        order = [n for numbers in groups.values() for n in numbers]
-        wide = torch.promote_types(dtype, torch.float32)
-        made_by, count = _MADE_BY[name]
-        with torch.autocast(device.type, enabled=False):
-            scales = iter(torch.stack([entries[n].scale for n in order]).to(wide).split([*map(len, groups.values())]))
-            made, parameters = [], []
-            for (_, ranks, _, layout), numbers in groups.items():
-                columns = [*zip(*(entries[n].parameters for n in numbers), strict=True)]
-                scale = next(scales).view(-1, *[1] * len(ranks))
-                made.append(Group([entries[n].weight for n in numbers], scale, layout, len(columns)))
-                parameters += [parameter for column in columns for parameter in column]
-            flat = iter(made_by.apply(Work(made, low, wide, name == "merged", pads), *parameters))
-            for numbers in groups.values():
-                results |= zip(numbers, zip(*split(flat, [len(numbers)] * count), strict=True), strict=True)
-    return [results[n] for n in range(len(entries))]
+    plans = []
+    for (name, low, dtype, device), own in together.items():
+        count, groups, parameters = _MADE_BY[name][1], [], []
+        results: dict[int, list[int]] = {}
+        for (_, ranks, _, layout), numbers in own.items():
+            groups.append((numbers, len(ranks), layout))
+            parts, size, place = range(len(entries[numbers[0]].parameters)), len(numbers), count * len(results)
+            parameters += [(n, part) for part in parts for n in numbers]
+            results |= {n: [place + m + size * t for t in range(count)] for m, n in enumerate(numbers)}
+        plans.append(Plan(name, low, dtype, device, groups, parameters, results))
+    return plans
+
+
+def form(entries: Sequence[Entry], plans: Sequence[Plan] | None = None, pads: bool = True) -> list[tuple[Tensor, ...]]:
+    """What each entry's layer needs, in the entries' order: (W + ΔW,), (ΔW,), (D, U) or (K,).
+
+    Args:
+        plans: of entries like these; None if there are none yet.
+        pads: whether the ranks of D and U may be filled up with zeros, to what the device likes (``cost.padded``).
+    """
+    results: list[tuple[Tensor, ...]] = [()] * len(entries)
+    for own in plan(entries) if plans is None else plans:
+        wide = torch.promote_types(own.dtype, torch.float32)
+        with without_autocast(own.device.type):
+            scales = torch.stack([entries[n].scale for n in own.results]).to(wide)
+            groups, start = [], 0
+            for numbers, modes, layout in own.groups:
+                scale = scales[start : start + len(numbers)].view(-1, *[1] * modes)
+                parts = len(entries[numbers[0]].parameters)
+                groups.append(Group([entries[n].weight for n in numbers], scale, layout, parts))
+                start += len(numbers)
+            work = Work(groups, own.low, wide, own.form == "merged", pads)
+            flat = _MADE_BY[own.form][0].apply(work, *[entries[n].parameters[part] for n, part in own.parameters])
+            for n, places in own.results.items():
+                results[n] = tuple([flat[place] for place in places])
+    return results
 
 
 def _is_channels_last(weight: Tensor) -> bool:
