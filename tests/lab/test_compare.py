@@ -151,6 +151,16 @@ def test_a_killed_comparison_takes_its_workers_with_it(tmp_path):
     assert not left, "a worker goes on without its parent"
 
 
+def test_a_base_model_is_built_once_for_its_batch_and_once_for_each_variant(tmp_path, monkeypatch):
+    path, *keys = with_methods(tmp_path, "head")
+    config, built = load_config(path, [*map(str, keys), *SHORT]), []
+    task = type(config.task)
+    build = task.build
+    monkeypatch.setattr(task, "build", lambda task: built.append(task.data) or build(task))
+    preflight(config, ["head"], [1])
+    assert built == [config.task.source, config.task.data, config.task.data]
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_processor_without_bfloat16_is_said(fast, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("flora_lab.run.preflight.fast_bfloat16", lambda: fast)

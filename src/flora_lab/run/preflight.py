@@ -106,12 +106,14 @@ def say_left_out(reasons: Reasons, main: bool) -> None:
 
 def _match_patterns(config: Config, variants: list[str]) -> None:
     """Match every regex with the names of the model's layers once: methods do it a hundred times, without a limit."""
-    names = [name for name, _ in config.task.build().named_modules()]
     options = {f"methods.{variant}: ": config.methods[variant].options for variant in variants}
-    for place, keys in {"": {"target_modules": config.target_modules}, **options}.items():
+    options[""] = {"target_modules": config.target_modules}
+    given = {place: patterns for place, keys in options.items() if (patterns := list(_patterns(keys)))}
+    names = [name for name, _ in config.task.build().named_modules()] if given else []  # a large model takes a while
+    for place, patterns in given.items():
         try:
             with pattern_limit(), suppress(re.error):  # which the method will report
-                for pattern in _patterns(keys):
+                for pattern in patterns:
                     for name in names:
                         re.fullmatch(rf"(.*\.)?({pattern})", name)
         except Refused as error:
