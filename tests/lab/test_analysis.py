@@ -652,6 +652,14 @@ def test_a_png_keeps_every_colour_and_says_what_it_shows(tmp_path):
     assert picture.heading not in picture.svg()
 
 
+def test_a_long_heading_takes_a_second_line(tmp_path):
+    Picture("job-" * 9, "norms", "How updates grow", "", canvas()[0], "at a budget of 100,000 parameters").png(
+        tmp_path / "a"
+    )
+    drawn = Image.open(tmp_path / "a").convert("L")
+    assert drawn.crop((drawn.width - 2, 0, drawn.width, drawn.height)).getextrema()[0] > 240  # no ink
+
+
 def seeded(job, variant, *values, budget=1000):
     return [row(variant, budget, seed, value=value, job=job) for seed, value in enumerate(values)]
 

@@ -51,7 +51,7 @@ class Picture:
     def png(self, path: Path) -> None:
         from PIL import Image
 
-        title = self.chart.suptitle(self.heading, fontsize=9, x=0.01, ha="left")
+        title = self.chart.suptitle(self.heading, fontsize=9, x=0.01, ha="left", wrap=True)
         self.chart.savefig(buffer := io.BytesIO(), dpi=180, format="png", facecolor="white")
         title.set_text("")  # the page has its own
         drawn = Image.open(buffer).convert("RGB")
