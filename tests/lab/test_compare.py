@@ -209,7 +209,7 @@ def test_what_was_left_out_runs_once_it_can(tmp_path):
         (["--budgets", "1", "--methods", "lora"], "methods.lora: "),
         (["methods.-evil.method=flora"], "methods.-evil: expected a name of letters, digits"),
         (["methods.logs.method=flora"], "methods.logs: this name is reserved"),
-        (["methods.lora.method=loro"], "expected some of"),
+        (["methods.lora.method=loro"], "methods.lora.method=loro: expected one of full, head"),
     ],
 )
 def test_a_bad_comparison_is_one_line(arguments, named, tmp_path):
