@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flora_lab.analysis import analyse, tables
 from flora_lab.analysis.results import summarise
 from flora_lab.analysis.rows import read
-from flora_lab.settings import load_config
+from flora_lab.settings import Comparison
 
 DOCS = Path(__file__).parents[2] / "docs"
 FILES = sorted((DOCS / "results").rglob("*.jsonl"))
@@ -36,8 +37,8 @@ def test_every_figure_is_on_the_page():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_methods_that_are_compared_try_three_rates_or_more(file):
-    config = load_config(DOCS.parent / "configs" / f"{file.stem}.yaml")
-    assert len(config.methods) == 1 or len(config.comparison.rates) >= 3
+    keys = yaml.safe_load((DOCS.parent / "configs" / f"{file.stem}.yaml").read_text())  # not all packages are here
+    assert len(keys["methods"]) == 1 or len(keys["comparison"].get("rates", Comparison().rates)) >= 3
 
 
 def test_made_anew_the_tables_stay_as_they_are(tmp_path):
