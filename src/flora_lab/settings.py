@@ -160,16 +160,16 @@ def build_config(tree: Any) -> Config:
             raise ConfigError(f"{error.full_key or key}: {one_line(error)}") from error
     if not keys.task:
         raise ConfigError(f"task.name: expected one of {', '.join(TASKS)}")
-    place = "task.source."  # whose own checks say task.data, since its class is that of task.data
+    where = "task.source."  # whose own checks say task.data, since its class is that of task.data
     try:
         if source := OmegaConf.select(keys, "task.source"):
             OmegaConf.to_object(source)
-        place = "task.data."
+        where = "task.data."
         config = OmegaConf.to_object(keys)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
     except ValueError as error:  # a task's own check of its keys
-        raise ConfigError(str(error).replace("task.data.", place)) from error
+        raise ConfigError(str(error).replace("task.data.", where)) from error
     for node, name, key, metadata in _leaves(config):
         _check_limits(key, getattr(node, name), metadata)
         if metadata.get("path") and isinstance(OmegaConf.select(tree, key), bool):  # OmegaConf makes it a name
@@ -180,14 +180,14 @@ def build_config(tree: Any) -> Config:
     return config
 
 
-def _need_sections(known: Any, given: Mapping[Any, Any], place: str = "") -> None:
+def _need_sections(known: Any, given: Mapping[Any, Any], where: str = "") -> None:
     """Raise ConfigError for a value where keys are expected: OmegaConf names our classes, and not always the key."""
     for name, value in given.items():
         if name in known and OmegaConf.is_dict(section := known[name]):
             if isinstance(value, dict):
-                _need_sections(section, value, f"{place}{name}.")
+                _need_sections(section, value, f"{where}{name}.")
             elif value is not None and "${" not in str(value):
-                raise ConfigError(f"{place}{name}: expected keys and their values, got {value!r:.80}")
+                raise ConfigError(f"{where}{name}: expected keys and their values, got {value!r:.80}")
 
 
 def _check_methods(config: Config) -> None:
