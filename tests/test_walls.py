@@ -29,7 +29,19 @@ ROOMS = {
         "cli",
     ],
     "flora/layers": ["versions", "weights", "batches", "core_space", "starts", "execution", "kinds", "sites"],
-    "flora_lab": ["errors", "sources", "lines", "tasks", "methods", "settings", "starter", "analysis", "run", "cli"],
+    "flora_lab": [
+        "errors",
+        "sources",
+        "lines",
+        "tasks",
+        "methods",
+        "settings",
+        "loading",
+        "starter",
+        "analysis",
+        "run",
+        "cli",
+    ],
 }
 EXTRAS = ("omegaconf", "matplotlib", "timm", "torchvision", "diffusers", "datasets", "accelerate", "lycoris", "sklearn",
           "scipy", "pycocotools", "ray", "bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel")  # fmt: skip

@@ -89,8 +89,8 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     Started again, an interrupted job resumes. For several processes: `accelerate launch -m flora.cli train ...`.
     """
     with job_errors():
+        from flora_lab.loading import load_config
         from flora_lab.run.folder import Folder
-        from flora_lab.settings import load_config
 
         job = load_config(config, as_overrides(overrides, job_flags))  # before the imports that take seconds
         folder = Folder(job)
@@ -125,8 +125,8 @@ def compare(config: str, overrides: tuple[str, ...], methods: str | None, **keys
     single = [f"comparison.{key}={value}" for key, value in keys.items() if value and key in ("engine", "workers")]
     some = methods.split(",") if methods else ()
     with job_errors():
+        from flora_lab.loading import load_config
         from flora_lab.run.folder import OF_TRIALS, Folder, check_comparison
-        from flora_lab.settings import load_config
 
         # before the imports that take seconds
         job = load_config(config, [*as_overrides(overrides, job_flags), *lists, *single])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from commands import assert_refused, flora
-from flora_lab.settings import build_config, with_key
+from flora_lab.loading import build_config, with_key
+from flora_lab.settings import Training, Variant
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 
@@ -16,12 +17,15 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
     ("override", "named"),
     [
         ("sed=1", "sed"),
-        ("training.epoch=3", "training.epoch"),
-        ("methods.lora.rate=3", "methods.lora.rate"),
-        ("task.data.angle=3", "task.data.angle"),
-        ("training.epochs=many", "training.epochs"),
-        ("training.epochs=2.5", "training.epochs"),
-        ("training.epochs=null", "training.epochs"),
+        ("training.epoch=3", "training.epoch: no such key; did you mean 'epochs'?"),
+        ("methods.lora.rate=3", "methods.lora.rate: no such key, expected some of method, learning_rate, options"),
+        ("task.data.angle=3", "task.data.angle: no such key"),
+        ("task.data.size={a: 1}", "task.data.size={'a': 1}: expected a whole number or null"),
+        ("training.epochs=many", "training.epochs=many: expected a whole number"),
+        ("training.epochs=2.5", "training.epochs=2.5: expected a whole number"),
+        ("training.epochs=null", "training.epochs=null: expected a whole number"),
+        ("comparison.seeds=3", "comparison.seeds=3: expected a list, each a whole number"),
+        ("comparison.rates=[1,a]", "comparison.rates[1]=a: expected a number"),
         ("training.epochs=0", "training.epochs=0: expected at least 1"),
         ("training.epochs=[1", "training.epochs=[1"),
         ("training.max_steps=0", "training.max_steps=0: expected at least 1"),
@@ -32,7 +36,7 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
         ("training.mixed_precision=int8", "training.mixed_precision=int8: expected one of no, bf16, fp16"),
         ("training=3", "training: "),
         ("seed=-1", "seed=-1"),
-        ("fresh=maybe", "fresh"),
+        ("fresh=maybe", "fresh=maybe: expected true or false"),
         ("budget=0", "budget=0"),
         ("methods.prompt.learning_rate=1", "prompt: expected some of full, head, bitfit, houlsby"),
         ("methods=3", "methods"),
@@ -40,6 +44,7 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
         ("task.model=gpt2", "task.model: expected keys and their values, got 'gpt2'"),
         ("task.name=ocr", "task.name=ocr: expected one of image_classification, glue"),
         ("task=ocr", "task.name=ocr"),
+        ("task=[1]", "task=[1]: "),
         ("task.data.rotate=45", "task.data.rotate=45: expected one of 0, 90, 180, 270"),
         ("task.data.classes=[3,3]", "task.data.classes=[3, 3]"),
         ("task.data.classes=[3,10]", "task.data.classes=[3, 10]: digits has no class 10"),
@@ -166,6 +171,16 @@ def test_a_pattern_that_never_ends_is_one_line(override, named, tmp_path, monkey
     monkeypatch.setattr("flora.keys.PATTERN_SECONDS", 0.3)
     result = flora("train", DIGITS, f"output={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}", override)
     assert_refused(result, f"{named}matching target_modules, exclude_modules and the other patterns takes too long")
+
+
+def test_an_empty_section_keeps_its_defaults():
+    keys = {
+        "task": {"name": "image_classification"},
+        "training": None,
+        "methods": {"lora": None, "flora": {"options": None}},
+    }
+    config = build_config(keys)
+    assert config.training == Training() and config.methods == {"lora": Variant(), "flora": Variant()}
 
 
 @pytest.mark.parametrize(

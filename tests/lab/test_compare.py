@@ -1,6 +1,7 @@
 """`flora compare`: which trials run, what chooses a learning rate, and that it goes on where it stopped."""
 
 import json
+import math
 import os
 import posixpath
 import re
@@ -15,9 +16,10 @@ from click.testing import CliRunner
 from test_train import SHORT, places, with_methods
 
 from flora.cli import main
+from flora_lab.loading import load_config
 from flora_lab.run.engines import ENGINES, Killed, share_of_cpus, take_device
 from flora_lab.run.preflight import preflight
-from flora_lab.settings import load_config
+from flora_lab.tasks.image_classification import ImageClassification
 
 GRID = ["comparison.seeds=[0,1]", "comparison.rates=[1,3]"]
 
@@ -179,6 +181,26 @@ def test_what_cannot_run_is_said_and_left_out(tmp_path):
     (left,) = [row for row in rows if "left_out" in row]
     assert left["method"] == "lora" and "above the budget of 3" in left["left_out"]
     assert left["left_out"] in result.output and len(rows) == 4
+
+
+@pytest.mark.parametrize(("value", "lost"), [(0.0, ["dora"]), (math.nan, [])], ids=["the method's", "the base's"])
+def test_a_method_whose_first_loss_is_not_finite_is_left_out(value, lost, tmp_path, monkeypatch):
+    """PEFT's DoRA divides by the norm of each filter, and pre-trained networks have filters of zeros."""
+    build = ImageClassification.build
+
+    def with_dead_filters(task):
+        model = build(task)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data[0] = value
+        return model
+
+    monkeypatch.setattr(ImageClassification, "build", with_dead_filters)
+    path, *keys = with_methods(tmp_path, "lora")
+    keys = [*map(str, keys), *SHORT, "methods.dora.method=dora"]
+    reasons = preflight(load_config(path, keys), ["lora", "dora"], [2000])
+    assert [name for (name, _), reason in reasons.items() if reason] == lost
+    assert set(reasons.values()) <= {None, "its first steps fail: the loss is not finite before any update"}
 
 
 def test_what_was_left_out_runs_once_it_can(tmp_path):

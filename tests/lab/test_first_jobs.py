@@ -17,8 +17,8 @@ import yaml
 from test_task_images import RESNET, parquet
 
 import tiny_pipelines as pipelines
+from flora_lab.loading import load_config
 from flora_lab.run.preflight import preflight
-from flora_lab.settings import load_config
 from flora_lab.starter import starter
 from flora_lab.tasks import TASKS
 from test_docs import BLOCK, PAGES

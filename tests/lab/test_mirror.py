@@ -17,13 +17,14 @@ from ray.cluster_utils import Cluster
 from test_compare import GRID, SHORT, flora_compare, lines, plain, with_methods
 
 from flora_lab.errors import ConfigError
+from flora_lab.loading import load_config
 from flora_lab.run.base import base_model
 from flora_lab.run.fit import Checkpoints
 from flora_lab.run.folder import Trial
 from flora_lab.run.job import Job, _work
 from flora_lab.run.mirror import Mirror
 from flora_lab.run.trial import run
-from flora_lab.settings import Config, load_config
+from flora_lab.settings import Config
 
 URL = "memory://bucket/job"
 

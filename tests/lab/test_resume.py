@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from test_first_jobs import TWINS
 from transformers import TrainerCallback, TrainerState
 
+from flora_lab.loading import load_config
 from flora_lab.run.folder import Trial
 from flora_lab.run.seeded import Seeded
 from flora_lab.run.trial import run
-from flora_lab.settings import load_config
 from flora_lab.starter import starter
 
 AUGMENT = ["task.data.augment=true"]

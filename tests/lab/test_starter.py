@@ -20,8 +20,9 @@ from flora import FloraConfig, plan
 from flora.keys import described_keys
 from flora_lab import sources
 from flora_lab.cli import data, init
+from flora_lab.loading import load_config
 from flora_lab.methods import adapt
-from flora_lab.settings import Config, load_config
+from flora_lab.settings import Config
 from flora_lab.sources import SOURCES, download, names_in, place
 from flora_lab.starter import starter
 from flora_lab.tasks import TASKS

@@ -32,13 +32,14 @@ from test_task_images import parquet
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from flora.cli import main
+from flora_lab.loading import load_config
 from flora_lab.methods import METHODS, Method
 from flora_lab.run import preflight as checks
 from flora_lab.run.fit import Checkpoints, arguments
 from flora_lab.run.preflight import preflight
 from flora_lab.run.saved import save
 from flora_lab.run.trainer import TaskTrainer
-from flora_lab.settings import Training, load_config
+from flora_lab.settings import Training
 from flora_lab.tasks.image_classification import ImageClassification
 from processes import FORKED, START
 
@@ -323,6 +324,7 @@ def test_a_process_takes_one_gpu_and_no_frozen_weight_decays(tmp_path, monkeypat
 def test_a_detector_without_a_loss_in_evaluation_has_not_diverged(value, diverged, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "evaluate", lambda self: {"eval_loss": math.nan, "eval_mAP": value})
     trainer = TaskTrainer(torch.nn.Linear(1, 1), arguments(Training(), 1, 0, tmp_path), eval_dataset=[])
+    trainer.title = "flora"
     trainer.evaluate()
     assert trainer.diverged == diverged == ("diverged at step 0" in capsys.readouterr().err)
 

@@ -94,7 +94,8 @@ def first_steps(
 ) -> None:
     """Train on the examples for two steps, as `fit` would, and leave nothing behind.
 
-    Two, since what the first one leaves may fail the next: PEFT's DoRA on 8-bit weights does on a CPU.
+    Raises FloatingPointError if the first loss is not finite, from which no training recovers.
+    Two steps, since what the first one leaves may fail the next: PEFT's DoRA on 8-bit weights does on a CPU.
     """
     with TemporaryDirectory() as folder:
         args = arguments(replace(keys, loaders=0), 2, 0, Path(folder))
@@ -102,12 +103,13 @@ def first_steps(
         made = (optimizer(args) if optimizer else None, None)
         kind = trainer_of(task, model)
         trainer = kind(model, args, train_dataset=examples, data_collator=task.collate, optimizers=made)
-        trainer.diverged = True  # so that nothing is said
         Progress(shown=False).attach(trainer)
         with warnings.catch_warnings():  # the training itself will give them
             warnings.simplefilter("ignore")
             trainer.train()
         trainer.trained()
+        if trainer.lost_at() == 1:
+            raise FloatingPointError("the loss is not finite before any update")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from flora.models import quiet
 from flora_lab.analysis.fields import Row, to_disk
 from flora_lab.analysis.rows import RESULTS
 from flora_lab.lines import Line
+from flora_lab.loading import build_config, one_line
 from flora_lab.methods import METHODS
 from flora_lab.run.base import base_file
 from flora_lab.run.engines import ENGINES
@@ -38,7 +39,7 @@ from flora_lab.run.folder import FILES, FOLDERS, KEYS, MARK, Folder, Trial
 from flora_lab.run.mirror import Mirror
 from flora_lab.run.progress import numbers
 from flora_lab.run.trial import run
-from flora_lab.settings import Config, build_config, one_line
+from flora_lab.settings import Config
 
 # how long the others wait while the main process loads, samples and tests alone; NCCL would give up after 10 minutes
 PATIENCE = timedelta(days=1)

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from flora.files import replace_file
 from flora_lab.errors import ConfigError
+from flora_lab.loading import one_line
 from flora_lab.run.fit import Checkpoints
-from flora_lab.settings import Config, one_line
+from flora_lab.settings import Config
 
 BASES = "bases"  # where shared files are
 SMALL = 2**20  # bytes; larger files never change under the same name and size

@@ -23,12 +23,13 @@ from flora.keys import Refused, pattern_limit
 from flora.text import did_you_mean
 from flora.tuner.config import OTHER_NAMES
 from flora_lab.errors import ConfigError
+from flora_lab.loading import of_source, one_line, with_key
 from flora_lab.methods import CannotAdapt
 from flora_lab.methods.common import is_quantized
 from flora_lab.run.fit import arguments, first_steps, no_accelerator, steps
 from flora_lab.run.folder import Pair, pairs
 from flora_lab.run.trial import set_up
-from flora_lab.settings import Config, Training, one_line, with_key
+from flora_lab.settings import Config, Training
 from flora_lab.tasks import Examples, Task
 
 Reasons = dict[Pair, str | None]  # why a variant can't run at a budget, None if it can
@@ -49,7 +50,7 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
             task.check(splits)
             keys = config.training if task is config.task else config.pretraining
             few = _few(splits["train"], keys.batch_size)
-            _forward(task, few, keys, len(splits["train"]))
+            finite = _forward(task, few, keys, len(splits["train"]))
             _release()
         _match_patterns(config, variants)
         total = steps(config.training, splits["train"])
@@ -60,12 +61,11 @@ def preflight(config: Config, variants: list[str], budgets: list[int]) -> Reason
                 raise ConfigError(f"{key}: {one_line(error)}") from error
         reasons: Reasons = {}
         for name, budget in pairs(config, variants, budgets):
-            reasons[name, budget] = _reason(config, name, budget, total, few)
+            reasons[name, budget] = _reason(config, name, budget, total, few, finite)
             _release()
     except ValueError as error:
         message = str(error) if isinstance(error, ConfigError) else with_key(config, error)
-        # a task over the source's data calls them its data
-        raise ConfigError(message if task is config.task else message.replace("task.data.", "task.source.")) from error
+        raise ConfigError(message if task is config.task else of_source(message)) from error
     if all(reasons.values()):
         (name, _), reason = next(iter(reasons.items()))
         raise ConfigError(f"methods.{name}: {reason}")
@@ -128,12 +128,15 @@ def _patterns(options: Mapping[str, Any]) -> Iterator[str]:
             yield from map(str, value)
 
 
-def _reason(config: Config, variant: str, budget: int | None, total: int, few: list[dict[str, Any]]) -> str | None:
+def _reason(
+    config: Config, variant: str, budget: int | None, total: int, few: list[dict[str, Any]], finite: bool
+) -> str | None:
     """Why the variant can't run, or None.
 
     Args:
         total: optimizer steps of the training.
         few: examples to try the first steps on: much in third parties' code fails there, and not before.
+        finite: whether the model without adapters has a finite loss on them; few examples may have no label at all.
     """
     base = config.task.build()
     numbers = " on quantized weights" if is_quantized(base) else ""
@@ -148,6 +151,8 @@ def _reason(config: Config, variant: str, budget: int | None, total: int, few: l
     try:
         first_steps(adapted.model, config.task, few, config.training, adapted.optimizer)
     except Exception as error:
+        if isinstance(error, FloatingPointError) and not finite:
+            return None
         return f"its first steps fail{numbers}: {one_line(error)}"
     return None
 
@@ -172,19 +177,24 @@ def _last(count: int, batch_size: int) -> int:
     return count % batch_size or batch_size
 
 
-def _forward(task: Task, few: list[dict[str, Any]], keys: Training, count: int) -> None:
-    """Pass a batch of ``few`` of the ``count`` examples through the model, where it will be trained."""
+def _forward(task: Task, few: list[dict[str, Any]], keys: Training, count: int) -> bool:
+    """Pass a batch of ``few`` of the ``count`` examples through the model, where it will be trained.
+
+    Returns:
+        whether its loss is finite.
+    """
     model = task.build().train()
     if keys.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(f"training.gradient_checkpointing=true: {type(model).__name__} does not support it")
     try:
         with torch.no_grad():
             device = _place(model)
-            model(**send_to_device(task.collate(few), device))
+            outputs = model(**send_to_device(task.collate(few), device))
     except Exception as error:  # a model's own code may raise anything
         failure = f"a batch of {len(few)} does not pass through the model: {one_line(error)}"
         last = _last(count, keys.batch_size)
         raise ConfigError(f"{failure} (the last batch of {count} examples has {last})") from error
+    return bool(next(iter(outputs.values())).isfinite().all())
 
 
 def _place(model: nn.Module) -> torch.device:

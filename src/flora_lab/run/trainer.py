@@ -18,7 +18,7 @@ from flora_lab.tasks import Task
 
 
 class TaskTrainer(Trainer):
-    """transformers' Trainer, which evaluates as the task does, and says when a run diverges."""
+    """transformers' Trainer, which evaluates as the task does, and says when a run with a ``title`` diverges."""
 
     title, task, progress, diverged = "", Task(), Progress(), False
     LOOK = 10  # steps between two looks at an accelerator, since each waits for it
@@ -46,7 +46,7 @@ class TaskTrainer(Trainer):
         self.progress.add(loss)
         if not self.diverged:
             step = self.state.global_step + 1
-            first = self.__dict__.setdefault("_first", torch.zeros((), dtype=torch.long, device=loss.device))
+            first = self.__dict__.setdefault("_lost", torch.zeros((), dtype=torch.long, device=loss.device))
             first.copy_(torch.where((first == 0) & ~loss.detach().isfinite(), step, first))
             if loss.device.type == "cpu" or step % self.LOOK == 0:
                 self.say_if_diverged()
@@ -70,13 +70,17 @@ class TaskTrainer(Trainer):
             self._say(self.state.global_step, "outputs are")
         return metrics
 
+    def lost_at(self) -> int:
+        """The first step whose loss was not finite, from 1; 0 if all were."""
+        return int(self.__dict__.get("_lost", 0))
+
     def say_if_diverged(self) -> None:
-        if step := int(self.__dict__.get("_first", 0)):
+        if step := self.lost_at():
             self._say(step, "loss is")
 
     def _say(self, step: int, what: str) -> None:
         """Once."""
-        if not self.diverged and self.is_world_process_zero():
+        if self.title and not self.diverged and self.is_world_process_zero():
             tqdm.write(f"{self.title} diverged at step {step}: its {what} not finite", file=sys.stderr)
         self.diverged = True
 
