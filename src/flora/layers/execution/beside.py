@@ -117,7 +117,8 @@ def conv_fused(
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         input, padding = F.pad(input, padding, mode=mode), [0] * len(padding)
     no_output_padding = (0,) * len(layer.stride)
-    geometry = Geometry(layer.stride, tuple(padding[::-2]), layer.dilation, False, no_output_padding, layer.groups)
+    stride, padding, dilation = tuple(layer.stride), tuple(padding[::-2]), tuple(layer.dilation)
+    geometry = Geometry(stride, padding, dilation, False, no_output_padding, layer.groups)
     return _convolve(weight, bias, core, factors, input, geometry, execution)
 
 
@@ -125,7 +126,8 @@ def conv_transposed_fused(
     layer: Any, weight: Tensor, bias: Bias, core: Tensor, factors: Factors, input: Tensor, execution: str
 ) -> Tensor:
     """Layer and update of a transposed convolution: (b, i, …) -> (b, g · o, …)."""
-    geometry = Geometry(layer.stride, layer.padding, layer.dilation, True, layer.output_padding, layer.groups)
+    stride, padding, dilation = tuple(layer.stride), tuple(layer.padding), tuple(layer.dilation)
+    geometry = Geometry(stride, padding, dilation, True, tuple(layer.output_padding), layer.groups)
     return _convolve(weight, bias, core, factors, input, geometry, execution)
 
 

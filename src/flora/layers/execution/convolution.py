@@ -7,6 +7,7 @@ second mode, k the kernel modes. The gradient is differentiable, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -29,10 +30,11 @@ class Geometry(NamedTuple):
     output_padding: tuple[int, ...]
     groups: int
 
-    @property
-    def thin(self) -> Geometry:
-        """The same for thin images, whose groups count as samples."""
-        return self._replace(groups=1)
+
+@lru_cache(1024)
+def _thin(geometry: Geometry) -> Geometry:
+    """The same for thin images, whose groups count as samples."""
+    return geometry._replace(groups=1)
 
 
 def convolution(
@@ -51,20 +53,29 @@ def convolution(
         core, factors: (r, s, …), the scale in it, and (I_n, r_n); or K (r, s, k …) and the first two factors alone.
             They may be of a wider type than x: work on weights alone is done in that type.
     """
-    route = _route(x, weight.shape, core.shape, geometry, execution)
+    route = _route(x.device.type, x.dtype, x.shape, weight.shape, core.shape, geometry, execution)
     return _Convolution.apply(x, weight, bias, geometry, route, core, *factors)
 
 
-def _route(x: Tensor, shape: Sequence[int], ranks: Sequence[int], geometry: Geometry, execution: str) -> str:
+@lru_cache(4096)
+def _route(
+    device: str,
+    dtype: torch.dtype,
+    input: Sequence[int],
+    shape: Sequence[int],
+    ranks: Sequence[int],
+    geometry: Geometry,
+    execution: str,
+) -> str:
     """ "factored", "merged", or "dense": merged, and the full weight's gradient is formed and projected."""
-    inputs = x.shape[0] * x.shape[2:].numel()
+    inputs = input[0] * prod(input[2:])
     stride = prod(geometry.stride)  # enough for an estimate of the output's size
     positions = (inputs, inputs * stride) if geometry.transposed else (inputs // stride, inputs)
-    problem = (x.device.type, shape, ranks, positions, geometry.groups)
+    problem = (device, shape, ranks, positions, geometry.groups)
     if execution != "factored" and wants_dense(*problem):
         return "dense"
     if execution == "auto":
-        return "merged" if x.dtype not in LOW_PRECISION and merges(*problem) else "factored"
+        return "merged" if dtype not in LOW_PRECISION and merges(*problem) else "factored"
     return execution
 
 
@@ -162,7 +173,7 @@ class _Convolution(Function):
             kernel, first, second = cast_all([kernel, first, second], x.dtype)
             inner, outer = (first, second) if geometry.transposed else (second, first)
             a = _image(project(_by_group(x, geometry.groups), inner), x)
-            thin = _columns(torch.convolution(a, kernel, None, *geometry.thin))
+            thin = _columns(torch.convolution(a, kernel, None, *_thin(geometry)))
             return _add_by_group_(torch.convolution(x, weight, bias, *geometry), thin, outer, geometry.groups)
 
     @staticmethod
@@ -221,8 +232,8 @@ def _through_thin(
     inner, outer = (first, second) if geometry.transposed else (second, first)
     columns, given = _by_group(x, groups), _by_group(g, groups)
     a, c = _image(project(columns, inner), x), _image(project(given, outer), g)
-    t, dkernel = _gradients(c, a, kernel, geometry.thin, (True, True))
-    t, thin = _columns(t), _columns(torch.convolution(a, kernel, None, *geometry.thin))
+    t, dkernel = _gradients(c, a, kernel, _thin(geometry), (True, True))
+    t, thin = _columns(t), _columns(torch.convolution(a, kernel, None, *_thin(geometry)))
     dinner, douter = correlate(t, columns, inner), correlate(thin, given, outer)
     if wants_x:
         dx = _gradients(g, x, weight, geometry, (True, False))[0]
