@@ -60,10 +60,11 @@ def test_matrix(way, ranks, rows, few, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
-@pytest.mark.parametrize("way", ["factored", "merged", "dense"])
+@pytest.mark.parametrize(("way", "keep"), [("factored", 8), ("factored", 0), ("merged", 8), ("dense", 8)])
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_convolution(way, geometry, layout, monkeypatch):
+def test_convolution(way, keep, geometry, layout, monkeypatch):
     monkeypatch.setattr("flora.layers.execution.convolution._route", lambda *_: way)
+    monkeypatch.setattr("flora.layers.execution.convolution.KEEP", keep)
     modes = len(geometry.stride)
     channels, kernel_size, kernel_ranks = (4, 8), (3, 2, 2)[:modes], (2, 2, 1)
     shape = channels if geometry.transposed else channels[::-1]

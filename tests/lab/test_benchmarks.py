@@ -92,11 +92,11 @@ LARGE_OPERATIONS = {
     ),
     "conv2d": (
         lambda: nn.Conv2d(64, 64, 3, padding=1),
-        {"fp32": (23, 30), "bf16 autocast": (24, 34), "bf16 base": (22, 30)},
+        {"fp32": (20, 27), "bf16 autocast": (21, 31), "bf16 base": (19, 27)},
     ),
     "conv1d": (
         lambda: nn.Conv1d(80, 80, 3, padding=1),
-        {"fp32": (17.5, 22), "bf16 autocast": (20.5, 27), "bf16 base": (18.5, 23)},
+        {"fp32": (15.5, 20), "bf16 autocast": (18.5, 25), "bf16 base": (16.5, 21)},
     ),
     "depthwise": (
         lambda: nn.Conv2d(512, 512, 7, padding=3, groups=512),

@@ -19,6 +19,8 @@ from flora.layers.execution.batched import cast_all, fold, fold_backward
 from flora.layers.execution.cost import LOW_PRECISION, merges, wants_dense, without_autocast
 from flora.layers.execution.thin import add_lifted_, correlate, project
 
+KEEP = 8
+
 
 class Geometry(NamedTuple):
     """A convolution's options, as ``torch.convolution`` takes them."""
@@ -150,42 +152,53 @@ def project_weight(
     return dkernel, dweight @ rows.flatten(1).mT, torch.bmm(drows, kernel.flatten(2).mT).sum(0)
 
 
+Thin = tuple[Tensor, Tensor] | tuple[None, None]
+
+
 class _Convolution(Function):
     """y = W * x + B (K * Aᵀ x), where * convolves, and A and B are the factors of inputs and outputs. For the gradient
     g of y, with the thin a = Aᵀ x and c = Bᵀ g, and ' for adjoints,
 
         dx = W' * g + A t,    t = K' * c,    dA = x tᵀ,    dB = g (K * a)ᵀ,    dK = the kernel's gradient for a and c:
 
-    W' * g is the base layer's own gradient, and all else is thin. The "dense" route forms dW instead and projects it.
+    W' * g is the base layer's own gradient, and all else is thin. a and K * a are kept for the backward pass if they
+    have at most an eighth (``KEEP``) of the numbers of x, which is kept anyway; else they are formed again. The "dense"
+    route forms dW instead and projects it.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, bias, geometry, route, core, first, second, *kernels = inputs
         ctx.geometry, ctx.route = geometry, route
+        thin: Thin = (None, None)
         with without_autocast(x.device.type):
             kernel, basis = fold_one(core, kernels)
-            ctx.save_for_backward(x, weight, kernel, basis, core, first, second, *kernels)
-            if route != "factored":
+            if route == "factored":
+                low, inner, outer = _thin_weights(x, kernel, first, second, geometry)
+                a, lifted = _thin_images(x, low, inner, geometry)
+                y = torch.convolution(x, weight, bias, *geometry)
+                y = _add_by_group_(y, lifted, outer, geometry.groups)
+                if KEEP * (a.numel() + lifted.numel()) <= x.numel():
+                    thin = a, lifted
+            else:
                 merged, beside = _weights(weight, first, rows_of(kernel, second))
                 y = torch.convolution(x, merged, bias, *geometry)
-                return y if beside is None else y.add_(torch.convolution(x, beside, None, *geometry))
-            kernel, first, second = cast_all([kernel, first, second], x.dtype)
-            inner, outer = (first, second) if geometry.transposed else (second, first)
-            a = _image(project(_by_group(x, geometry.groups), inner), x)
-            thin = _columns(torch.convolution(a, kernel, None, *_thin(geometry)))
-            return _add_by_group_(torch.convolution(x, weight, bias, *geometry), thin, outer, geometry.groups)
+                y = y if beside is None else y.add_(torch.convolution(x, beside, None, *geometry))
+        ctx.save_for_backward(x, weight, kernel, basis, *thin, core, first, second, *kernels)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        x, weight, kernel, basis, core, first, second, *kernels = ctx.saved_tensors
+        x, weight, kernel, basis, *thin, core, first, second = ctx.saved_tensors[:9]
+        kernels = ctx.saved_tensors[9:]
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
         with without_autocast(g.device.type):
             if torch.is_grad_enabled():  # a second derivative needs them computed here
-                kernel, basis = fold_one(core, kernels)
-            through = _through_weight if ctx.route == "dense" else _through_thin
-            dx, dkernel, dfirst, dsecond = through(g, x, weight, kernel, first, second, ctx.geometry, wants_x)
+                (kernel, basis), thin = fold_one(core, kernels), [None, None]
+            given = (g, x, weight, kernel, first, second, ctx.geometry, wants_x)
+            through = _through_weight(*given) if ctx.route == "dense" else _through_thin(*given, *thin)
+            dx, dkernel, dfirst, dsecond = through
             dcore, dkernels = fold_one_backward(dkernel, core, kernels, basis)
             db = g.sum((0, *range(2, g.ndim))) if wants_bias else None
         return dx, None, db, None, None, dcore, dfirst, dsecond, *dkernels
@@ -216,6 +229,20 @@ def _through_weight(
     return dx, *project_weight(dense, kernel, first, second, rows)
 
 
+def _thin_weights(
+    x: Tensor, kernel: Tensor, first: Tensor, second: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K, the inputs' and the outputs' factor, in the type of x."""
+    kernel, first, second = cast_all([kernel, first, second], x.dtype)
+    return (kernel, first, second) if geometry.transposed else (kernel, second, first)
+
+
+def _thin_images(x: Tensor, kernel: Tensor, inner: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """a (b · g, s, …) and K * a (b · g, r, p)."""
+    a = _image(project(_by_group(x, geometry.groups), inner), x)
+    return a, _columns(torch.convolution(a, kernel, None, *_thin(geometry)))
+
+
 def _through_thin(
     g: Tensor,
     x: Tensor,
@@ -225,16 +252,19 @@ def _through_thin(
     second: Tensor,
     geometry: Geometry,
     wants_x: bool,
+    a: Tensor | None,
+    lifted: Tensor | None,
 ) -> tuple[Any, ...]:
-    """The same by thin products and convolutions."""
+    """The same by thin products and convolutions. ``a``, ``lifted``: what the forward pass kept of a and K * a."""
     wide, groups, dx = first.dtype, geometry.groups, None
-    kernel, first, second = cast_all([kernel, first, second], x.dtype)
-    inner, outer = (first, second) if geometry.transposed else (second, first)
+    low, inner, outer = _thin_weights(x, kernel, first, second, geometry)
     columns, given = _by_group(x, groups), _by_group(g, groups)
-    a, c = _image(project(columns, inner), x), _image(project(given, outer), g)
-    t, dkernel = _gradients(c, a, kernel, _thin(geometry), (True, True))
-    t, thin = _columns(t), _columns(torch.convolution(a, kernel, None, *_thin(geometry)))
-    dinner, douter = correlate(t, columns, inner), correlate(thin, given, outer)
+    c = _image(project(given, outer), g)
+    if a is None or lifted is None:
+        a, lifted = _thin_images(x, low, inner, geometry)
+    t, dkernel = _gradients(c, a, low, _thin(geometry), (True, True))
+    t = _columns(t)
+    dinner, douter = correlate(t, columns, inner), correlate(lifted, given, outer)
     if wants_x:
         dx = _gradients(g, x, weight, geometry, (True, False))[0]
         dx = _add_by_group_(dx, t, inner, groups)
