@@ -140,7 +140,8 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in CONFIGS])
 def test_every_config_is_set_up_and_runs_two_steps(path, tmp_path):
-    overrides = [*tiny(path, tmp_path), *SHORT, *places(tmp_path), "comparison.seeds=[0]", "comparison.rates=[1]"]
+    grid = ["comparison.seeds=[0]", "comparison.rates=[1]", "comparison.rate_seeds=1"]
+    overrides = [*tiny(path, tmp_path), *SHORT, *places(tmp_path), *grid]
     config = load_config(path, overrides)
     reasons = preflight(config, list(config.methods), [config.budget])
     assert {name for name, _budget in reasons} == set(config.methods)
