@@ -190,14 +190,15 @@ class _Convolution(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        x, weight, kernel, basis, *thin, core, first, second = ctx.saved_tensors[:9]
-        kernels = ctx.saved_tensors[9:]
+        x, weight, kernel, basis, a, lifted, core, first, second, *kernels = (
+            ctx.saved_tensors
+        )  # checkpoints allow one look
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
         with without_autocast(g.device.type):
             if torch.is_grad_enabled():  # a second derivative needs them computed here
-                (kernel, basis), thin = fold_one(core, kernels), [None, None]
+                (kernel, basis), a, lifted = fold_one(core, kernels), None, None
             given = (g, x, weight, kernel, first, second, ctx.geometry, wants_x)
-            through = _through_weight(*given) if ctx.route == "dense" else _through_thin(*given, *thin)
+            through = _through_weight(*given) if ctx.route == "dense" else _through_thin(*given, a, lifted)
             dx, dkernel, dfirst, dsecond = through
             dcore, dkernels = fold_one_backward(dkernel, core, kernels, basis)
             db = g.sum((0, *range(2, g.ndim))) if wants_bias else None
