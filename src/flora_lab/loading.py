@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,10 +79,14 @@ def build_config(tree: Any) -> Config:
 
 
 def _shaped(value: Any, kind: Any, key: str, types: dict[str, Any]) -> Any:
-    """The value, in which an empty section keeps its defaults. Raises ConfigError for an unknown key or another shape
-    than the type's: OmegaConf would name our classes, and not always the key.
+    """The value, with an empty section in place of null where the type is a section: it keeps its defaults.
 
-    ``types``: gets the type of every key that is given, and may have some beforehand.
+    Raises ConfigError for an unknown key, and for keys or a list where the type wants something else, or the reverse.
+    OmegaConf would name our classes, and not always the key.
+
+    Args:
+        kind: the type of the value, unless ``types`` has one for this key.
+        types: gets the type of every key that is given.
     """
     kind = types.setdefault(key, kind)
     optional = NoneType in get_args(kind)
@@ -94,8 +98,8 @@ def _shaped(value: Any, kind: Any, key: str, types: dict[str, Any]) -> Any:
             return None if optional else {}
         if not isinstance(value, dict):
             raise ConfigError(f"{key}: expected keys and their values, got {value!r:.80}")
-        below = {name: f"{key}.{name}".lstrip(".") for name in value}
-        return {name: _shaped(value[name], _below(plain, name, at), at, types) for name, at in below.items()}
+        kinds = _kinds_of(plain, value, key)
+        return {name: _shaped(value[name], kind, _join(key, name), types) for name, kind in kinds.items()}
     if isinstance(value, list) and get_origin(plain) is list:
         return [_shaped(each, *get_args(plain), f"{key}[{index}]", types) for index, each in enumerate(value)]
     if isinstance(value, dict | list):
@@ -103,15 +107,20 @@ def _shaped(value: Any, kind: Any, key: str, types: dict[str, Any]) -> Any:
     return value
 
 
-def _below(section: Any, name: Any, key: str) -> Any:
-    """The type of a key of a section."""
+def _kinds_of(section: Any, names: Iterable[Any], key: str) -> dict[Any, Any]:
+    """The type of each of a section's keys that is given. Raises ConfigError for one that the section does not have."""
     if not is_dataclass(section):
-        return get_args(section)[1]
-    known = [each.name for each in fields(section)]
-    if name not in known:
-        meant = did_you_mean(str(name), known) or f", expected some of {', '.join(known)}"
-        raise ConfigError(f"{key}: no such key{meant}")
-    return get_type_hints(section)[name]
+        return dict.fromkeys(names, get_args(section)[1])
+    hints, known = get_type_hints(section), [each.name for each in fields(section)]
+    for name in names:
+        if name not in known:
+            meant = did_you_mean(str(name), known) or f", expected some of {', '.join(known)}"
+            raise ConfigError(f"{_join(key, name)}: no such key{meant}")
+    return {name: hints[name] for name in names}
+
+
+def _join(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)
 
 
 def _spell(kind: Any) -> str:

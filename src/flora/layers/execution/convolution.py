@@ -34,8 +34,8 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(1024)
-def _thin(geometry: Geometry) -> Geometry:
-    """The same for thin images, whose groups count as samples."""
+def _ungrouped(geometry: Geometry) -> Geometry:
+    """The options for thin images, whose groups count as samples."""
     return geometry._replace(groups=1)
 
 
@@ -152,9 +152,6 @@ def project_weight(
     return dkernel, dweight @ rows.flatten(1).mT, torch.bmm(drows, kernel.flatten(2).mT).sum(0)
 
 
-Thin = tuple[Tensor, Tensor] | tuple[None, None]
-
-
 class _Convolution(Function):
     """y = W * x + B (K * Aᵀ x), where * convolves, and A and B are the factors of inputs and outputs. For the gradient
     g of y, with the thin a = Aᵀ x and c = Bᵀ g, and ' for adjoints,
@@ -170,7 +167,7 @@ class _Convolution(Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, bias, geometry, route, core, first, second, *kernels = inputs
         ctx.geometry, ctx.route = geometry, route
-        thin: Thin = (None, None)
+        kept: tuple[Tensor | None, Tensor | None] = None, None
         with without_autocast(x.device.type):
             kernel, basis = fold_one(core, kernels)
             if route == "factored":
@@ -179,27 +176,26 @@ class _Convolution(Function):
                 y = torch.convolution(x, weight, bias, *geometry)
                 y = _add_by_group_(y, lifted, outer, geometry.groups)
                 if KEEP * (a.numel() + lifted.numel()) <= x.numel():
-                    thin = a, lifted
+                    kept = a, lifted
             else:
                 merged, beside = _weights(weight, first, rows_of(kernel, second))
                 y = torch.convolution(x, merged, bias, *geometry)
                 y = y if beside is None else y.add_(torch.convolution(x, beside, None, *geometry))
-        ctx.save_for_backward(x, weight, kernel, basis, *thin, core, first, second, *kernels)
+        ctx.save_for_backward(x, weight, kernel, basis, *kept, core, first, second, *kernels)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        x, weight, kernel, basis, a, lifted, core, first, second, *kernels = (
-            ctx.saved_tensors
-        )  # checkpoints allow one look
+        saved = ctx.saved_tensors  # read once: within a checkpoint a second time is an error
+        x, weight, kernel, basis, a, lifted, core, first, second, *kernels = saved
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
         with without_autocast(g.device.type):
             if torch.is_grad_enabled():  # a second derivative needs them computed here
                 (kernel, basis), a, lifted = fold_one(core, kernels), None, None
             given = (g, x, weight, kernel, first, second, ctx.geometry, wants_x)
-            through = _through_weight(*given) if ctx.route == "dense" else _through_thin(*given, a, lifted)
-            dx, dkernel, dfirst, dsecond = through
+            own = _through_weight(*given) if ctx.route == "dense" else _through_thin(*given, a, lifted)
+            dx, dkernel, dfirst, dsecond = own
             dcore, dkernels = fold_one_backward(dkernel, core, kernels, basis)
             db = g.sum((0, *range(2, g.ndim))) if wants_bias else None
         return dx, None, db, None, None, dcore, dfirst, dsecond, *dkernels
@@ -241,7 +237,7 @@ def _thin_weights(
 def _thin_images(x: Tensor, kernel: Tensor, inner: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """a (b · g, s, …) and K * a (b · g, r, p)."""
     a = _image(project(_by_group(x, geometry.groups), inner), x)
-    return a, _columns(torch.convolution(a, kernel, None, *_thin(geometry)))
+    return a, _columns(torch.convolution(a, kernel, None, *_ungrouped(geometry)))
 
 
 def _through_thin(
@@ -263,7 +259,7 @@ def _through_thin(
     c = _image(project(given, outer), g)
     if a is None or lifted is None:
         a, lifted = _thin_images(x, low, inner, geometry)
-    t, dkernel = _gradients(c, a, low, _thin(geometry), (True, True))
+    t, dkernel = _gradients(c, a, low, _ungrouped(geometry), (True, True))
     t = _columns(t)
     dinner, douter = correlate(t, columns, inner), correlate(lifted, given, outer)
     if wants_x:
